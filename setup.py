@@ -1,0 +1,29 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+setup(
+    name="timm_jem",
+    version=re.search(r'__version__ = "(.+)"', (here / "timm_jem/__init__.py").read_text(encoding="utf-8"))[1],
+    description="Joint energy models on timm backbones: one network that classifies, scores, and draws images",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["timm_jem", "timm_jem.*"]),
+    install_requires=[
+        "torch>=2.4",
+        "torchvision",
+        "timm>=1.0.31",
+        "accelerate>=1.0",
+        "datasets>=3.0",
+        "huggingface-hub>=0.34",
+        "jsonargparse[signatures]>=4.49,<5",
+        "tqdm",
+        "scikit-learn",  # its digits are the data set that needs no network
+    ],
+    extras_require={"test": ["pytest", "torchmetrics>=1.9", "scipy", "ruff"]},
+)

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torchmetrics.classification import MulticlassCalibrationError
+
+import timm_jem
+from timm_jem.data import DataConfig, load_splits, to_pixels
+from timm_jem.evaluation import (
+    accuracy,
+    best_num_steps,
+    expected_calibration_error,
+    frechet_distance,
+    image_grid,
+    predict,
+    thumbnails,
+)
+
+
+def test_calibration_error_equals_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    probabilities = (torch.randn(2000, 5, generator=generator) * 2).softmax(1)
+    y = torch.randint(5, (2000,), generator=generator)
+    expected = MulticlassCalibrationError(5, n_bins=15, norm="l1")(probabilities, y).item()
+    assert expected_calibration_error(probabilities, y) == pytest.approx(expected, abs=1e-6)
+
+
+def test_calibration_error_of_known_cases():
+    sure = torch.tensor([[1.0, 0.0]] * 4)
+    assert expected_calibration_error(sure, torch.tensor([0, 0, 0, 0])) == 0
+    assert expected_calibration_error(sure, torch.tensor([0, 0, 1, 1])) == 0.5
+    assert accuracy(sure, torch.tensor([0, 0, 1, 1])) == 0.5
+
+
+def test_frechet_distance_of_two_gaussians():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(500, 6)), rng.normal(size=(400, 6)) @ rng.normal(size=(6, 6)) + 1
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    a, b = torch.from_numpy(a), torch.from_numpy(b)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, a + 2) == pytest.approx(24, rel=1e-6)
+    assert frechet_distance(a, 3 * (a - a.mean(0)) + a.mean(0)) == pytest.approx(4 * cov_a.trace(), rel=1e-6)
+
+
+def test_thumbnails():
+    u = torch.rand(2, 1, 8, 8) * 2 - 1
+    assert torch.equal(thumbnails(u), u.flatten(1))
+    large = torch.full((1, 3, 32, 32), 5.0)
+    assert torch.equal(thumbnails(large), torch.ones(1, 192))
+
+
+class Well(torch.nn.Module):
+    """E(x) = ½ |x|² up to log 2: chains without noise halve their distance in every step of 0.5."""
+
+    num_classes = 2
+
+    def forward(self, x):
+        return (-0.5 * x.square().sum((1, 2, 3)))[:, None].expand(-1, 2)
+
+
+def test_the_best_length_of_chains_is_the_one_nearest_to_real_images():
+    config = timm_jem.SGLDConfig(step_size=0.5, noise_std=0.0, denoise_steps=1)
+    jem = timm_jem.JEM(Well(), data_config={"input_size": (1, 2, 2), "mean": (0.5,), "std": (0.5,)}, sgld=config)
+    # Uniform noise has the standard deviation 3^-½; k steps leave 2^-k of it.
+    real = torch.randn(4000, 1, 2, 2, generator=torch.Generator().manual_seed(1)) * 3**-0.5 / 2**3
+    best, distances = best_num_steps(
+        jem, real, torch.zeros(4000, dtype=torch.long), [2, 3, 5, 9], generator=torch.Generator().manual_seed(0)
+    )
+    assert best == 3
+    assert list(distances) == [2, 3, 5, 9]
+    assert distances[9] == pytest.approx(4 / 3 / 64, rel=0.1)  # 4 pixels of variance (1/3) / 2^6
+
+
+def test_predictions_come_in_order_and_in_eval_mode():
+    splits = load_splits(DataConfig())
+    jem = timm_jem.create_model("wrn_10_1", num_classes=10, input_size=(1, 8, 8), drop_rate=0.5).train()
+    loader = torch.utils.data.DataLoader(splits.test, batch_size=100, collate_fn=lambda batch: batch)
+    logits, y = predict(jem, loader)
+    assert jem.training
+    assert torch.equal(y, splits.test.labels)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, jem.eval()(to_pixels(splits.test.images)))
+
+
+def test_image_grid():
+    u = torch.stack([torch.full((1, 8, 8), level) for level in (-1.0, 0.0, 1.0, 9.0)])
+    picture = image_grid(u, 2, ["no", "yes"])
+    plain = image_grid(u, 2)
+    assert plain.size == (2 * 40 + 3 * 2, 2 * 40 + 3 * 2)
+    assert picture.height == plain.height
+    assert picture.width > plain.width
+    assert [plain.getpixel(xy)[0] for xy in ((20, 20), (60, 20), (20, 60), (60, 60))] == [0, 128, 255, 255]

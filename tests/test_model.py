@@ -1,0 +1,255 @@
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+from timm_families import SMALLEST, ZERO_HEADS
+from torch import nn
+
+import timm_jem
+from timm_jem import InputError, SGLDConfig
+
+# Convolutions with BatchNorm, LayerNorm, GroupNorm-free and scaled; transformers with fixed and free input sizes, with
+# distilled and attention-pooling heads; mixers; recurrences; a zero head.
+REPRESENTATIVE = [
+    "test_resnet",
+    "test_convnext",
+    "test_vit",
+    "test_nfnet",
+    "test_efficientnet",
+    "test_mambaout",
+    "deit_tiny_distilled_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "mobilevit_xxs",
+    "ghostnet_050",
+    "gmlp_s16_224",
+    "mobilenetv3_small_050",
+    "xcit_nano_12_p8_224",
+]
+
+
+def check_backbone(name: str) -> None:
+    """Bit-equal logits in train and eval; energy and score equal to autograd of their formulas; nothing mutated."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jem = timm_jem.wrap(model)
+    assert any("all zeros" in str(w.message) for w in caught) == (name in ZERO_HEADS)
+    if name in ZERO_HEADS:
+        model.reset_classifier(10)
+    x, y = torch.randn(2, *jem.input_size), torch.tensor([3, 7])
+    for train in (True, False):
+        twin = copy.deepcopy(model).train(train)
+        jem.train(train)
+        with torch.no_grad():
+            torch.manual_seed(1)
+            expected = twin(x)
+            torch.manual_seed(1)
+            assert torch.equal(jem(x), expected)
+        del twin
+
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [(m.training, [p.requires_grad for p in m.parameters(recurse=False)]) for m in model.modules()]
+    kept = x.clone()
+    with torch.no_grad():
+        e, exy, score = jem.energy(x), jem.energy(x, y), jem.score(x)
+        sample = jem.sample(2, y=y, num_steps=1, generator=torch.Generator().manual_seed(0))
+    leaf = x.clone().requires_grad_(True)
+    logits = model(leaf)
+    # Fresh BatchNorm networks in eval mode have logits of any size; errors are relative to them.
+    scale = logits.abs().max().item()
+    torch.testing.assert_close(e, -logits.logsumexp(1), rtol=1e-5, atol=1e-5 * scale)
+    torch.testing.assert_close(exy, -logits[[0, 1], y], rtol=1e-5, atol=1e-5 * scale)
+    (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), leaf)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
+    torch.testing.assert_close(score, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+    assert e.isfinite().all()
+    assert sample.shape == x.shape
+
+    assert torch.equal(x, kept)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert flags == [(m.training, [p.requires_grad for p in m.parameters(recurse=False)]) for m in model.modules()]
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_backbones(name):
+    check_backbone(name)
+
+
+def test_the_table_of_families_is_whole():
+    from timm.models import list_modules
+
+    assert set(list_modules()) - {"wrn"} <= set(SMALLEST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SMALLEST)
+def test_every_family(family):
+    check_backbone(SMALLEST[family])
+
+
+@pytest.fixture
+def jem():
+    torch.manual_seed(0)
+    return timm_jem.create_model("test_resnet", num_classes=4, input_size=(3, 32, 32)).eval()
+
+
+def test_the_state_dict_is_the_backbones(jem):
+    assert list(jem.state_dict()) == list(jem.backbone.state_dict())
+    wrapped = nn.ModuleDict({"inner": jem})
+    assert list(wrapped.state_dict()) == [f"inner.{key}" for key in jem.backbone.state_dict()]
+    other = timm_jem.create_model("test_resnet", num_classes=4, input_size=(3, 32, 32)).eval()
+    nn.ModuleDict({"inner": other}).load_state_dict(wrapped.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(other(x), jem(x))
+    timm.create_model("test_resnet", num_classes=4).load_state_dict(jem.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        jem.load_state_dict({})
+
+
+def test_normalisation_is_timms():
+    jem = timm_jem.create_model("test_resnet", num_classes=2)
+    images = torch.randint(256, (2, 3, 8, 8)).float()
+    mean, std = (torch.tensor(jem.backbone.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    u = images / 127.5 - 1
+    torch.testing.assert_close(jem.normalize(u), (images / 255 - mean) / std)
+    torch.testing.assert_close(jem.denormalize(jem.normalize(u)), u)
+    halves = timm_jem.create_model("wrn_10_1", num_classes=2)
+    assert torch.equal(halves.normalize(u), u)
+    assert torch.equal(halves.denormalize(u), u)
+
+
+def test_grey_input():
+    jem = timm_jem.create_model("test_resnet", num_classes=2, input_size=(1, 32, 32), std=None)
+    assert jem.input_size == (1, 32, 32)
+    assert jem.mean.shape == (1, 1, 1, 1)
+    assert jem.energy(torch.zeros(2, 1, 32, 32)).shape == (2,)
+
+
+def test_step_sizes_are_in_pixels():
+    """One noise-free step moves pixels by ∇ of the energy of pixels, whatever the normalisation."""
+    jem = timm_jem.create_model("test_resnet", num_classes=2, input_size=(3, 16, 16)).eval()
+    u = (torch.rand(2, 3, 16, 16) * 2 - 1).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(jem.pixel_energy(u).sum(), u)
+    config = SGLDConfig(noise_std=0.0, step_size=3.0)
+    x = jem.sample(init=jem.normalize(u.detach()), sgld_config=config, num_steps=1)
+    torch.testing.assert_close(jem.denormalize(x), u.detach() - 3.0 * gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_is_reproducible_and_split_invariant(jem):
+    def draw(seed, batch_size=256):
+        return jem.sample(
+            6, y=torch.tensor([0, 1, 2, 3, 0, 1]), num_steps=3, generator=torch.Generator().manual_seed(seed),
+            batch_size=batch_size,
+        )  # fmt: skip
+
+    state = torch.get_rng_state()
+    first = draw(0)
+    assert torch.equal(first, draw(0))
+    assert not torch.equal(first, draw(1))
+    for size in (1, 4):
+        torch.testing.assert_close(draw(0, size), first, rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert jem(first).shape == (6, 4)
+
+
+def test_sampling_leaves_the_model_as_it_was(jem):
+    jem.train()
+    jem.backbone.layer1.eval()
+    jem.backbone.fc.weight.requires_grad_(False)
+    jem(torch.randn(4, 3, 32, 32)).sum().backward()
+    before = {k: v.clone() for k, v in jem.state_dict().items()}
+    grads = {k: None if p.grad is None else p.grad.clone() for k, p in jem.named_parameters()}
+    flags = [m.training for m in jem.modules()], [p.requires_grad for p in jem.parameters()]
+    jem.sample(2, num_steps=2)
+    assert all(torch.equal(v, before[k]) for k, v in jem.state_dict().items())
+    assert flags == ([m.training for m in jem.modules()], [p.requires_grad for p in jem.parameters()])
+    for k, p in jem.named_parameters():
+        assert (p.grad is None) == (grads[k] is None)
+        assert p.grad is None or torch.equal(p.grad, grads[k])
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_score_and_sample_work_without_gradients(jem, context):
+    x = torch.randn(2, 3, 32, 32)
+    expected = jem.score(x)
+    with context():
+        torch.testing.assert_close(jem.score(x), expected)
+        torch.testing.assert_close(jem.score(torch.clone(x)), expected)
+        sample = jem.sample(2, num_steps=1)
+    assert not sample.requires_grad
+    assert (sample + 1).shape == x.shape
+
+
+def test_the_models_own_settings_are_the_defaults_of_sample(jem):
+    seen = []
+    jem.sgld = SGLDConfig(num_steps=2, sample_steps=3, denoise_steps=1)
+    jem.sample(1, on_step=lambda step, u: seen.append(step))
+    jem.sample(1, num_steps=1, on_step=lambda step, u: seen.append(step))
+    jem.sgld = SGLDConfig(num_steps=2)
+    jem.sample(1, on_step=lambda step, u: seen.append(step))
+    assert seen == [1, 2, 3, 1, 1, 2]
+
+
+def test_class_conditional_chains_descend_their_own_energy():
+    class Wells(nn.Module):
+        num_classes = 3
+
+        def forward(self, x):
+            centres = torch.tensor([-0.5, 0.0, 0.5]).view(1, 3, 1, 1)
+            return -(x - centres).square().sum((2, 3)) / 2
+
+    jem = timm_jem.JEM(Wells(), data_config={"input_size": (1, 2, 2), "mean": (0.5,), "std": (0.5,)})
+    x = jem.sample(y=[0, 2, 1], sgld_config=SGLDConfig(noise_std=0.0, step_size=0.5), num_steps=30)
+    torch.testing.assert_close(x, torch.tensor([-0.5, 0.5, 0.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2))
+    assert jem.sample(5, y=1, num_steps=1).shape == (5, 1, 2, 2)
+
+
+def bad_input(jem):
+    x = torch.zeros(2, 3, 32, 32)
+    return {
+        "rank": (lambda: jem.energy(x[0]), r"shape \(3, 32, 32\)"),
+        "channels": (lambda: jem.energy(x[:, :1]), r"\(B, 3, 32, 32\)"),
+        "dtype": (lambda: jem.score(x.byte()), "uint8"),
+        "range": (lambda: jem.energy(torch.full_like(x, 200.0)), r"\[-1, 1\]"),
+        "no tensor": (lambda: jem.energy([1.0]), "list"),
+        "y shape": (lambda: jem.energy(x, torch.tensor([1])), r"y has shape \(1,\)"),
+        "y dtype": (lambda: jem.energy(x, torch.tensor([0.0, 1.0])), "float32"),
+        "y high": (lambda: jem.energy(x, torch.tensor([0, 4])), "label 4"),
+        "y low": (lambda: jem.log_density(x, torch.tensor([-1, 0])), "label -1"),
+        "sample y shape": (lambda: jem.sample(3, y=torch.tensor([0, 1])), r"y has shape \(2,\)"),
+        "sample y high": (lambda: jem.sample(1, y=9), "0 to 3"),
+        "sample steps": (lambda: jem.sample(1, num_steps=0), "num_steps is 0"),
+        "sample n": (lambda: jem.sample(0), "n is 0"),
+        "sample nothing": (lambda: jem.sample(), "give n"),
+        "sample init": (lambda: jem.sample(3, init=x), "make them agree"),
+        "sample batch": (lambda: jem.sample(1, batch_size=0), "batch_size"),
+        "unknown model": (lambda: timm_jem.create_model("resnet_18"), "did you mean resnet18"),
+        "headless": (lambda: timm_jem.wrap(timm.create_model("test_resnet", num_classes=0)), "reset_classifier"),
+        "not timm": (lambda: timm_jem.wrap(nn.Linear(2, 2)), "timm.create_model"),
+        "class names": (lambda: timm_jem.wrap(jem.backbone, class_names=["a"]), "1 class names for 4 classes"),
+        "input size": (
+            lambda: timm_jem.wrap(timm.create_model("vit_tiny_patch16_224", num_classes=2), input_size=(3, 32, 32)),
+            "requires",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", sorted(bad_input(None)))
+def test_bad_input_is_named(jem, case):
+    call, message = bad_input(jem)[case]
+    with pytest.raises(InputError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_fixed_input_sizes_are_checked():
+    jem = timm_jem.create_model("vit_tiny_patch16_224", num_classes=2, input_size=(3, 64, 64))
+    assert jem.input_size == (3, 64, 64)
+    assert jem.sample(1, num_steps=1).shape == (1, 3, 64, 64)
+    with pytest.raises(InputError, match="resize"):
+        jem.energy(torch.zeros(1, 3, 32, 32))

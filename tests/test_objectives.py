@@ -1,0 +1,60 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from timm_jem import InputError, ObjectiveConfig, joint_loss
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    logits, logits_neg = (torch.randn(n, 4, generator=generator, dtype=torch.float64, requires_grad=True) for n in (6, 5))
+    y, y_neg = (torch.randint(4, (n,), generator=generator) for n in (6, 5))
+    return logits, y, logits_neg, y_neg
+
+
+def test_loss_is_the_sum_of_its_weighted_terms():
+    logits, y, logits_neg, y_neg = batch()
+    terms = joint_loss(logits, y, logits_neg, y_neg, ObjectiveConfig(w_ce=0.5, w_x=0.7, w_xy=0.9, energy_l2=0.1))
+    e_data, e_neg = -logits.exp().sum(1).log(), -logits_neg.exp().sum(1).log()
+    exy_data, exy_neg = -logits[range(6), y], -logits_neg[range(5), y_neg]
+    expected = (
+        0.5 * (exy_data - e_data).mean()  # cross-entropy is E(x, y) − E(x)
+        + 0.7 * (e_data.mean() - e_neg.mean())
+        + 0.9 * (exy_data.mean() - exy_neg.mean())
+        + 0.1 * ((exy_data**2).mean() + (exy_neg**2).mean())
+    )
+    torch.testing.assert_close(terms["loss"], expected)
+    torch.testing.assert_close(terms["gap"], terms["energy_data"] - terms["energy_neg"])
+    assert set(terms) == {"loss", "ce", "energy_data", "energy_neg", "gap", "gap_xy", "l2"}
+    assert [name for name, term in terms.items() if term.requires_grad] == ["loss"]
+
+
+def test_gradient_in_closed_form():
+    logits, y, logits_neg, _ = batch()
+    joint_loss(logits, y, logits_neg)["loss"].backward()
+    # d/df of CE + E(x) is −onehot: the softmaxes cancel. Of −E(x_neg) it is +softmax.
+    torch.testing.assert_close(logits.grad, -F.one_hot(y, 4).double() / 6)
+    torch.testing.assert_close(logits_neg.grad, logits_neg.softmax(1) / 5)
+
+
+def test_the_l2_term_takes_the_energies_that_are_trained():
+    logits, y, logits_neg, y_neg = batch()
+    of_x = joint_loss(logits, y, logits_neg, y_neg, ObjectiveConfig(energy_l2=1.0))["l2"]
+    torch.testing.assert_close(of_x, logits.logsumexp(1).square().mean() + logits_neg.logsumexp(1).square().mean())
+
+
+def test_without_chains_it_is_cross_entropy():
+    logits, y, _, _ = batch()
+    assert joint_loss(logits, y)["loss"] == F.cross_entropy(logits, y)
+
+
+def test_nan_is_passed_on():
+    logits, y, logits_neg, _ = batch()
+    assert joint_loss(logits, y, logits_neg * float("nan"))["loss"].isnan()
+
+
+@pytest.mark.parametrize("bad", [{"w_x": -1.0}, {"w_xy": float("nan")}, {"energy_l2": float("inf")}, {"w_ce": -0.1}])
+def test_bad_weights_are_named(bad):
+    (name,) = bad
+    with pytest.raises(InputError, match=name):
+        ObjectiveConfig(**bad)

@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from timm_jem import InputError, ReplayBuffer, uniform_noise
+
+
+def make(**kwargs) -> ReplayBuffer:
+    settings = {"init": uniform_noise, "generator": torch.Generator().manual_seed(0), "capacity": 50, "restart_prob": 0.0}
+    return ReplayBuffer((1, 2, 2), **{**settings, **kwargs})
+
+
+def test_defaults_are_the_papers():
+    buffer = ReplayBuffer((1, 1, 1), init=uniform_noise, generator=torch.Generator())
+    assert (len(buffer), buffer.restart_prob) == (10_000, 0.05)
+
+
+def test_slots_are_distinct_and_chains_return_to_them():
+    buffer = make()
+    for _ in range(20):
+        before = buffer.chains.clone()
+        u, slots = buffer.draw(40)
+        assert len(slots.unique()) == 40
+        assert torch.equal(u, before[slots])
+        buffer.put(slots, u + 1)
+        before[slots] += 1
+        assert torch.equal(buffer.chains, before)
+
+
+def test_a_draw_is_a_copy():
+    buffer = make()
+    before = buffer.chains.clone()
+    buffer.draw(50)[0].zero_()
+    assert torch.equal(buffer.chains, before)
+
+
+def test_every_slot_is_drawn_equally_often():
+    buffer = make(capacity=10)
+    counts = torch.zeros(10)
+    for _ in range(2000):
+        counts[buffer.draw(3)[1]] += 1
+    assert counts.sum() == 6000
+    assert (counts - 600).abs().max() < 5 * 600**0.5
+
+
+def test_chains_restart_with_the_given_probability():
+    buffer = make(capacity=1000, restart_prob=0.05, init=lambda shape, **_: torch.full(shape, 7.0))
+    buffer.chains.zero_()
+    restarted = sum((buffer.draw(1000)[0][:, 0, 0, 0] == 7).sum().item() for _ in range(20))
+    assert abs(restarted - 1000) < 5 * (20_000 * 0.05 * 0.95) ** 0.5
+    buffer.restart_prob = 1.0
+    assert (buffer.draw(1000)[0] == 7).all()
+
+
+def test_initial_chains_are_uniform_pixels():
+    chains = make(capacity=5000).chains
+    assert chains.min() >= -1
+    assert chains.max() <= 1
+    assert chains.var().item() == pytest.approx(1 / 3, rel=0.05)
+
+
+def test_classes_keep_their_slots():
+    buffer = make(num_classes=3, capacity=50)
+    assert buffer.labels.bincount().tolist() == [17, 17, 16]
+    y = torch.tensor([2, 0, 0, 1, 2, 2, 0])
+    for _ in range(50):
+        _, slots = buffer.draw(7, y)
+        assert torch.equal(buffer.labels[slots], y)
+        assert len(slots.unique()) == 7
+
+
+def test_slots_of_a_class_are_drawn_equally_often():
+    buffer = make(num_classes=2, capacity=10)
+    counts = torch.zeros(10)
+    for _ in range(1000):
+        counts[buffer.draw(2, torch.tensor([0, 0]))[1]] += 1
+    assert counts[5:].sum() == 0
+    assert (counts[:5] - 400).abs().max() < 5 * 400**0.5
+
+
+def test_a_whole_class_can_be_drawn_and_no_more():
+    buffer = make(num_classes=2, capacity=10)
+    assert sorted(buffer.draw(5, torch.ones(5, dtype=torch.long))[1].tolist()) == [5, 6, 7, 8, 9]
+    with pytest.raises(InputError, match="capacity"):
+        buffer.draw(6, torch.ones(6, dtype=torch.long))
+
+
+def test_resume_is_bit_exact():
+    buffer = make(num_classes=5, restart_prob=0.3)
+    for _ in range(3):
+        u, slots = buffer.draw(20)
+        buffer.put(slots, u * 0.9)
+    state = {k: v.clone() for k, v in buffer.state_dict().items()}
+    expected = [buffer.draw(20) for _ in range(3)]
+    other = make(num_classes=5, restart_prob=0.3, generator=torch.Generator().manual_seed(99))
+    other.load_state_dict(state)
+    for u, slots in expected:
+        u2, slots2 = other.draw(20)
+        assert torch.equal(u, u2)
+        assert torch.equal(slots, slots2)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match="capacity"):
+        make(capacity=0)
+    with pytest.raises(InputError, match="restart_prob"):
+        make(restart_prob=float("nan"))
+    with pytest.raises(InputError, match="5 classes"):
+        make(capacity=4, num_classes=5)
+    with pytest.raises(InputError, match="51 chains"):
+        make().draw(51)
+    with pytest.raises(InputError, match="no classes"):
+        make().draw(1, torch.tensor([0]))
+    with pytest.raises(InputError, match="shape"):
+        make().load_state_dict(make(capacity=49).state_dict())
+    with pytest.raises(InputError, match="classes"):
+        make().load_state_dict(make(num_classes=2).state_dict())

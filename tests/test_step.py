@@ -1,0 +1,156 @@
+"""Our iteration against the paper's algorithm 1, written out plainly."""
+
+import pytest
+import torch
+from torch import nn
+
+from timm_jem import JEM, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
+from timm_jem.training import joint_step
+
+SHAPE = (1, 4, 4)
+
+
+class Tiny(nn.Module):
+    num_classes = 3
+
+    def __init__(self, norm: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
+        self.act = nn.SiLU()
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.fc(self.act(self.norm(self.conv(x))).flatten(1))
+
+
+def make(norm=False, classes=None, restart_prob=0.5):
+    torch.manual_seed(0)
+    jem = JEM(Tiny(norm), data_config={"input_size": SHAPE, "mean": (0.4,), "std": (0.3,)}).double()
+    buffer = ReplayBuffer(
+        SHAPE,
+        init=uniform_noise,
+        generator=torch.Generator().manual_seed(1),
+        capacity=12,
+        restart_prob=restart_prob,
+        num_classes=classes,
+    )
+    buffer.chains = buffer.chains.double()
+    return jem, buffer, torch.rand(6, *SHAPE, dtype=torch.float64) * 2 - 1, torch.tensor([0, 1, 2, 2, 0, 1])
+
+
+SGLD = SGLDConfig(num_steps=5, step_size=0.7, noise_std=0.05)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_whole_iteration_equals_the_plain_algorithm(conditional):
+    jem, buffer, u, y = make(classes=3 if conditional else None)
+    objective = ObjectiveConfig(w_x=0.8, w_xy=0.6 if conditional else 0.0, energy_l2=0.05)
+    weights = [p.detach().clone().requires_grad_(True) for p in jem.parameters()]
+
+    # What our step will draw, from generators in the same state.
+    chain_rng, noise_rng = (torch.Generator().manual_seed(seed) for seed in (1, 2))
+    chain_rng.set_state(buffer.generator.get_state())
+    twin = ReplayBuffer(SHAPE, init=uniform_noise, generator=torch.Generator(), capacity=12, restart_prob=0.5,
+                        num_classes=3 if conditional else None)  # fmt: skip
+    twin.chains, twin.generator = buffer.chains.clone(), chain_rng
+    chains, slots = twin.draw(6, y if conditional else None)
+    noises = [torch.randn(6, *SHAPE, dtype=torch.float64, generator=noise_rng) for _ in range(6)]
+
+    optimizer = torch.optim.Adam(jem.parameters(), lr=0.01)
+    terms = joint_step(
+        jem, jem, u, y, buffer, sgld_config=SGLD, objective=objective, data_noise=0.03,
+        generator=torch.Generator().manual_seed(2),
+    )  # fmt: skip
+    terms["loss"].backward()
+    optimizer.step()
+
+    # The paper's algorithm 1, without any of our code.
+    def f(pixels):
+        conv_w, conv_b, fc_w, fc_b = weights
+        x = ((pixels + 1) / 2 - 0.4) / 0.3
+        h = nn.functional.conv2d(x, conv_w, conv_b)
+        return (h * torch.sigmoid(h)).flatten(1) @ fc_w.T + fc_b
+
+    def chain_energy(pixels):
+        logits = f(pixels)
+        return -logits[range(6), y] if conditional else -logits.exp().sum(1).log()
+
+    for noise in noises[1:]:
+        chains = chains.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(chain_energy(chains).sum(), chains)
+        chains = (chains - 0.7 * gradient + 0.05 * noise).detach()
+    real, fake = f(u + 0.03 * noises[0]), f(chains)
+    e_real, e_fake = -real.exp().sum(1).log(), -fake.exp().sum(1).log()
+    loss = -real.log_softmax(1)[range(6), y].mean() + 0.8 * (e_real.mean() - e_fake.mean())
+    if conditional:
+        e_real, e_fake = -real[range(6), y], -fake[range(6), y]
+        loss = loss + 0.6 * (e_real.mean() - e_fake.mean())
+    loss = loss + 0.05 * (e_real.square().mean() + e_fake.square().mean())
+    loss.backward()
+    plain = torch.optim.Adam(weights, lr=0.01)
+    plain.step()
+
+    tolerance = {"rtol": 0, "atol": 1e-6}
+    torch.testing.assert_close(terms["loss"], loss, **tolerance)
+    torch.testing.assert_close(buffer.chains[slots], chains, **tolerance)
+    for parameter, weight in zip(jem.parameters(), weights, strict=True):
+        torch.testing.assert_close(parameter.grad, weight.grad, **tolerance)
+        torch.testing.assert_close(parameter, weight, **tolerance)
+    assert (twin.chains == buffer.chains).flatten(1).all(1).sum() == 6  # the other slots are as they were
+
+
+def run(jem, buffer, u, y, **kwargs):
+    settings = {"sgld_config": SGLD, "objective": ObjectiveConfig(), "data_noise": 0.0}
+    return joint_step(jem, jem, u, y, buffer, generator=torch.Generator().manual_seed(2), **{**settings, **kwargs})
+
+
+def test_one_forward_for_data_and_chains_where_nothing_mixes_them():
+    for norm, expected in ((False, [12]), (True, [6, 6])):
+        jem, buffer, u, y = make(norm)
+        jem.train()
+        sizes = []
+        jem.register_forward_hook(lambda module, args, _, sizes=sizes: sizes.append(len(args[0])) if module.training else None)
+        run(jem, buffer, u, y)
+        assert sizes == expected
+
+
+def test_without_an_energy_term_it_is_cross_entropy_alone():
+    jem, buffer, u, y = make()
+    before = buffer.chains.clone()
+    terms = run(jem, buffer, u, y, objective=ObjectiveConfig(w_x=0.0))
+    assert terms["loss"] == nn.functional.cross_entropy(jem(jem.normalize(u)), y)
+    assert torch.equal(buffer.chains, before)
+
+
+def test_chains_leave_batch_norm_and_gradients_alone():
+    jem, buffer, u, y = make(norm=True)
+    jem.train()
+    before = {k: v.clone() for k, v in jem.state_dict().items()}
+    terms = run(jem, buffer, u, y)
+    assert jem.backbone.norm.num_batches_tracked == 2  # data and chains, no SGLD step
+    assert all(p.grad is None for p in jem.parameters())
+    assert all(p.requires_grad for p in jem.parameters())
+    terms["loss"].backward()
+    assert all(p.grad is not None for p in jem.parameters())
+    assert torch.equal(before["conv.weight"], jem.backbone.conv.weight)
+
+
+def test_the_loss_is_that_of_the_model_that_is_handed_in():
+    jem, buffer, u, y = make()
+    calls = []
+
+    class Prepared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = jem
+
+        def forward(self, x):
+            calls.append(len(x))
+            return self.inner(x)
+
+    joint_step(
+        Prepared(), jem, u, y, buffer, sgld_config=SGLD, objective=ObjectiveConfig(), data_noise=0.0,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    assert calls == [6] * 5 + [12]

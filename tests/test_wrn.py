@@ -1,0 +1,71 @@
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import timm_jem  # noqa: F401  registers the networks
+
+
+def test_the_papers_network():
+    model = timm.create_model("wrn_28_10", num_classes=10)
+    assert sum(p.numel() for p in model.parameters()) == 36_471_338
+    kinds = {type(m).__name__ for m in model.modules()}
+    assert not any("Norm" in kind for kind in kinds)
+    assert all(m.bias is not None for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    slopes = {m.negative_slope for m in model.modules() if isinstance(m, torch.nn.LeakyReLU)}
+    assert slopes == {0.2}
+    with torch.no_grad():
+        assert model.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 640, 8, 8)
+
+
+def test_forward_equals_the_network_written_out():
+    model = timm.create_model("wrn_10_1", num_classes=5, in_chans=2).double().eval()
+    p = dict(model.named_parameters())
+
+    def conv(x, name, **kwargs):
+        return F.conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], **kwargs)
+
+    x = torch.randn(3, 2, 12, 16, dtype=torch.float64)
+    h = conv(x, "stem", padding=1)
+    for stage, stride in enumerate((1, 2, 2)):
+        block = f"stages.{stage}.0"
+        raw = h if stage == 0 else conv(h, f"{block}.shortcut", stride=stride)
+        out = conv(F.leaky_relu(h, 0.2), f"{block}.conv1", padding=1)
+        h = conv(F.leaky_relu(out, 0.2), f"{block}.conv2", stride=stride, padding=1) + raw
+    expected = F.leaky_relu(h, 0.2).mean((2, 3)) @ p["fc.weight"].T + p["fc.bias"]
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ["wrn_10_2", "wrn_16_4", "wrn_40_2"])
+def test_smaller_members_take_small_grey_images(name):
+    model = timm.create_model(name, num_classes=7, in_chans=1)
+    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 7)
+    assert model.num_classes == 7
+
+
+def test_options():
+    model = timm.create_model("wrn_10_1", norm_layer="batchnorm2d", act_layer="silu", num_classes=3)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == 2 * 3 + 1
+    assert not any(isinstance(m, torch.nn.LeakyReLU) for m in model.modules())
+    model.reset_classifier(4)
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 4)
+    model.reset_classifier(0)
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 64)
+
+
+def test_features_and_checkpointing_as_timm_users_expect():
+    features = timm.create_model("wrn_10_1", features_only=True)(torch.zeros(1, 3, 32, 32))
+    assert [tuple(f.shape[1:]) for f in features] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    model = timm.create_model("wrn_10_1")
+    x = torch.randn(2, 3, 8, 8)
+    plain = model(x)
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(x), plain)
+    model(x).sum().backward()
+    assert model.stem.weight.grad is not None
+
+
+def test_impossible_depths_are_refused():
+    with pytest.raises(ValueError, match="6n \\+ 4"):
+        timm.create_model("wrn_10_1", depth=12)

@@ -1,0 +1,84 @@
+"""The joint objective of energy-based classifiers, on logits."""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_jem.energy import energy
+from timm_jem.errors import InputError
+
+__all__ = ["ObjectiveConfig", "joint_loss"]
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights of the terms of :func:`joint_loss`.
+
+    Attributes:
+        w_ce: cross-entropy of the labelled images (paper: 1).
+        w_x: likelihood of x under E(x) (paper: 1).
+        w_xy: likelihood of (x, y) under E(x, y), with class-conditional chains (paper: 0).
+        energy_l2: weight of the mean squared energy of data and chains, against drifting energies (paper: 0;
+            Du & Mordatch, NeurIPS 2019, arXiv 1903.08689, section 3.2).
+
+    Raises:
+        InputError: a weight that is negative or not finite.
+    """
+
+    w_ce: float = 1.0
+    w_x: float = 1.0
+    w_xy: float = 0.0
+    energy_l2: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not math.isfinite(value) or value < 0:
+                raise InputError(f"objective {field.name} is {value!r}: give a finite number of at least 0")
+
+
+def joint_loss(
+    logits: Tensor,
+    y: Tensor,
+    logits_neg: Tensor | None = None,
+    y_neg: Tensor | None = None,
+    config: ObjectiveConfig = ObjectiveConfig(),
+) -> dict[str, Tensor]:
+    """Cross-entropy plus the contrastive estimate of maximum likelihood.
+
+    loss = w_ce · CE + w_x · (mean E(x_data) − mean E(x_neg)) + w_xy · (mean E(x_data, y) − mean E(x_neg, y_neg))
+           + energy_l2 · (mean E_data² + mean E_neg²)
+
+    The gradient of each difference is that of the negative log-likelihood: JEM (arXiv 1912.03263), eq. 2; its
+    factorisation log p(x) + log p(y|x) is eq. 8. The L2 term takes E(x, y) where w_xy > 0, else E(x).
+
+    Args:
+        logits: f(x_data), shape (B, num_classes).
+        y: labels, int64, shape (B,).
+        logits_neg: f(x_neg) of the chains, shape (M, num_classes); None for cross-entropy alone.
+        y_neg: the chains' labels, int64, shape (M,); needed where w_xy > 0.
+        config: see :class:`ObjectiveConfig`.
+
+    Returns:
+        Scalars by name: ``loss`` (the one with a graph), and for logging, detached: ``ce``, ``energy_data`` and
+        ``energy_neg`` (means of E(x)), ``gap`` (energy_data − energy_neg), with labels ``gap_xy``, and ``l2``.
+    """
+    ce = F.cross_entropy(logits, y)
+    loss = config.w_ce * ce
+    terms = {"ce": ce}
+    if logits_neg is not None:
+        e_data, e_neg = energy(logits), energy(logits_neg)
+        terms |= {"energy_data": e_data.mean(), "energy_neg": e_neg.mean()}
+        terms["gap"] = terms["energy_data"] - terms["energy_neg"]
+        if config.w_x:
+            loss = loss + config.w_x * terms["gap"]
+        if config.w_xy:
+            e_data, e_neg = energy(logits, y), energy(logits_neg, y_neg)
+            terms["gap_xy"] = e_data.mean() - e_neg.mean()
+            loss = loss + config.w_xy * terms["gap_xy"]
+        if config.energy_l2:
+            terms["l2"] = e_data.square().mean() + e_neg.square().mean()
+            loss = loss + config.energy_l2 * terms["l2"]
+    return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}

@@ -1,0 +1,127 @@
+"""The replay buffer: chains that persist between training iterations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_jem.errors import InputError
+
+__all__ = ["ReplayBuffer"]
+
+
+class ReplayBuffer:
+    """Persistent chains on the training device (JEM, arXiv 1912.03263, appendix A; after Tieleman, ICML 2008).
+
+    ``draw`` hands out chains from distinct slots, each restarted from the initial distribution with probability
+    ``restart_prob``; ``put`` writes them back to the same slots. A draw never waits for the device.
+
+    Args:
+        image_shape: (C, H, W).
+        init: ``init(shape, generator=..., device=...)`` returns new chains, pixels; shape (n, C, H, W).
+        generator: the only source of randomness; lives on ``device``.
+        capacity: number of chains (paper: 10,000).
+        restart_prob: probability that a drawn chain starts anew (paper: 0.05).
+        num_classes: when given, every slot belongs to one class for good, classes evenly: chains of E(x, y).
+        device: where chains live.
+
+    Attributes:
+        chains: pixels, shape (capacity, C, H, W), float32.
+        labels: classes of the slots, int64, shape (capacity,), or None.
+
+    Raises:
+        InputError: a capacity, probability or class count out of range.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        *,
+        init: Callable[..., Tensor],
+        generator: torch.Generator,
+        capacity: int = 10_000,
+        restart_prob: float = 0.05,
+        num_classes: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if capacity < 1:
+            raise InputError(f"replay buffer capacity is {capacity}: give at least 1")
+        if not 0.0 <= restart_prob <= 1.0:
+            raise InputError(f"replay buffer restart_prob is {restart_prob}: give a probability in [0, 1]")
+        if num_classes is not None and capacity < num_classes:
+            raise InputError(f"replay buffer capacity {capacity} is below {num_classes} classes: give one chain a class")
+        self.init, self.generator, self.restart_prob, self.num_classes = init, generator, restart_prob, num_classes
+        self.chains = init((capacity, *image_shape), generator=generator, device=device)
+        # Class by class, so that the slots of class c are one range.
+        slots = torch.arange(capacity, device=device)
+        self.labels = None if num_classes is None else slots * num_classes // capacity
+
+    def __len__(self) -> int:
+        return len(self.chains)
+
+    def draw(self, n: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` chains from distinct slots.
+
+        Args:
+            n: how many, at most the capacity.
+            y: classes wanted, int64, shape (n,), for a buffer with classes; None: slots of any class.
+
+        Returns:
+            Chains (a copy), pixels, shape (n, C, H, W), and their slots, int64, shape (n,).
+
+        Raises:
+            InputError: more chains than there are slots, or ``y`` for a buffer without classes.
+        """
+        if n > len(self):
+            raise InputError(f"{n} chains from a replay buffer of {len(self)}: raise its capacity or lower the batch size")
+        device = self.chains.device
+        if y is None:
+            slots = torch.randperm(len(self), generator=self.generator, device=device)[:n]
+        else:
+            slots = self._slots_of_classes(y)
+        chains = self.chains[slots]
+        fresh = self.init(chains.shape, generator=self.generator, device=device)
+        restart = torch.rand(n, generator=self.generator, device=device) < self.restart_prob
+        return torch.where(restart.view(-1, 1, 1, 1), fresh, chains), slots
+
+    def _slots_of_classes(self, y: Tensor) -> Tensor:
+        if self.labels is None:
+            raise InputError("this replay buffer has no classes: build it with num_classes, or draw without y")
+        # The k-th wish for a class gets the k-th slot of that class in a random order of all slots.
+        order = torch.randperm(len(self), generator=self.generator, device=self.chains.device)
+        order = order[self.labels[order].argsort(stable=True)]
+        classes = torch.arange(self.num_classes, device=y.device)
+        wish = (y.unsqueeze(1) == classes).long()
+        nth = (wish.cumsum(0) - 1).gather(1, y.unsqueeze(1)).squeeze(1)
+        if len(y) > len(self) // self.num_classes and bool((nth >= self.labels.bincount()[y]).any()):
+            raise InputError(f"more chains of one class than its slots among {len(self)}: raise the replay buffer's capacity")
+        first = torch.searchsorted(self.labels, classes)
+        return order[first[y] + nth]
+
+    def put(self, slots: Tensor, chains: Tensor) -> None:
+        """Write ``chains`` (pixels, shape (n, C, H, W)) back to their ``slots``, shape (n,)."""
+        self.chains[slots] = chains.detach().to(self.chains.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bit-exact resume needs: chains, labels and the generator's state."""
+        state = {"chains": self.chains, "generator": self.generator.get_state()}
+        return state if self.labels is None else {**state, "labels": self.labels}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore ``state_dict``.
+
+        Raises:
+            InputError: chains of another shape, or with classes where this buffer has none (or the reverse).
+        """
+        if state["chains"].shape != self.chains.shape:
+            raise InputError(
+                f"saved chains have shape {tuple(state['chains'].shape)}, this replay buffer {tuple(self.chains.shape)}: "
+                "build it as it was saved"
+            )
+        if ("labels" in state) != (self.labels is not None):
+            raise InputError("saved chains and this replay buffer differ in having classes: build it as it was saved")
+        self.chains.copy_(state["chains"])
+        if self.labels is not None:
+            self.labels.copy_(state["labels"])
+        self.generator.set_state(state["generator"])

@@ -1,0 +1,71 @@
+"""One iteration of joint training, up to the loss."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from timm_jem.energy import energy
+from timm_jem.model import JEM
+from timm_jem.objectives import ObjectiveConfig, joint_loss
+from timm_jem.replay_buffer import ReplayBuffer
+from timm_jem.sampling import SGLDConfig, frozen, randn, sgld
+
+__all__ = ["joint_step"]
+
+
+def joint_step(
+    model: nn.Module,
+    jem: JEM,
+    u: Tensor,
+    y: Tensor,
+    buffer: ReplayBuffer,
+    *,
+    sgld_config: SGLDConfig,
+    objective: ObjectiveConfig,
+    data_noise: float,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Draw negatives, move them by SGLD, put them back, and return the joint loss (JEM, arXiv 1912.03263, algorithm 1).
+
+    As many chains as images; with ``objective.w_xy`` > 0 they are chains of E(x, y) with the images' labels, so that
+    the classes' frequencies cancel in the difference. Data and chains go through the network in one forward, or in
+    two where a BatchNorm in train mode would mix them. Without ``w_x`` and ``w_xy`` it is cross-entropy alone, and no
+    chain moves.
+
+    Args:
+        model: ``jem`` as the training loop runs it (prepared, compiled or ``jem`` itself): model input to logits. The
+            loss goes through its forward, so that distributed wrappers see it.
+        jem: for its normalisation.
+        u: images, pixels in [-1, 1], shape (B, C, H, W).
+        y: labels, int64, shape (B,).
+        buffer: with classes where ``objective.w_xy`` > 0.
+        sgld_config: how chains move.
+        objective: weights of the loss.
+        data_noise: standard deviation of the Gaussian noise added to the images, pixels (paper: 0.03).
+        generator: randomness of data noise and SGLD.
+
+    Returns:
+        Named terms of :func:`timm_jem.joint_loss`; ``loss`` has the graph.
+    """
+    if data_noise:
+        u = u + data_noise * randn(u.shape, generator=generator, device=u.device, dtype=u.dtype)
+    if not (objective.w_x or objective.w_xy):
+        return joint_loss(model(jem.normalize(u)), y, config=objective)
+    y_neg = y if objective.w_xy else None
+    u_neg, slots = buffer.draw(len(u), y_neg)
+    # Outside no_sync, DistributedDataParallel would wait for gradients that sampling never makes.
+    with frozen(model), getattr(model, "no_sync", nullcontext)():
+        u_neg = sgld(
+            lambda u, *labels: energy(model(jem.normalize(u)), *labels), u_neg, sgld_config, y=y_neg, generator=generator
+        )
+    buffer.put(slots, u_neg)
+    if _mixes_batch(model):
+        logits, logits_neg = model(jem.normalize(u)), model(jem.normalize(u_neg))
+    else:
+        logits, logits_neg = model(jem.normalize(torch.cat([u, u_neg]))).split([len(u), len(u_neg)])
+    return joint_loss(logits, y, logits_neg, y_neg, objective)
+
+
+def _mixes_batch(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
