@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed, tqdm
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch.utils.data import DataLoader
@@ -29,6 +29,8 @@ import timm_jem
 from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
 from timm_jem.data import DataConfig, ImageSet, augment, load_splits, to_pixels
 from timm_jem.evaluation import accuracy, best_num_steps, expected_calibration_error, image_grid, predict
+from timm_jem.model import check_name
+from timm_jem.sampling import randn
 from timm_jem.training import joint_step
 
 DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
@@ -62,7 +64,9 @@ class TrainConfig:
         sched: how the learning rate falls after warmup_steps: cosine to 0, at milestones (parts of steps) by
             decay_rate, or not at all.
         grad_clip: bound of the gradient's norm; 0: none.
-        data_noise: standard deviation of noise on the images while training, pixels.
+        data_noise: standard deviation of noise on the images while training, pixels. Chains can't be narrower than
+            their own noise, so keep it above sgld.noise_std, or the energy sharpens without end.
+        ce_noise: that of the images for the cross-entropy, or None: they are the same images.
         buffer_size, restart_prob: the replay buffer.
         objective: weights of the loss; w_xy > 0 gives class-conditional chains.
         seed: of weights, order and chains.
@@ -86,6 +90,7 @@ class TrainConfig:
     decay_rate: float = 0.3
     grad_clip: float = 0.0
     data_noise: float = 0.03
+    ce_noise: float | None = None
     buffer_size: int = 10_000
     restart_prob: float = 0.05
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -112,7 +117,7 @@ class TrainConfig:
 
 
 def parse(argv: list[str]):
-    parser = ArgumentParser(prog="recipes/train.py", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="recipes/train.py", description=__doc__.splitlines()[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
     parser.add_argument("--data", type=DataConfig, default=DataConfig())
     parser.add_argument("--model", type=ModelConfig, default=ModelConfig())
@@ -121,7 +126,10 @@ def parse(argv: list[str]):
     parser.add_argument("--output_dir", type=str | None, default=None, help="default: runs/<data set>, numbered")
     if not any(a.split("=")[0] in ("--config", "--data.dataset", "--data") for a in argv):
         argv = ["--config", str(DIGITS_CONFIG), *argv]
-    config = parser.parse_args(argv)
+    try:
+        config = parser.parse_args(argv)
+    except ArgumentError as error:
+        raise InputError(f"{' '.join(str(error).split())}; recipes/train.py --help lists the settings") from error
     return parser, config, parser.instantiate(config)
 
 
@@ -166,6 +174,10 @@ def main(argv: list[str]) -> None:
 
     # Everything that can be wrong with the input is found here, before anything is written.
     output_dir = broadcast_object_list([choose_output_dir(settings.output_dir, data.dataset)])[0]
+    check_name(model.name)
+    lengths = [n * sgld.num_steps for n in train.sample_steps if n * sgld.num_steps > sgld.denoise_steps]
+    if not lengths:
+        raise InputError(f"no train.sample_steps is longer than sgld.denoise_steps {sgld.denoise_steps}: give longer ones")
     splits = load_splits(data)
     num_classes = len(splits.class_names)
     if model.num_classes not in (None, num_classes):
@@ -247,7 +259,7 @@ def main(argv: list[str]) -> None:
         metrics_file.write(json.dumps(metrics) + "\n")
         metrics_file.flush()
 
-    progress = tqdm(total=train.steps, desc="training", unit="it", disable=None if accelerator.is_main_process else True)
+    progress = tqdm(total=train.steps, desc="training", unit="it")
     start = time.perf_counter()
     aside = 0.0  # seconds spent on pictures and validation
     step, epoch = 0, 0
@@ -255,6 +267,7 @@ def main(argv: list[str]) -> None:
     while step < train.steps:
         for images, y in train_loader:
             u = augment(to_pixels(images), crop_padding=splits.crop_padding, flip=splits.flip, generator=noise_rng)
+            u_ce = None if train.ce_noise is None else u + train.ce_noise * randn(u.shape, generator=noise_rng, device=device)
             terms = joint_step(
                 prepared,
                 jem,
@@ -265,6 +278,7 @@ def main(argv: list[str]) -> None:
                 objective=train.objective,
                 data_noise=train.data_noise,
                 generator=noise_rng,
+                u_ce=u_ce,
             )
             accelerator.backward(terms["loss"])
             if train.grad_clip:
@@ -297,7 +311,6 @@ def main(argv: list[str]) -> None:
         jem.eval()
         # How long fresh chains should be is chosen on validation images; test images are only reported on.
         val_images = to_pixels(torch.cat([images for images, _ in batches(splits.val, train, train=False)]))
-        lengths = [n * sgld.num_steps for n in train.sample_steps if n * sgld.num_steps > sgld.denoise_steps]
         best, distances = best_num_steps(
             jem,
             val_images,

@@ -123,6 +123,17 @@ def test_without_an_energy_term_it_is_cross_entropy_alone():
     assert torch.equal(buffer.chains, before)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_cross_entropy_can_have_its_own_views(norm):
+    jem, buffer, u, y = make(norm)
+    u_ce = u.flip(-1)
+    terms = run(jem.eval(), buffer, u, y, u_ce=u_ce)
+    torch.testing.assert_close(terms["ce"], nn.functional.cross_entropy(jem(jem.normalize(u_ce)), y))
+    torch.testing.assert_close(terms["energy_data"], jem.pixel_energy(u).mean())
+    only = run(jem, buffer, u, y, u_ce=u_ce, objective=ObjectiveConfig(w_x=0.0))
+    torch.testing.assert_close(only["loss"], terms["ce"])
+
+
 def test_chains_leave_batch_norm_and_gradients_alone():
     jem, buffer, u, y = make(norm=True)
     jem.train()

@@ -123,7 +123,7 @@ class ImageSet(torch.utils.data.Dataset):
     def cache(self) -> "ImageSet":
         """Decode every image now and keep it in memory, 8 bits a pixel; returns itself."""
         images = torch.empty(len(self), self.channels, *self.size, dtype=torch.uint8)
-        for row in tqdm(range(len(self)), desc=f"decoding {self.name}", leave=False, disable=None):
+        for row in tqdm(range(len(self)), desc=f"decoding {self.name}", leave=False):
             images[row] = self._decode(row)
         self.images = images
         return self

@@ -16,7 +16,7 @@ from timm.models import save_for_hf
 from timm.utils import unwrap_model
 
 from timm_jem.errors import InputError
-from timm_jem.model import JEM, unknown_model, wrap
+from timm_jem.model import JEM, check_name, wrap
 from timm_jem.sampling import SGLDConfig
 
 __all__ = ["FORMAT_VERSION", "from_pretrained", "save"]
@@ -110,9 +110,7 @@ def from_pretrained(
     version = ours.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise InputError(f"{name} has format version {version}, this timm_jem reads {FORMAT_VERSION}: upgrade timm_jem")
-    architecture = config.get("architecture", "")
-    if not timm.is_model(architecture):
-        raise unknown_model(architecture)
+    check_name(config.get("architecture", ""))
     backbone = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     jem = wrap(backbone, sgld=SGLDConfig(**ours.get("sgld", {})), provenance=ours.get("provenance"))
     return jem.eval()

@@ -309,24 +309,27 @@ def create_model(
     Raises:
         InputError: an unknown name (with close matches), or what :func:`wrap` refuses.
     """
-    if ":" not in name and not timm.is_model(name.split(".")[0]):
-        raise unknown_model(name)
+    check_name(name)
     arguments = {"model_name": name, **kwargs}
     if input_size is not None:
         try:
             arguments = resolve_model_input_args(name, {"input_size": input_size}, **kwargs)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
-    return wrap(
-        timm.create_model(pretrained=pretrained, **arguments), input_size=input_size, class_names=class_names, sgld=sgld
-    )
+    try:
+        backbone = timm.create_model(pretrained=pretrained, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} can't be built with these arguments: {' '.join(str(error).split())}") from error
+    return wrap(backbone, input_size=input_size, class_names=class_names, sgld=sgld)
 
 
-def unknown_model(name: str) -> InputError:
-    """The error for a name that timm doesn't know, with the closest ones that it does."""
-    close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them all"
-    return InputError(f"unknown model {name!r}: {hint}")
+def check_name(name: str) -> None:
+    """Raise an InputError with the closest names where timm knows no model of this one; sources ("hf-hub:") pass."""
+    known = ":" in name or timm.is_model(name.split(".")[0])
+    if not known:
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them all"
+        raise InputError(f"unknown model {name!r}: {hint}")
 
 
 def _name(model: nn.Module) -> str:

@@ -45,6 +45,8 @@ def joint_loss(
     logits_neg: Tensor | None = None,
     y_neg: Tensor | None = None,
     config: ObjectiveConfig = ObjectiveConfig(),
+    *,
+    logits_ce: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Cross-entropy plus the contrastive estimate of maximum likelihood.
 
@@ -60,12 +62,13 @@ def joint_loss(
         logits_neg: f(x_neg) of the chains, shape (M, num_classes); None for cross-entropy alone.
         y_neg: the chains' labels, int64, shape (M,); needed where w_xy > 0.
         config: see :class:`ObjectiveConfig`.
+        logits_ce: for the cross-entropy, where it sees other views of the same images, shape (B, num_classes).
 
     Returns:
         Scalars by name: ``loss`` (the one with a graph), and for logging, detached: ``ce``, ``energy_data`` and
         ``energy_neg`` (means of E(x)), ``gap`` (energy_data − energy_neg), with labels ``gap_xy``, and ``l2``.
     """
-    ce = F.cross_entropy(logits, y)
+    ce = F.cross_entropy(logits if logits_ce is None else logits_ce, y)
     loss = config.w_ce * ce
     terms = {"ce": ce}
     if logits_neg is not None:

@@ -28,7 +28,7 @@ def predict(jem: JEM, batches: Iterable[tuple[Tensor, Tensor]], *, desc: str = "
     device = jem.mean.device
     logits, labels = [], []
     with frozen(jem):
-        for images, y in tqdm(batches, desc=desc, leave=False, disable=None):
+        for images, y in tqdm(batches, desc=desc, leave=False):
             logits.append(jem(jem.normalize(to_pixels(images.to(device)))).float().cpu())
             labels.append(y.cpu())
     return torch.cat(logits), torch.cat(labels)

@@ -25,6 +25,7 @@ def joint_step(
     objective: ObjectiveConfig,
     data_noise: float,
     generator: torch.Generator,
+    u_ce: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Draw negatives, move them by SGLD, put them back, and return the joint loss (JEM, arXiv 1912.03263, algorithm 1).
 
@@ -44,6 +45,8 @@ def joint_step(
         objective: weights of the loss.
         data_noise: standard deviation of the Gaussian noise added to the images, pixels (paper: 0.03).
         generator: randomness of data noise and SGLD.
+        u_ce: the images for the cross-entropy, where they are augmented otherwise than ``u`` (SADA-JEM, arXiv
+            2209.07959, takes un-augmented images for p(x)), pixels, shape (B, C, H, W); None: ``u`` with its noise.
 
     Returns:
         Named terms of :func:`timm_jem.joint_loss`; ``loss`` has the graph.
@@ -51,7 +54,7 @@ def joint_step(
     if data_noise:
         u = u + data_noise * randn(u.shape, generator=generator, device=u.device, dtype=u.dtype)
     if not (objective.w_x or objective.w_xy):
-        return joint_loss(model(jem.normalize(u)), y, config=objective)
+        return joint_loss(model(jem.normalize(u if u_ce is None else u_ce)), y, config=objective)
     y_neg = y if objective.w_xy else None
     u_neg, slots = buffer.draw(len(u), y_neg)
     # Outside no_sync, DistributedDataParallel would wait for gradients that sampling never makes.
@@ -60,11 +63,12 @@ def joint_step(
             lambda u, *labels: energy(model(jem.normalize(u)), *labels), u_neg, sgld_config, y=y_neg, generator=generator
         )
     buffer.put(slots, u_neg)
+    parts = [u, u_neg] if u_ce is None else [u, u_neg, u_ce]
     if _mixes_batch(model):
-        logits, logits_neg = model(jem.normalize(u)), model(jem.normalize(u_neg))
+        logits = [model(jem.normalize(part)) for part in parts]
     else:
-        logits, logits_neg = model(jem.normalize(torch.cat([u, u_neg]))).split([len(u), len(u_neg)])
-    return joint_loss(logits, y, logits_neg, y_neg, objective)
+        logits = model(jem.normalize(torch.cat(parts))).split([len(part) for part in parts])
+    return joint_loss(logits[0], y, logits[1], y_neg, objective, logits_ce=None if u_ce is None else logits[2])
 
 
 def _mixes_batch(model: nn.Module) -> bool:

@@ -1,0 +1,192 @@
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import benchmark
+import pytest
+import timm
+import torch
+import train
+import yaml
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+
+import timm_jem
+from timm_jem import InputError
+from timm_jem.data import DataConfig, digits, load_splits, to_pixels
+
+ROOT = Path(__file__).parent.parent
+SHORT = "--train.steps 4 --train.batch_size 16 --train.sample_steps [1,2] --train.sample_count 40 --sgld.num_steps 5"
+
+
+def launch(command: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run an ``accelerate launch`` line as a shell would, in ``folder``, with one thread: runs are then bit-equal."""
+    words = [Path(sys.executable).parent / "accelerate", "launch", *shlex.split(command)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    flags = "--train.sample_every 2 --train.eval_every 2 --train.log_every 1"
+    done = launch(f"{ROOT}/recipes/train.py {SHORT} {flags}", folder)
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+    return folder / "runs" / "digits"
+
+
+def test_everything_is_written(run):
+    names = {"buffer.png", "config.yaml", "metrics.jsonl", "model", "samples.png", "summary.json"}
+    assert set(os.listdir(run)) == names | {"samples_000002.png", "samples_000004.png"}
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"test_accuracy", "test_ece", "val_accuracy", "seconds", "seconds_per_step"} <= set(summary)
+    assert summary["steps"] == 4
+    assert summary["sample_steps"] in (5, 10)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "val_accuracy" in line] == [2, 4]
+    assert {"ce", "gap_xy", "energy_data", "energy_neg", "lr"} <= set(lines[0])
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["train"]["steps"], config["sgld"]["num_steps"], config["model"]["name"]) == (4, 5, "wrn_10_1")
+    picture = PILImage.open(run / "samples.png")
+    assert picture.height == 10 * 42 + 2  # one row a class
+
+
+def test_what_is_reported_is_what_is_saved(run):
+    summary = json.loads((run / "summary.json").read_text())
+    jem = timm_jem.from_pretrained(run / "model")
+    plain = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
+    test = load_splits(DataConfig()).test
+    with torch.no_grad():
+        logits = jem(jem.normalize(to_pixels(test.images)))
+        assert torch.equal(logits, plain(jem.normalize(to_pixels(test.images))))
+    assert (logits.argmax(1) == test.labels).double().mean().item() == summary["test_accuracy"]
+    assert jem.sgld.sample_steps == summary["sample_steps"]
+    assert jem.sgld.num_steps == 5
+    assert jem.class_names == [str(i) for i in range(10)]
+    assert jem.provenance["dataset"] == "digits"
+
+
+def test_a_run_repeats_from_its_own_config(run, tmp_path):
+    done = launch(f"{ROOT}/recipes/train.py --config {run}/config.yaml --output_dir again", tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(folder / "model" / "model.safetensors") for folder in (run, tmp_path / "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_second_run_takes_the_next_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.choose_output_dir(None, "digits") == Path("runs/digits")
+    Path("runs/digits").mkdir(parents=True)
+    assert train.choose_output_dir(None, "digits") == Path("runs/digits-2")
+    assert train.choose_output_dir("runs/digits", "digits") == Path("runs/digits")  # empty
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--train.lrr 3", "--train.lrr"),
+        ("--config {tmp}/typo.yaml", "stepz"),
+        ("--config {tmp}/nothing.yaml", "nothing.yaml"),
+        ("--sgld.num_steps 0", "num_steps is 0"),
+        ("--sgld.step_size .nan", "step_size is nan"),
+        ("--train.objective.w_x -1", "w_x is -1"),
+        ("--train.steps 0", "steps is 0"),
+        ("--train.mixed_precision fp16", "bf16"),
+        ("--train.batch_size 5000", "lower it"),
+        ("--model.name resnet_18", "did you mean resnet18"),
+        ("--model.num_classes 7", "digits has 10 classes"),
+        ("--model.kwargs.colour 3", "colour"),
+        ("--data.image_column photo", "no image column 'photo'"),
+        ("--data.dataset {tmp}/nowhere.parquet", "no data set at"),
+        ("--output_dir {tmp}", "new folder"),
+        ("--train.sample_steps [1] --sgld.num_steps 4", "denoise_steps 4"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "typo.yaml").write_text("train:\n  stepz: 3\n")
+    argv = shlex.split(flags.format(tmp=tmp_path))
+    if "--output_dir" not in argv:
+        argv += ["--output_dir", "out"]
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        train.main(argv)
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["typo.yaml"]
+
+
+def test_errors_reach_the_shell_as_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "recipes" / "train.py", "--model.name", "wrn_10_11"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: unknown model 'wrn_10_11': did you mean wrn_10_1")
+    assert len(done.stderr.splitlines()) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_shipped_configs_are_what_they_say():
+    settings = train.parse(["--config", str(ROOT / "recipes/configs/cifar10_jem.yaml")])[2]
+    paper = train.TrainConfig()
+    assert settings.train == paper
+    assert settings.sgld == timm_jem.SGLDConfig()
+    assert settings.model == train.ModelConfig()
+    digits_ = train.parse([])[2]
+    assert digits_.data.dataset == "digits"
+    assert digits_.train.data_noise > digits_.sgld.noise_std
+
+
+def test_benchmark_prints_its_ratio(capsys):
+    benchmark.main(shlex.split("--model wrn_10_1 --image_size 8 --batch_size 2 --num_steps 2 --rounds 1"))
+    assert re.search(r"^overhead \d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_opens_with_two_commands():
+    block = re.search(r"```bash\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    assert len(block) == 2
+    assert block[0].endswith("accelerate launch recipes/train.py")
+    assert block[1].endswith("python -m pytest")
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).is_file()
+
+
+@pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))
+def test_the_readmes_python_runs(tmp_path, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    exec(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number], {})
+
+
+COMMANDS = re.findall(r"^accelerate launch (recipes/train\.py.*?)(?:  +#.*)?$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_readmes_training_commands_run(tmp_path, command):
+    """As written but for the number of steps, a data set that needs no network, and the size of the network."""
+    rows = digits().select(range(60))
+    if "cifar10" in command:
+        (tmp_path / "cifar10").mkdir()
+        rows = rows.map(lambda row: {"image": row["image"].convert("RGB").resize((16, 16))})
+        rows = rows.rename_column("image", "img")
+        rows.to_parquet(tmp_path / "cifar10" / "train-0.parquet")
+        rows.to_parquet(tmp_path / "cifar10" / "test-0.parquet")
+    (tmp_path / "my_images").mkdir()
+    for i, row in enumerate(rows.select(range(40))):
+        folder = tmp_path / "my_images" / f"class{row['label'] % 2}"
+        folder.mkdir(exist_ok=True)
+        row[next(iter(row))].save(folder / f"{i}.png")
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    short = "--train.steps 1 --train.batch_size 4 --train.sample_steps [3] --train.sample_count 4 --sgld.num_steps 2"
+    small = "--model.name wrn_10_1" if "wrn_28_10" in command or "cifar10_jem" in command else ""
+    done = launch(f"{command} {short} {small}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").glob("*/samples.png"))) == 1
