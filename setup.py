@@ -14,13 +14,17 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["timm_jem", "timm_jem.*"]),
+    package_data={"timm_jem": ["card_template.md"]},
     install_requires=[
         "torch>=2.4",
         "torchvision",
         "timm>=1.0.31",
         "accelerate>=1.0",
         "datasets>=3.0",
-        "huggingface-hub>=0.34",
+        "huggingface-hub>=1.0",
+        "jinja2",  # model cards
+        "pyyaml",
+        "safetensors>=0.4.3",
         "jsonargparse[signatures]>=4.49,<5",
         "tqdm",
         "scikit-learn",  # its digits are the data set that needs no network

@@ -17,11 +17,12 @@ from typing import Literal
 
 import torch
 from accelerate.utils import tqdm
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from timm.optim import create_optimizer_v2
 
 import timm_jem
 from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
+from timm_jem.errors import check_whole, one_line
 from timm_jem.sampling import frozen
 from timm_jem.training import joint_step
 
@@ -50,14 +51,16 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch_size", "num_steps", "rounds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
+            check_whole(name, getattr(self, name), 1)
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="recipes/benchmark.py", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="recipes/benchmark.py", description=__doc__.splitlines()[0], exit_on_error=False)
     parser.add_class_arguments(BenchmarkConfig)
-    config = BenchmarkConfig(**vars(parser.parse_args(argv)))
+    try:
+        config = BenchmarkConfig(**vars(parser.parse_args(argv)))
+    except ArgumentError as error:
+        raise InputError(f"{one_line(error)}; recipes/benchmark.py --help lists the settings") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     shape = (3, config.image_size, config.image_size)

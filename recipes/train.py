@@ -28,9 +28,10 @@ from torch.utils.data import DataLoader
 import timm_jem
 from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
 from timm_jem.data import DataConfig, ImageSet, augment, load_splits, to_pixels
+from timm_jem.errors import check_number, check_whole, one_line
 from timm_jem.evaluation import accuracy, best_num_steps, expected_calibration_error, image_grid, predict
-from timm_jem.model import check_name
-from timm_jem.sampling import randn
+from timm_jem.models.names import check_name
+from timm_jem.sampling import frozen, randn
 from timm_jem.training import joint_step
 
 DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
@@ -44,7 +45,8 @@ class ModelConfig:
         name: any timm name, or one of this package's wrn_*.
         pretrained: start from pretrained weights.
         num_classes: None: as many as the data has.
-        kwargs: more arguments for timm.create_model, e.g. {act_layer: silu}.
+        kwargs: more arguments for timm.create_model, e.g. {act_layer: silu}. Those of a config are for its own model:
+            a --model.name after it drops them.
     """
 
     name: str = "wrn_28_10"
@@ -72,6 +74,8 @@ class TrainConfig:
         seed: of weights, order and chains.
         mixed_precision: no or bf16.
         channels_last: memory layout of convolutions.
+        threads: CPU threads of a process; None: this machine's cores divided among its processes, where
+            ``accelerate launch`` by itself gives one.
         workers: processes that decode images, for data sets not kept in memory.
         log_every, sample_every, eval_every: iterations between lines of metrics.jsonl, pictures and validations;
             0: only at the end.
@@ -97,6 +101,7 @@ class TrainConfig:
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "no"
     channels_last: bool = True
+    threads: int | None = None
     workers: int = 2
     log_every: int = 50
     sample_every: int = 5000
@@ -105,13 +110,18 @@ class TrainConfig:
     sample_count: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "sample_count"):
-            if getattr(self, name) < 1:
-                raise InputError(f"train {name} is {getattr(self, name)}: give at least 1")
-        for name in ("lr", "weight_decay", "grad_clip", "data_noise", "warmup_steps"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise InputError(f"train {name} is {value}: give a finite number of at least 0")
+        least = {"steps": 1, "batch_size": 1, "log_every": 1, "sample_count": 2, "seed": 0, "workers": 0}
+        least |= {"warmup_steps": 0, "sample_every": 0, "eval_every": 0, "buffer_size": 1}
+        for name, value in least.items():
+            check_whole(f"train {name}", getattr(self, name), value)
+        if self.threads is not None:
+            check_whole("train threads", self.threads, 1)
+        for name in ("lr", "weight_decay", "grad_clip", "data_noise", "decay_rate"):
+            check_number(f"train {name}", getattr(self, name), least=0)
+        if self.ce_noise is not None:
+            check_number("train ce_noise", self.ce_noise, least=0)
+        for milestone in self.milestones:
+            check_number("train milestones", milestone, least=0, most=1)
         if not self.sample_steps or min(self.sample_steps) < 1:
             raise InputError("train sample_steps must be a list of whole numbers of at least 1")
 
@@ -124,8 +134,11 @@ def parse(argv: list[str]):
     parser.add_argument("--sgld", type=SGLDConfig, default=SGLDConfig())
     parser.add_argument("--train", type=TrainConfig, default=TrainConfig())
     parser.add_argument("--output_dir", type=str | None, default=None, help="default: runs/<data set>, numbered")
-    if not any(a.split("=")[0] in ("--config", "--data.dataset", "--data") for a in argv):
+    flags = [word.split("=")[0] for word in argv]
+    if not {"--config", "--data.dataset", "--data"} & set(flags):
         argv = ["--config", str(DIGITS_CONFIG), *argv]
+    if "--model.name" in flags and not any(flag.startswith("--model.kwargs") for flag in flags):
+        argv = [*argv, "--model.kwargs={}"]
     try:
         config = parser.parse_args(argv)
     except ArgumentError as error:
@@ -171,6 +184,9 @@ def main(argv: list[str]) -> None:
     accelerator = Accelerator(mixed_precision=train.mixed_precision)
     device, rank = accelerator.device, accelerator.process_index
     set_seed(train.seed)
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(train.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
     # Everything that can be wrong with the input is found here, before anything is written.
     output_dir = broadcast_object_list([choose_output_dir(settings.output_dir, data.dataset)])[0]
@@ -182,8 +198,21 @@ def main(argv: list[str]) -> None:
     num_classes = len(splits.class_names)
     if model.num_classes not in (None, num_classes):
         raise InputError(f"model.num_classes is {model.num_classes} and {data.dataset} has {num_classes} classes: leave it out")
-    if len(splits.train) < train.batch_size:
-        raise InputError(f"train.batch_size {train.batch_size} is above the {len(splits.train)} training images: lower it")
+    if taken := {"num_classes", "input_size", "class_names", "sgld"} & set(model.kwargs):
+        raise InputError(f"model.kwargs has {', '.join(sorted(taken))}, which the data and other sections give: leave it out")
+    together = train.batch_size * accelerator.num_processes
+    if len(splits.train) < together:
+        raise InputError(f"train.batch_size of all processes is {together} with {len(splits.train)} training images: lower it")
+    if len(splits.val) < 2:
+        raise InputError(f"{len(splits.val)} validation images can choose nothing: raise data.val_fraction")
+    conditional = train.objective.w_xy > 0
+    largest = int(splits.train.labels.bincount().max()) if conditional else len(splits.train)
+    needed = min(train.batch_size, largest) * (num_classes if conditional else 1)
+    if train.buffer_size < needed:
+        raise InputError(
+            f"train.buffer_size is {train.buffer_size}, and a batch may need {needed // (num_classes if conditional else 1)} "
+            f"chains{' of one class' * conditional}: raise it to {needed}, or lower train.batch_size"
+        )
     jem = timm_jem.create_model(
         model.name,
         model.pretrained,
@@ -196,8 +225,18 @@ def main(argv: list[str]) -> None:
     jem.data_config["crop_pct"] = 1.0  # trained on whole images
     if train.channels_last:
         jem = jem.to(memory_format=torch.channels_last)
+    try:
+        with frozen(jem):
+            jem.energy(torch.zeros(2, *splits.image_shape, device=device, dtype=jem.dtype))
+    except RuntimeError as error:
+        raise InputError(
+            f"{model.name} can't take images of {splits.image_shape} ({one_line(error)}): give --data.image_size"
+        ) from error
 
-    optimizer = create_optimizer_v2(jem, opt=train.opt, lr=train.lr, weight_decay=train.weight_decay)
+    try:
+        optimizer = create_optimizer_v2(jem.backbone, opt=train.opt, lr=train.lr, weight_decay=train.weight_decay)
+    except ValueError as error:
+        raise InputError(f"train.opt is {train.opt!r} ({one_line(error)}): give one of timm.optim.list_optimizers()") from error
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=train.sched,
@@ -219,7 +258,7 @@ def main(argv: list[str]) -> None:
         generator=chain_rng,
         capacity=train.buffer_size,
         restart_prob=train.restart_prob,
-        num_classes=num_classes if train.objective.w_xy > 0 else None,
+        num_classes=num_classes if conditional else None,
         device=device,
     )
 
@@ -231,7 +270,7 @@ def main(argv: list[str]) -> None:
         }
 
     def draw_fresh(name: str, num_steps: int | None = None) -> None:
-        """Fresh chains from noise, one row a class, none left out."""
+        """Fresh chains from noise, none selected, one row for each of the first 20 classes."""
         classes = torch.arange(min(num_classes, 20), device=device)
         x = jem.sample(
             y=classes.repeat_interleave(10), num_steps=num_steps, generator=torch.Generator(device).manual_seed(train.seed)
@@ -245,7 +284,10 @@ def main(argv: list[str]) -> None:
         write_aside(output_dir / "buffer.png", lambda path: picture.save(path, "png"))
 
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output_dir {output_dir} can't be made ({one_line(error)}): give another") from error
         config.output_dir = str(output_dir)
         write_aside(output_dir / "config.yaml", lambda path: path.write_text(parser.dump(config), encoding="utf-8"))
         metrics_file = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
@@ -262,7 +304,7 @@ def main(argv: list[str]) -> None:
     progress = tqdm(total=train.steps, desc="training", unit="it")
     start = time.perf_counter()
     aside = 0.0  # seconds spent on pictures and validation
-    step, epoch = 0, 0
+    step = 0
     prepared.train()
     while step < train.steps:
         for images, y in train_loader:
@@ -292,6 +334,11 @@ def main(argv: list[str]) -> None:
             if accelerator.is_main_process:
                 if step % train.log_every == 0 or step == train.steps:
                     means = {name: term.item() for name, term in terms.items()}
+                    if not math.isfinite(means["loss"]):
+                        raise InputError(
+                            f"training diverged by step {step}, its loss is {means['loss']}: lower train.lr or sgld.noise_std, "
+                            "or raise train.objective.energy_l2"
+                        )
                     log({"step": step, "lr": optimizer.param_groups[0]["lr"], **means})
                     progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
                 pause = time.perf_counter()
@@ -303,7 +350,6 @@ def main(argv: list[str]) -> None:
                 aside += time.perf_counter() - pause
             if step == train.steps:
                 break
-        epoch += 1
     progress.close()
     seconds = time.perf_counter() - start - aside
 
@@ -350,4 +396,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except InputError as error:
-        sys.exit(f"error: {error}")
+        # One that a loader's process raised comes with that process's traceback, its own line last.
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('timm_jem.errors.InputError: ')}")

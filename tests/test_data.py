@@ -100,8 +100,63 @@ def test_names_and_integers_as_labels(tmp_path):
     path = save(tmp_path, labels=["b", "a", "c"] * 4, feature=Value("string"))
     splits = load_splits(DataConfig(path))
     assert splits.class_names == ["a", "b", "c"]
-    path = save(tmp_path, labels=[0, 4] * 6, feature=Value("int64"))
-    assert load_splits(DataConfig(path)).class_names == ["0", "1", "2", "3", "4"]
+    for kind in ("int64", "uint8"):
+        splits = load_splits(DataConfig(save(tmp_path, labels=[10, 4] * 6, feature=Value(kind))))
+        assert splits.class_names == ["4", "10"]
+        assert set(splits.train.labels.tolist()) == {0, 1}
+    assert load_splits(DataConfig(save(tmp_path, labels=["x", "y"] * 6, feature=Value("large_string")))).class_names == [
+        "x",
+        "y",
+    ]
+    assert load_splits(DataConfig(save(tmp_path, labels=[True, False] * 6, feature=Value("bool")))).class_names == [
+        "False",
+        "True",
+    ]
+
+
+def test_classes_are_matched_by_name_between_splits(tmp_path):
+    def rows(names, labels):
+        features = Features({"image": Image(), "label": ClassLabel(names=names)})
+        return Dataset.from_dict({"image": pictures(len(labels)), "label": labels}, features)
+
+    train, test = rows(["ant", "bee"], [0, 1] * 6), rows(["bee", "ant"], [0, 1, 1])
+    DatasetDict({"train": train, "test": test}).save_to_disk(str(tmp_path / "set"))
+    splits = load_splits(DataConfig(str(tmp_path / "set")))
+    assert splits.test.labels.tolist() == [1, 0, 0]
+    other = rows(["bee", "wasp"], [0, 1, 1])
+    DatasetDict({"train": train, "test": other}).save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(InputError, match=r"split test .*row 1, has the label 1"):
+        load_splits(DataConfig(str(tmp_path / "other")))
+
+
+def test_public_test_splits_without_labels_are_passed_over(tmp_path):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    labels = {"train": [0, 1] * 6, "test": [-1] * 4, "validation": [0, 1, 1]}
+    splits = {name: Dataset.from_dict({"image": pictures(len(y)), "label": y}, features) for name, y in labels.items()}
+    DatasetDict(splits).save_to_disk(str(tmp_path / "set"))
+    assert len(load_splits(DataConfig(str(tmp_path / "set"))).test) == 3
+    del splits["validation"]
+    DatasetDict(splits).save_to_disk(str(tmp_path / "two"))
+    assert len(load_splits(DataConfig(str(tmp_path / "two"), val_fraction=0.2)).test) == 2
+    with pytest.raises(InputError, match="label -1"):
+        load_splits(DataConfig(str(tmp_path / "two"), test_split="test"))
+
+
+def test_deep_and_turned_images(tmp_path):
+    def cell(image, **options):
+        buffer = io.BytesIO()
+        image.save(buffer, **options)
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    deep = [PILImage.fromarray(np.full((8, 8), value, np.uint16)) for value in (300, 30000, 65000)]
+    splits = load_splits(DataConfig(save(tmp_path, images=[cell(image, format="png") for image in deep] * 4)))
+    assert splits.image_shape == (1, 8, 8)
+    expected = torch.tensor([1, 117, 253], dtype=torch.uint8)
+    assert torch.equal(splits.train.images[:, 0, 0, 0], expected[splits.train.labels])
+    turned = PILImage.Exif()
+    turned[0x0112] = 6
+    photo = cell(PILImage.new("RGB", (20, 10)), format="jpeg", exif=turned)
+    assert load_splits(DataConfig(save(tmp_path, images=[photo] * 12))).image_shape == (3, 20, 10)
 
 
 def test_channels_and_sizes(tmp_path):
@@ -168,6 +223,9 @@ def broken(tmp_path):
         (lambda t: save(t, labels=[1] * 11 + [-2], feature=Value("int64")), {}, "row 11, has the label -2"),
         (broken, {}, "can't be decoded.*mend or remove"),
         (save, {"crop_padding": 10}, "crop_padding"),
+        (save, {"val_fraction": 0.99}, "lower it"),
+        (save, {"test_split": "train"}, "the train split"),
+        (lambda t: save(t, images=[PILImage.fromarray(np.ones((8, 8), np.float32))] * 12), {}, "row 0 .*convert it"),
         (lambda t: save(t, images=pictures(2)), {}, "2 images"),
     ],
 )

@@ -5,6 +5,7 @@ from scipy.linalg import sqrtm
 from torchmetrics.classification import MulticlassCalibrationError
 
 import timm_jem
+from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits, to_pixels
 from timm_jem.evaluation import (
     accuracy,
@@ -92,3 +93,10 @@ def test_image_grid():
     assert picture.height == plain.height
     assert picture.width > plain.width
     assert [plain.getpixel(xy)[0] for xy in ((20, 20), (60, 20), (20, 60), (60, 60))] == [0, 128, 255, 255]
+
+
+def test_features_that_are_not_finite_have_no_distance():
+    features = torch.randn(50, 192)
+    assert np.isnan(frechet_distance(torch.full_like(features, torch.nan), features))
+    with pytest.raises(InputError, match="two of each"):
+        frechet_distance(features[:1], features)

@@ -6,7 +6,7 @@ import timm
 import torch
 
 import timm_jem
-from timm_jem import InputError, SGLDConfig, hub
+from timm_jem import InputError, SGLDConfig, folder
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def edit(folder, **changes):
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "not JSON"),
         (lambda f: edit(f, architecture="wrn_10_11"), "did you mean wrn_10_1"),
-        (lambda f: edit(f, timm_jem={"format_version": hub.FORMAT_VERSION + 1}), "upgrade timm_jem"),
+        (lambda f: edit(f, timm_jem={"format_version": folder.FORMAT_VERSION + 1}), "upgrade timm_jem"),
     ],
 )
 def test_broken_folders_are_named(jem, tmp_path, damage, message):

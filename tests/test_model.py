@@ -1,6 +1,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -181,6 +182,9 @@ def test_score_and_sample_work_without_gradients(jem, context):
         torch.testing.assert_close(jem.score(x), expected)
         torch.testing.assert_close(jem.score(torch.clone(x)), expected)
         sample = jem.sample(2, num_steps=1)
+        labels = torch.tensor([1, 2])
+        assert jem.score(x, labels).isfinite().all()
+        assert jem.sample(y=labels, num_steps=2).isfinite().all()
     assert not sample.requires_grad
     assert (sample + 1).shape == x.shape
 
@@ -227,6 +231,23 @@ def bad_input(jem):
         "sample n": (lambda: jem.sample(0), "n is 0"),
         "sample nothing": (lambda: jem.sample(), "give n"),
         "sample init": (lambda: jem.sample(3, init=x), "make them agree"),
+        "nan": (lambda: jem.energy(torch.full_like(x, torch.nan)), "nan in pixels"),
+        "double": (lambda: jem.energy(x.double()), "float64 and the model torch.float32"),
+        "y text": (lambda: jem.sample(y="cat"), "holds no labels"),
+        "y ragged": (lambda: jem.sample(y=[0, None]), "holds no labels"),
+        "sample init name": (lambda: jem.sample(1, init="noise"), "'buffer' or None"),
+        "no chains": (lambda: jem.sample(1, init="buffer"), "no published chains"),
+        "generator": (lambda: jem.sample(1, generator=0), "manual_seed"),
+        "settings": (lambda: jem.sample(1, sgld_config={"num_steps": 3}), "SGLDConfig"),
+        "compiled": (lambda: timm_jem.wrap(torch.compile(jem.backbone)), "wrap the timm model first"),
+        "std": (lambda: timm_jem.wrap(jem.backbone, std=(0.0, 0.0, 0.0)), "above 0"),
+        "name": (lambda: timm_jem.create_model(None), "list_models"),
+        "unpooled": (
+            lambda: timm_jem.wrap(timm.create_model("test_vit", num_classes=4, global_pool="")).energy(
+                torch.zeros(1, 3, 160, 160)
+            ),
+            "build it with pooling",
+        ),
         "sample batch": (lambda: jem.sample(1, batch_size=0), "batch_size"),
         "unknown model": (lambda: timm_jem.create_model("resnet_18"), "did you mean resnet18"),
         "headless": (lambda: timm_jem.wrap(timm.create_model("test_resnet", num_classes=0)), "reset_classifier"),
@@ -253,3 +274,27 @@ def test_fixed_input_sizes_are_checked():
     assert jem.sample(1, num_steps=1).shape == (1, 3, 64, 64)
     with pytest.raises(InputError, match="resize"):
         jem.energy(torch.zeros(1, 3, 32, 32))
+
+
+def test_half_precision_weights(jem):
+    mean = jem.mean.clone()
+    half = copy.deepcopy(jem).bfloat16()
+    assert torch.equal(half.mean, mean)
+    x = half.sample(2, y=[0, 1], num_steps=1)
+    assert x.dtype == torch.bfloat16
+    assert half(x).dtype == torch.bfloat16
+    assert half.energy(x).dtype == torch.float32
+    assert torch.equal(half.float().mean, mean)
+
+
+def test_a_model_made_without_memory_keeps_its_normalisation():
+    with torch.device("meta"):
+        jem = timm_jem.create_model("test_resnet", num_classes=4)
+    jem = jem.to_empty(device="cpu")
+    expected = torch.tensor(jem.backbone.pretrained_cfg["mean"])
+    torch.testing.assert_close(jem.mean.flatten(), expected)
+
+
+def test_numpys_whole_numbers_are_whole_numbers(jem):
+    assert jem.sample(np.int64(2), num_steps=np.int64(1), y=np.array([0, 1])).shape == (2, 3, 32, 32)
+    assert SGLDConfig(num_steps=np.int64(3), step_size=np.float32(2)).num_steps == 3

@@ -15,19 +15,24 @@ import train
 import yaml
 from PIL import Image as PILImage
 from safetensors.torch import load_file
+from sklearn.svm import SVC
 
 import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, digits, load_splits, to_pixels
+from timm_jem.evaluation import frechet_distance
 
 ROOT = Path(__file__).parent.parent
-SHORT = "--train.steps 4 --train.batch_size 16 --train.sample_steps [1,2] --train.sample_count 40 --sgld.num_steps 5"
+SHORT = (
+    "--train.threads 1 --train.steps 4 --train.batch_size 16 --train.sample_steps [1,2] "
+    "--train.sample_count 40 --sgld.num_steps 5"
+)
 
 
 def launch(command: str, folder: Path) -> subprocess.CompletedProcess:
-    """Run an ``accelerate launch`` line as a shell would, in ``folder``, with one thread: runs are then bit-equal."""
+    """Run an ``accelerate launch`` line as a shell would, in ``folder``."""
     words = [Path(sys.executable).parent / "accelerate", "launch", *shlex.split(command)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -106,13 +111,23 @@ def test_a_second_run_takes_the_next_folder(tmp_path, monkeypatch):
         ("--data.image_column photo", "no image column 'photo'"),
         ("--data.dataset {tmp}/nowhere.parquet", "no data set at"),
         ("--output_dir {tmp}", "new folder"),
+        ("--output_dir {tmp}/typo.yaml/x", "can't be made"),
+        ("--train.seed -1", "seed is -1"),
+        ("--train.ce_noise .nan", "ce_noise is nan"),
+        ("--train.milestones [2.0]", "milestones is 2"),
+        ("--train.opt foo", "foo"),
+        ("--train.buffer_size 100", "raise it to 640"),
+        ("--model.kwargs.num_classes 5", "leave it out"),
+        ("--model.name vit_tiny_patch16_224", "8"),
+        ("--model.name vgg11 --data.image_size 1", "can't take images"),
+        ("--data.val_fraction 0.0001", "raise data.val_fraction"),
         ("--train.sample_steps [1] --sgld.num_steps 4", "denoise_steps 4"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "typo.yaml").write_text("train:\n  stepz: 3\n")
-    argv = shlex.split(flags.format(tmp=tmp_path))
+    argv = ["--train.steps", "1", *shlex.split(flags.format(tmp=tmp_path))]
     if "--output_dir" not in argv:
         argv += ["--output_dir", "out"]
     with pytest.raises(InputError, match=re.escape(message)) as error:
@@ -146,6 +161,26 @@ def test_the_shipped_configs_are_what_they_say():
 def test_benchmark_prints_its_ratio(capsys):
     benchmark.main(shlex.split("--model wrn_10_1 --image_size 8 --batch_size 2 --num_steps 2 --rounds 1"))
     assert re.search(r"^overhead \d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_digits_come_out_as_the_readme_says(tmp_path):
+    done = launch(f"{ROOT}/recipes/train.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    splits = load_splits(DataConfig())
+    real = to_pixels(splits.train.images).flatten(1)
+    reader = SVC(C=10).fit(real, splits.train.labels)
+    jem = timm_jem.from_pretrained(tmp_path / "runs" / "digits" / "model")
+    y = torch.arange(1000) % 10
+    drawn = jem.denormalize(jem.sample(y=y, generator=torch.Generator().manual_seed(7))).flatten(1)
+    summary = json.loads((tmp_path / "runs" / "digits" / "summary.json").read_text())
+    read = (torch.from_numpy(reader.predict(drawn)) == y).float().mean().item()
+    distance = frechet_distance(drawn, real)
+    print(f"accuracy {summary['test_accuracy']:.3f}, ECE {summary['test_ece']:.3f}, read {read:.3f}, distance {distance:.2f}")
+    assert summary["test_accuracy"] >= 0.97
+    assert summary["test_ece"] < 0.06
+    assert read >= 0.95
+    assert distance <= 2.5
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -185,7 +220,10 @@ def test_the_readmes_training_commands_run(tmp_path, command):
         folder.mkdir(exist_ok=True)
         row[next(iter(row))].save(folder / f"{i}.png")
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    short = "--train.steps 1 --train.batch_size 4 --train.sample_steps [3] --train.sample_count 4 --sgld.num_steps 2"
+    short = (
+        "--train.threads 1 --train.steps 1 --train.batch_size 4 --train.sample_steps [3] "
+        "--train.sample_count 4 --sgld.num_steps 2"
+    )
     small = "--model.name wrn_10_1" if "wrn_28_10" in command or "cifar10_jem" in command else ""
     done = launch(f"{command} {short} {small}", tmp_path)
     assert done.returncode == 0, done.stderr

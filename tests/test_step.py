@@ -139,7 +139,11 @@ def test_chains_leave_batch_norm_and_gradients_alone():
     jem.train()
     before = {k: v.clone() for k, v in jem.state_dict().items()}
     terms = run(jem, buffer, u, y)
-    assert jem.backbone.norm.num_batches_tracked == 2  # data and chains, no SGLD step
+    # The running statistics are those of the data alone: evaluation meets images, not chains.
+    assert jem.backbone.norm.num_batches_tracked == 1
+    assert jem.backbone.norm.track_running_stats
+    features = nn.functional.conv2d(jem.normalize(u), before["conv.weight"], before["conv.bias"])
+    torch.testing.assert_close(jem.backbone.norm.running_mean, 0.1 * features.mean((0, 2, 3)))
     assert all(p.grad is None for p in jem.parameters())
     assert all(p.requires_grad for p in jem.parameters())
     terms["loss"].backward()

@@ -1,18 +1,21 @@
 """Joint energy models on timm backbones: one network that classifies, scores, and draws images."""
 
 from timm_jem import models
+from timm_jem.chains import Chains
 from timm_jem.energy import energy, log_density
 from timm_jem.errors import InputError
-from timm_jem.hub import from_pretrained
 from timm_jem.model import JEM, create_model, wrap
 from timm_jem.objectives import ObjectiveConfig, joint_loss
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.sampling import SGLDConfig, sgld, sgld_step, uniform_noise
 
+from_pretrained = JEM.from_pretrained
+
 __version__ = "0.1.0"
 
 __all__ = [
     "JEM",
+    "Chains",
     "InputError",
     "ObjectiveConfig",
     "ReplayBuffer",

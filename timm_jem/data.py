@@ -12,11 +12,11 @@ import torch
 from accelerate.utils import tqdm
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
+from PIL import ImageOps
 from torch import Tensor
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, check_number, check_whole, one_line
 
 __all__ = ["DataConfig", "ImageSet", "Splits", "augment", "digits", "load_splits", "to_pixels"]
 
@@ -34,15 +34,15 @@ class DataConfig:
             ``save_to_disk``, of parquet files, or an imagefolder), or a .parquet file.
         config_name: the Hub data set's configuration, where it has several.
         train_split: split to train on.
-        test_split: split that is only reported; None: the first of test, validation, or, where the data set has one
-            split only, ``test_fraction`` of it.
+        test_split: split that is only reported; None: the first of test, validation that has labels, or, where there is
+            none, ``test_fraction`` of the train split.
         test_fraction: see ``test_split``.
         val_fraction: part of the train split held out for everything that is chosen.
         split_seed: seed of the held-out parts: the same images are held out whatever ``train.seed``.
         image_column: None: the only image column.
         label_column: None: ``label``, ``fine_label``, ``labels``, or the only column of class labels.
         channels: 1 (grey) or 3 (RGB); None: as the first image is.
-        image_size: side in pixels; None: the first image's. Others are resized (shorter side) and centre-cropped.
+        image_size: side in pixels; None: the first image's size. Others are resized to cover it, and centre-cropped.
         crop_padding: random crops after reflective padding by this many pixels (paper, CIFAR-10: 4); None: an eighth
             of the side from 16 pixels up, none below.
         flip: random horizontal flips; None: yes, unless the class names are single characters or numbers.
@@ -68,12 +68,16 @@ class DataConfig:
         for name in ("test_fraction", "val_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"data {name} is {getattr(self, name)}: give a fraction between 0 and 1")
+        check_whole("data split_seed", self.split_seed, 0)
+        check_number("data cache_gib", self.cache_gib, least=0)
+        if self.test_split == self.train_split:
+            raise InputError(f"data test_split is {self.test_split!r}, the train split: leave it out, and a part is held out")
         if self.channels not in (None, 1, 3):
             raise InputError(f"data channels is {self.channels}: give 1 (grey) or 3 (RGB)")
-        if self.image_size is not None and self.image_size < 1:
-            raise InputError(f"data image_size is {self.image_size}: give at least 1 pixel")
-        if self.crop_padding is not None and self.crop_padding < 0:
-            raise InputError(f"data crop_padding is {self.crop_padding}: give at least 0 pixels")
+        if self.image_size is not None:
+            check_whole("data image_size", self.image_size, 1)
+        if self.crop_padding is not None:
+            check_whole("data crop_padding", self.crop_padding, 0)
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -100,17 +104,24 @@ class ImageSet(torch.utils.data.Dataset):
         labels: class of each row, in [0, number of classes).
         channels: 1 or 3.
         size: (H, W).
-        name: the split's, for messages.
+        name: of the split they come from, for messages.
+        numbers: the rows' numbers in that split, for messages.
     """
 
     def __init__(
-        self, data: Dataset, image_column: str, labels: Sequence[int], channels: int, size: tuple[int, int], name: str
+        self,
+        data: Dataset,
+        image_column: str,
+        labels: Sequence[int],
+        channels: int,
+        size: tuple[int, int],
+        name: str,
+        numbers: Sequence[int],
     ) -> None:
         self.data = data.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-        self.image_column, self.channels, self.size, self.name = image_column, channels, size, name
+        self.image_column, self.channels, self.size, self.name, self.numbers = image_column, channels, size, name, numbers
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.images: Tensor | None = None
-        self._resize = v2.Resize(list(size) if size[0] != size[1] else size[0], antialias=True)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -123,7 +134,7 @@ class ImageSet(torch.utils.data.Dataset):
     def cache(self) -> "ImageSet":
         """Decode every image now and keep it in memory, 8 bits a pixel; returns itself."""
         images = torch.empty(len(self), self.channels, *self.size, dtype=torch.uint8)
-        for row in tqdm(range(len(self)), desc=f"decoding {self.name}", leave=False):
+        for row in tqdm(range(len(self)), desc=f"decoding images of {self.name}", leave=False):
             images[row] = self._decode(row)
         self.images = images
         return self
@@ -139,26 +150,33 @@ class ImageSet(torch.utils.data.Dataset):
 
     def _decode(self, row: int) -> Tensor:
         stored = self.data[row][self.image_column]
-        image = open_image(stored, f"image {row} of {self.name}").convert(_MODES[self.channels])
-        pixels = tvf.pil_to_tensor(image)
+        image = open_image(stored, f"row {self.numbers[row]} of {self.name}")
+        pixels = tvf.pil_to_tensor(image.convert(_MODES[self.channels]))
         if pixels.shape[1:] != self.size:
-            pixels = tvf.center_crop(self._resize(pixels), list(self.size))
+            scale = max(side / old for side, old in zip(self.size, pixels.shape[1:], strict=True))
+            covering = [max(side, round(scale * old)) for side, old in zip(self.size, pixels.shape[1:], strict=True)]
+            pixels = tvf.center_crop(tvf.resize(pixels, covering, antialias=True), list(self.size))
         return pixels
 
 
 def open_image(stored: dict, what: str) -> PILImage.Image:
-    """Decode an undecoded image cell of ``datasets``.
+    """Decode an undecoded image cell of ``datasets``, upright, to 8 bits a channel.
 
     Raises:
         InputError: no image there, or not one that can be decoded.
     """
     if stored is None:
-        raise InputError(f"{what} is missing: remove the row")
+        raise InputError(f"{what} has no image: remove the row")
     try:
         image = PILImage.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
+        image = ImageOps.exif_transpose(image)
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{what} can't be decoded ({error}): mend or remove it") from error
+    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+        raise InputError(f"{what} has an image that can't be decoded ({one_line(error)}): mend or remove it") from error
+    if image.mode.startswith("I;16"):
+        return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(f"{what} has an image of 32-bit numbers, whose range nobody tells: convert it to 8 or 16 bits")
     return image
 
 
@@ -194,21 +212,24 @@ def load_splits(config: DataConfig) -> Splits:
     if config.train_split not in loaded:
         raise InputError(f"{config.dataset} has no split {config.train_split!r}: choose train_split from {', '.join(loaded)}")
     train = loaded[config.train_split]
-    test_split = config.test_split or next((s for s in _TEST_SPLITS if s in loaded and s != config.train_split), None)
-    if test_split is not None and test_split not in loaded:
-        raise InputError(f"{config.dataset} has no split {test_split!r}: choose test_split from {', '.join(loaded)}")
     if len(train) < 3:
         raise InputError(f"{config.dataset} has {len(train)} images to train on: three splits need more")
     image_column = _image_column(train.features, config)
     label_column = _label_column(train.features, config)
     class_names = _class_names(train, label_column)
+    candidates = [s for s in _TEST_SPLITS if s in loaded and s != config.train_split and _labelled(loaded[s], label_column)]
+    test_split = config.test_split or next(iter(candidates), None)
+    if test_split is not None and test_split not in loaded:
+        raise InputError(f"{config.dataset} has no split {test_split!r}: choose test_split from {', '.join(loaded)}")
     labels = {}
     for split in {config.train_split, test_split} - {None}:
         rows = loaded[split]
         for column in (image_column, label_column):
             if column not in rows.features:
                 raise InputError(f"split {split} of {config.dataset} has no column {column!r}: choose another test_split")
-        labels[split] = _labels(rows[label_column], class_names, f"split {split} of {config.dataset}")
+        if len(rows) == 0:
+            raise InputError(f"split {split} of {config.dataset} is empty: choose another")
+        labels[split] = _labels(rows, label_column, class_names, f"split {split} of {config.dataset}")
 
     rng = np.random.default_rng(config.split_seed)
     rows_of = {"train": np.arange(len(train))}
@@ -217,16 +238,17 @@ def load_splits(config: DataConfig) -> Splits:
     rows_of["train"], rows_of["val"] = _hold_out(rows_of["train"], labels[config.train_split], config.val_fraction, rng)
 
     first = train.cast_column(image_column, Image(decode=False))[0][image_column]
-    first = open_image(first, f"image 0 of split {config.train_split}")
-    channels = config.channels or (1 if first.mode in ("1", "L", "I", "I;16", "F") else 3)
+    first = open_image(first, f"row 0 of split {config.train_split}")
+    channels = config.channels or (1 if first.mode in ("1", "L", "LA") else 3)
     size = (config.image_size, config.image_size) if config.image_size else (first.height, first.width)
 
     def image_set(name: str) -> ImageSet:
         if name == "test" and test_split is not None:
-            rows, classes = loaded[test_split], labels[test_split]
+            numbers, rows, classes, split = range(len(loaded[test_split])), loaded[test_split], labels[test_split], test_split
         else:
-            rows, classes = train.select(rows_of[name]), labels[config.train_split][rows_of[name]]
-        return ImageSet(rows, image_column, classes, channels, size, f"{name} split")
+            numbers, split = rows_of[name], config.train_split
+            rows, classes = train.select(numbers), labels[split][numbers]
+        return ImageSet(rows, image_column, classes, channels, size, f"split {split}", numbers)
 
     sets = {name: image_set(name) for name in ("train", "val", "test")}
     if sum(s.nbytes for s in sets.values()) <= config.cache_gib * 2**30:
@@ -281,7 +303,7 @@ def _load(config: DataConfig) -> DatasetDict | dict[str, Dataset]:
             loaded = datasets.load_from_disk(str(path))
         else:
             loaded = datasets.load_dataset(name, config.config_name)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "from this folder or file" if local else "from the Hub; give its exact name, a local folder or a .parquet file"
         raise InputError(f"data set {name!r} can't be loaded {where} ({reason})") from error
@@ -311,7 +333,7 @@ def _label_column(features: Features, config: DataConfig) -> str:
     feature = features.get(column)
     if isinstance(feature, ClassLabel):
         return column
-    if isinstance(feature, Value) and (feature.dtype == "string" or "int" in feature.dtype):
+    if isinstance(feature, Value) and ("string" in feature.dtype or "int" in feature.dtype or feature.dtype == "bool"):
         return column
     kind = "it is not there" if feature is None else "it holds neither classes, integers nor names"
     raise InputError(f"{config.dataset} can't be labelled by {column!r}, {kind}: its columns are {', '.join(features)}")
@@ -322,18 +344,30 @@ def _class_names(train: Dataset, column: str) -> list[str]:
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     values = set(train[column]) - {None}
-    if feature.dtype == "string":
-        return sorted(values)
-    return [str(label) for label in range(max(values, default=-1) + 1)]
+    if not all(isinstance(value, str) for value in values):
+        values = {value for value in values if value >= 0}  # −1 is how "no label" is written
+    return [str(value) for value in sorted(values)]
 
 
-def _labels(column: Sequence, class_names: list[str], what: str) -> np.ndarray:
-    index = {name: i for i, name in enumerate(class_names)}
-    labels = [index.get(value, -1) if isinstance(value, str) else value for value in column]
-    for row, (label, value) in enumerate(zip(labels, column, strict=True)):
-        if label is None or not 0 <= label < len(class_names):
-            raise InputError(f"{what}, row {row}, has the label {value!r}: its classes are {len(class_names)}; remove the row")
-    return np.asarray(labels)
+def _labelled(rows: Dataset, column: str) -> bool:
+    """Whether the split is one to measure on: the Hub's public test splits often have −1 for every label."""
+    return column in rows.features and any(value not in (None, -1) for value in rows[column])
+
+
+def _labels(rows: Dataset, column: str, class_names: list[str], what: str) -> np.ndarray:
+    """Classes of the rows, found by name: splits may number theirs in another order."""
+    feature, index = rows.features[column], {name: i for i, name in enumerate(class_names)}
+    names = dict(enumerate(feature.names)) if isinstance(feature, ClassLabel) else None
+    labels = np.empty(len(rows), dtype=np.int64)
+    for row, value in enumerate(rows[column]):
+        name = str(value) if names is None else names.get(value)
+        if value is None or name not in index:
+            raise InputError(
+                f"{what}, row {row}, has the label {value!r}, none of the train split's {len(class_names)} classes: "
+                "mend or remove the row"
+            )
+        labels[row] = index[name]
+    return labels
 
 
 def _hold_out(rows: np.ndarray, labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -345,4 +379,6 @@ def _hold_out(rows: np.ndarray, labels: np.ndarray, fraction: float, rng: np.ran
     held = np.sort(np.concatenate(held))
     if len(held) == 0:
         held = rng.permutation(rows)[:1]
+    if len(held) == len(rows):
+        raise InputError(f"a fraction of {fraction} holds out all {len(rows)} images: lower it")
     return np.setdiff1d(rows, held), held

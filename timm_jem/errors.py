@@ -1,7 +1,32 @@
-"""The one exception that means "your input, not our bug"."""
+"""The one exception that means "your input, not our bug", and the checks of numbers that every setting needs."""
 
-__all__ = ["InputError"]
+import math
+import numbers
+
+__all__ = ["InputError", "check_number", "check_whole", "one_line"]
 
 
 class InputError(ValueError):
     """Bad input: the message is one line that names what was wrong and how to mend it."""
+
+
+def check_whole(name: str, value, least: int) -> None:
+    """Raise an InputError unless ``value`` is a whole number of at least ``least``; numpy's are as good as Python's."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise InputError(f"{name} is {value!r}: give a whole number of at least {least}")
+
+
+def check_number(name: str, value, *, above: float | None = None, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raise an InputError unless ``value`` is finite, greater than ``above``, and between ``least`` and ``most``."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if real and least <= value <= most and (above is None or value > above):
+        return
+    bounds = [f"above {above:g}"] if above is not None else [f"at least {least:g}"] if least > -math.inf else []
+    bounds += [f"at most {most:g}"] if most < math.inf else []
+    raise InputError(f"{name} is {value!r}: give a finite number {' and '.join(bounds)}".rstrip())
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's exception says, as one line of readable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,116 +1,185 @@
-"""Saving and loading: timm's own folder format, with everything of ours under one key of its config.json."""
+"""To and from the Hugging Face Hub, with its reasons in one line when it says no."""
 
-import copy
-import json
+import contextlib
 import os
-import shutil
-import tempfile
-from dataclasses import asdict
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-import timm
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from timm.models import save_for_hf
-from timm.utils import unwrap_model
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, is_offline_mode
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx
 
-from timm_jem.errors import InputError
-from timm_jem.model import JEM, check_name, wrap
-from timm_jem.sampling import SGLDConfig
+from timm_jem.card import CARD_FILE, is_generated
+from timm_jem.chains import CHAINS_FILE, MAX_CHAINS_BYTES
+from timm_jem.errors import InputError, one_line
+from timm_jem.folder import CONFIG_FILE, WEIGHTS_FILE
 
-__all__ = ["FORMAT_VERSION", "from_pretrained", "save"]
+__all__ = ["fetch", "prepare", "push"]
 
-FORMAT_VERSION = 1
-_KEY = "timm_jem"
-_FILES = ("model.safetensors", "config.json")
-
-
-def save(jem: JEM, save_directory: str | os.PathLike) -> None:
-    """Write ``config.json`` and ``model.safetensors`` to a folder that plain timm reads as well.
-
-    ``timm.create_model("local-dir:" + folder, pretrained=True)`` gives the backbone back, bit for bit. The files are
-    written aside and moved in whole; other files of the folder are left alone.
-
-    Raises:
-        InputError: a backbone without timm configuration, or with arguments that JSON can't hold.
-    """
-    target = Path(save_directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A contiguous copy: safetensors refuses the strides of channels_last.
-    backbone = copy.deepcopy(unwrap_model(jem.backbone)).to("cpu", memory_format=torch.contiguous_format)
-    ours = {"format_version": FORMAT_VERSION, "sgld": asdict(jem.sgld), "provenance": jem.provenance}
-    data_config = {k: v for k, v in jem.data_config.items() if k != "fixed_input_size"}
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        try:
-            save_for_hf(
-                backbone,
-                aside,
-                model_config={_KEY: ours, "label_names": jem.class_names},
-                data_config=data_config,
-                safe_serialization=True,
-            )
-        except ValueError as error:
-            raise InputError(f"this backbone can't be saved for timm: {error}") from error
-        target.mkdir(exist_ok=True)
-        for name in _FILES:
-            os.replace(aside / name, target / name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+_ADVICE = {
+    401: "log in with `hf auth login`, or pass token=",
+    403: "the token lacks the right for this: use one that may write",
+    409: "something else changed the repository meanwhile: try again",
+    413: "the files are too large for the Hub: leave the replay buffer out",
+    429: "too many requests: wait a few minutes and try again",
+}
 
 
-def from_pretrained(
-    name: str | os.PathLike,
+def fetch(
+    repo_id: str,
     *,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-) -> JEM:
-    """Load a joint energy model from a folder or a Hub repository, in eval mode.
-
-    A plain timm repository works as well: it becomes a joint energy model with the paper's sampling settings.
+    replay_buffer: bool = True,
+) -> Path:
+    """Download a model's files, all of one commit, and return their folder in the cache.
 
     Args:
-        name: folder written by :meth:`JEM.save_pretrained`, or a Hub repository "user/name".
-        revision, token, cache_dir, local_files_only, force_download: as in ``huggingface_hub.snapshot_download``.
+        repo_id: "user/name".
+        revision, token, cache_dir, local_files_only, force_download: as in ``huggingface_hub.hf_hub_download``.
+        replay_buffer: with published chains, where the repository has them.
 
     Raises:
-        InputError: nothing there, or a folder that is no such model.
+        InputError: the Hub says no, or can't be reached.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        try:
-            folder = Path(
-                snapshot_download(
-                    str(name),
-                    revision=revision,
-                    token=token,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                    force_download=force_download,
-                    allow_patterns=list(_FILES),
-                )
+    options = {
+        "repo_id": repo_id,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+        "library_name": "timm_jem",
+    }
+    with _explained(repo_id):
+        folder = Path(hf_hub_download(filename=CONFIG_FILE, revision=revision, **options)).parent
+        commit = folder.name
+        hf_hub_download(filename=WEIGHTS_FILE, revision=commit, **options)
+        if replay_buffer and not (local_files_only or is_offline_mode()):
+            try:
+                size = get_hf_file_metadata(hf_hub_url(repo_id, CHAINS_FILE, revision=commit), token=token).size or 0
+                if size > 2 * MAX_CHAINS_BYTES:
+                    raise InputError(f"{CHAINS_FILE} of {repo_id} has {size >> 20} MiB: load it with replay_buffer=False")
+                hf_hub_download(filename=CHAINS_FILE, revision=commit, **options)
+            except RemoteEntryNotFoundError:
+                pass  # published without chains
+    return folder
+
+
+def prepare(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Make the repository if there is none, and return its full name: finds what would forbid a push before any work.
+
+    Raises:
+        InputError: the Hub says no, or can't be reached.
+    """
+    with _explained(repo_id):
+        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    commit_message: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    overwrite_card: bool = False,
+) -> str:
+    """Upload a folder in one commit: whatever interrupts it, the old revision stays whole.
+
+    A README.md of the repository that was not generated here, or was edited since, is kept, with a warning. Published
+    chains of an older model are removed.
+
+    Args:
+        folder: files to upload.
+        repo_id: "user/name"; made if it isn't there.
+        commit_message, private, branch, create_pr: as in ``huggingface_hub.ModelHubMixin.push_to_hub``.
+        token: a token that may write; None: the one that is logged in.
+        overwrite_card: replace a README.md that someone wrote.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        InputError: the Hub says no, or can't be reached.
+    """
+    repo_id = prepare(repo_id, private=private, token=token)
+    api = HfApi(token=token, library_name="timm_jem")
+    with _explained(repo_id):
+        keep_card = not overwrite_card and _has_someones_card(repo_id, branch, token)
+        if keep_card:
+            warnings.warn(
+                f"the README.md of {repo_id} is not a generated one: it is kept; overwrite_card=True replaces it", stacklevel=3
             )
-        except HFValidationError as error:
-            raise InputError(f"{name} is neither a folder nor a Hub repository name: give one of them") from error
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{name} is no folder and can't be had from the Hub: {reason}") from error
-    for file in _FILES:
-        if not (folder / file).is_file():
-            raise InputError(f"{name} has no {file}: it is not a model saved by save_pretrained or by timm as safetensors")
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=branch,
+            create_pr=create_pr,
+            ignore_patterns=[CARD_FILE] if keep_card else None,
+            delete_patterns=None if (Path(folder) / CHAINS_FILE).is_file() else [CHAINS_FILE],
+        )
+    return commit.commit_url
+
+
+def _has_someones_card(repo_id: str, branch: str | None, token: str | bool | None) -> bool:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"config.json of {name} is not JSON: {error}") from error
-    ours = config.get(_KEY, {})
-    version = ours.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise InputError(f"{name} has format version {version}, this timm_jem reads {FORMAT_VERSION}: upgrade timm_jem")
-    check_name(config.get("architecture", ""))
-    backbone = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    jem = wrap(backbone, sgld=SGLDConfig(**ours.get("sgld", {})), provenance=ours.get("provenance"))
-    return jem.eval()
+        file = hf_hub_download(repo_id, CARD_FILE, revision=branch, token=token)
+    except RemoteEntryNotFoundError:
+        return False
+    return not is_generated(Path(file).read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Any refusal of the Hub or failure to reach it as one line with the Hub's own reason and what to do."""
+    try:
+        yield
+    except (InputError, RemoteEntryNotFoundError) as error:
+        if isinstance(error, InputError):
+            raise
+        missing = CONFIG_FILE if f"/{CONFIG_FILE}" in str(error) else WEIGHTS_FILE
+        raise InputError(
+            f"{repo_id} has no {missing} on the Hub: it is not a timm model in safetensors, and no pickle is read"
+        ) from error
+    except HFValidationError as error:
+        raise InputError(f"{repo_id!r} is neither a folder nor a Hub repository name: give one of them") from error
+    except (EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+        raise InputError(f"{repo_id}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, (HfHubHTTPError, httpx.HTTPError)):
+        error = error.__cause__  # the cache has nothing either; what counts is why the Hub gave nothing
+    if isinstance(error, GatedRepoError):
+        return "access to this repository is gated: ask for it on its page, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the Hub has no such repository, or it is private: check the name, or log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "the Hub has no such revision of it: check the branch, tag or commit"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        advice = _ADVICE.get(status, "try again later" if status >= 500 else "see the Hub's reason")
+        return f"the Hub says {status} ({error.server_message or error.response.reason_phrase}): {advice}"
+    if isinstance(error, LocalTokenNotFoundError):
+        return "no token: log in with `hf auth login`, or pass token="
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return "it is not in the cache, and the Hub is off or out of reach: load it once while online"
+    return f"the connection to the Hub failed ({one_line(error)}): try again; files already uploaded are not sent twice"

@@ -1,13 +1,12 @@
 """The joint objective of energy-based classifiers, on logits."""
 
-import math
 from dataclasses import dataclass, fields
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from timm_jem.energy import energy
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, check_number
 
 __all__ = ["ObjectiveConfig", "joint_loss"]
 
@@ -34,9 +33,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not math.isfinite(value) or value < 0:
-                raise InputError(f"objective {field.name} is {value!r}: give a finite number of at least 0")
+            check_number(f"objective {field.name}", getattr(self, field.name), least=0)
 
 
 def joint_loss(
@@ -67,6 +64,9 @@ def joint_loss(
     Returns:
         Scalars by name: ``loss`` (the one with a graph), and for logging, detached: ``ce``, ``energy_data`` and
         ``energy_neg`` (means of E(x)), ``gap`` (energy_data − energy_neg), with labels ``gap_xy``, and ``l2``.
+
+    Raises:
+        InputError: ``w_xy`` > 0 without ``y_neg``.
     """
     ce = F.cross_entropy(logits if logits_ce is None else logits_ce, y)
     loss = config.w_ce * ce
@@ -78,6 +78,8 @@ def joint_loss(
         if config.w_x:
             loss = loss + config.w_x * terms["gap"]
         if config.w_xy:
+            if y_neg is None:
+                raise InputError("objective w_xy is above 0 and y_neg is missing: give the chains' labels")
             e_data, e_neg = energy(logits, y), energy(logits_neg, y_neg)
             terms["gap_xy"] = e_data.mean() - e_neg.mean()
             loss = loss + config.w_xy * terms["gap_xy"]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, check_number, check_whole
 
 __all__ = ["ReplayBuffer"]
 
@@ -45,10 +45,8 @@ class ReplayBuffer:
         num_classes: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        if capacity < 1:
-            raise InputError(f"replay buffer capacity is {capacity}: give at least 1")
-        if not 0.0 <= restart_prob <= 1.0:
-            raise InputError(f"replay buffer restart_prob is {restart_prob}: give a probability in [0, 1]")
+        check_whole("replay buffer capacity", capacity, 1)
+        check_number("replay buffer restart_prob", restart_prob, least=0, most=1)
         if num_classes is not None and capacity < num_classes:
             raise InputError(f"replay buffer capacity {capacity} is below {num_classes} classes: give one chain a class")
         self.init, self.generator, self.restart_prob, self.num_classes = init, generator, restart_prob, num_classes
@@ -71,10 +69,12 @@ class ReplayBuffer:
             Chains (a copy), pixels, shape (n, C, H, W), and their slots, int64, shape (n,).
 
         Raises:
-            InputError: more chains than there are slots, or ``y`` for a buffer without classes.
+            InputError: more chains than there are slots, or ``y`` of wrong shape or for a buffer without classes.
         """
         if n > len(self):
             raise InputError(f"{n} chains from a replay buffer of {len(self)}: raise its capacity or lower the batch size")
+        if y is not None and y.shape != (n,):
+            raise InputError(f"y has shape {tuple(y.shape)} for {n} chains: give one label a chain, shape ({n},)")
         device = self.chains.device
         if y is None:
             slots = torch.randperm(len(self), generator=self.generator, device=device)[:n]

@@ -5,14 +5,13 @@ returns shape (B,), and a chain's state is a plain tensor of pixels.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from timm_jem.errors import InputError
+from timm_jem.errors import check_number, check_whole
 
 __all__ = ["SGLDConfig", "frozen", "randn", "sgld", "sgld_step", "uniform_noise"]
 
@@ -49,27 +48,15 @@ class SGLDConfig:
     denoise_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("num_steps", self.num_steps, 1),
-            ("sample_steps", self.sample_steps, 1),
-            ("denoise_steps", self.denoise_steps, 0),
-        ):
-            if value is None and name == "sample_steps":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"sgld {name} is {value!r}: give a whole number of at least {least}")
-        for name, value, zero_allowed, none_allowed in (
-            ("step_size", self.step_size, False, False),
-            ("noise_std", self.noise_std, True, False),
-            ("grad_clamp", self.grad_clamp, False, True),
-            ("pixel_clamp", self.pixel_clamp, False, True),
-        ):
-            if value is None and none_allowed:
-                continue
-            finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not finite or value < 0 or (value == 0 and not zero_allowed):
-                least = "at least 0" if zero_allowed else "above 0"
-                raise InputError(f"sgld {name} is {value!r}: give a finite number {least}")
+        check_whole("sgld num_steps", self.num_steps, 1)
+        if self.sample_steps is not None:
+            check_whole("sgld sample_steps", self.sample_steps, 1)
+        check_whole("sgld denoise_steps", self.denoise_steps, 0)
+        check_number("sgld step_size", self.step_size, above=0)
+        check_number("sgld noise_std", self.noise_std, least=0)
+        for name in ("grad_clamp", "pixel_clamp"):
+            if getattr(self, name) is not None:
+                check_number(f"sgld {name}", getattr(self, name), above=0)
 
 
 def randn(shape, *, generator: torch.Generator | None = None, device=None, dtype=None) -> Tensor:
@@ -158,6 +145,7 @@ def sgld(
     num_steps = config.num_steps if num_steps is None else num_steps
     with torch.inference_mode(False), torch.enable_grad():
         u = u.detach().clone()  # a clone of an inference tensor is an ordinary one
+        y = None if y is None else y.clone()
         for step in range(num_steps):
             noisy = config.noise_std > 0 and step < num_steps - denoise_steps
             noise = randn(u.shape, generator=generator, device=u.device, dtype=u.dtype) if noisy else None

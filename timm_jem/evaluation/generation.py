@@ -1,11 +1,13 @@
 """How close drawn images are to real ones, and how long chains should be for that."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_jem.errors import InputError
 from timm_jem.model import JEM
 from timm_jem.sampling import frozen, sgld, uniform_noise
 
@@ -20,8 +22,18 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     Args:
         a, b: features, shapes (N, D) and (M, D), at least two rows each.
+
+    Returns:
+        The distance; NaN where a feature is not finite.
+
+    Raises:
+        InputError: fewer than two rows.
     """
+    if min(len(a), len(b)) < 2:
+        raise InputError(f"the Fréchet distance of {len(a)} and {len(b)} images is undefined: give two of each at least")
     a, b = a.double(), b.double()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return math.nan  # LAPACK would not survive it
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
     # Eigenvalues of a product of covariances are real and at least zero, up to rounding.
     roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
@@ -53,7 +65,8 @@ def best_num_steps(
         batch_size: chains through the network at once.
 
     Returns:
-        The best of ``candidates``, and the distance of each.
+        The best of ``candidates``, and the distance of each; NaN for chains that ran away, which are never the best of
+        several.
     """
     config, device = jem.sgld, jem.mean.device
     real = thumbnails(real.to(device))
@@ -75,4 +88,4 @@ def best_num_steps(
                 batch_size=batch_size,
             )
             distances[steps] = frechet_distance(thumbnails(final), real)
-    return min(distances, key=distances.get), distances
+    return min(distances, key=lambda steps: (math.isnan(distances[steps]), distances[steps], steps)), distances

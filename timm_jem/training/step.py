@@ -1,6 +1,7 @@
 """One iteration of joint training, up to the loss."""
 
-from contextlib import nullcontext
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,9 @@ def joint_step(
     """Draw negatives, move them by SGLD, put them back, and return the joint loss (JEM, arXiv 1912.03263, algorithm 1).
 
     As many chains as images; with ``objective.w_xy`` > 0 they are chains of E(x, y) with the images' labels, so that
-    the classes' frequencies cancel in the difference. Data and chains go through the network in one forward, or in
-    two where a BatchNorm in train mode would mix them. Without ``w_x`` and ``w_xy`` it is cross-entropy alone, and no
+    the classes' frequencies cancel in the difference. Data and chains go through the network in one forward, or, where
+    a BatchNorm in train mode would mix them, each in its own, and only the data's moves the running statistics:
+    evaluation meets images, not chains. Without ``w_x`` and ``w_xy`` it is cross-entropy alone, and no
     chain moves.
 
     Args:
@@ -58,18 +60,30 @@ def joint_step(
     y_neg = y if objective.w_xy else None
     u_neg, slots = buffer.draw(len(u), y_neg)
     # Outside no_sync, DistributedDataParallel would wait for gradients that sampling never makes.
-    with frozen(model), getattr(model, "no_sync", nullcontext)():
+    with frozen(model), getattr(model, "no_sync", contextlib.nullcontext)():
         u_neg = sgld(
             lambda u, *labels: energy(model(jem.normalize(u)), *labels), u_neg, sgld_config, y=y_neg, generator=generator
         )
     buffer.put(slots, u_neg)
     parts = [u, u_neg] if u_ce is None else [u, u_neg, u_ce]
-    if _mixes_batch(model):
-        logits = [model(jem.normalize(part)) for part in parts]
+    batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    if batch_norms:
+        logits = [model(jem.normalize(u))]
+        with _statistics_kept(batch_norms):
+            logits += [model(jem.normalize(part)) for part in parts[1:]]
     else:
         logits = model(jem.normalize(torch.cat(parts))).split([len(part) for part in parts])
     return joint_loss(logits[0], y, logits[1], y_neg, objective, logits_ce=None if u_ce is None else logits[2])
 
 
-def _mixes_batch(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
+@contextlib.contextmanager
+def _statistics_kept(batch_norms: list[nn.Module]) -> Iterator[None]:
+    """Batches are normalised by their own statistics still, but the running ones stay."""
+    tracking = [m.track_running_stats for m in batch_norms]
+    try:
+        for m in batch_norms:
+            m.track_running_stats = False
+        yield
+    finally:
+        for m, flag in zip(batch_norms, tracking, strict=True):
+            m.track_running_stats = flag

@@ -1,0 +1,119 @@
+"""Published chains: a replay buffer as 8-bit images, small enough to travel with its model."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from timm_jem.errors import InputError
+
+__all__ = ["CHAINS_FILE", "MAX_CHAINS_BYTES", "Chains"]
+
+CHAINS_FILE = "replay_buffer.safetensors"
+MAX_CHAINS_BYTES = 64 * 2**20
+
+
+@dataclass
+class Chains:
+    """Chains that stopped where training ended, for :meth:`timm_jem.JEM.sample` to go on from.
+
+    Attributes:
+        images: 8-bit pixels, uint8, shape (N, C, H, W).
+        labels: classes of class-conditional chains, int64, shape (N,), or None for chains of E(x).
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+
+    @classmethod
+    def of_pixels(cls, u: Tensor, labels: Tensor | None = None, *, max_bytes: int = MAX_CHAINS_BYTES) -> "Chains":
+        """Chains rounded to 8 bits, as many as fit, evenly from all.
+
+        Args:
+            u: pixels, shape (N, C, H, W); what leaves [-1, 1] is cut.
+            labels: classes, shape (N,), or None.
+            max_bytes: the most that the images may take.
+        """
+        n = min(len(u), max_bytes // max(u[0].numel(), 1))
+        if n < 1:
+            raise InputError(
+                f"one chain of shape {tuple(u.shape[1:])} is above {max_bytes} bytes: don't publish the replay buffer"
+            )
+        rows = (torch.arange(n) * len(u) // n).to(u.device)
+        images = u[rows].float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
+        return cls(images.contiguous(), None if labels is None else labels[rows].long().cpu())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def draw(self, n: int, y: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        """``n`` distinct chains: pixels in [-1, 1], shape (n, C, H, W), and their labels, shape (n,), or None.
+
+        Args:
+            n: how many.
+            y: their classes, int64, shape (n,); None: any, each under its own label.
+            generator: the only source of randomness.
+
+        Raises:
+            InputError: more chains than there are, or classes of chains that have none.
+        """
+        device = None if generator is None else generator.device
+        order = torch.randperm(len(self), generator=generator, device=device).cpu()
+        if y is None:
+            if n > len(self):
+                raise InputError(f"{n} images from {len(self)} published chains: ask for fewer, or start from noise")
+            rows = order[:n]
+        elif self.labels is None:
+            raise InputError("the published chains have no classes: leave y out, or start from noise")
+        else:
+            rows, wanted = torch.empty(n, dtype=torch.int64), y.cpu()
+            for label in wanted.unique():
+                of_class, places = order[self.labels[order] == label], (wanted == label).nonzero().flatten()
+                if len(places) > len(of_class):
+                    raise InputError(
+                        f"{len(places)} images of class {int(label)} from {len(of_class)} published chains of it: "
+                        "ask for fewer, or start from noise"
+                    )
+                rows[places] = of_class[: len(places)]
+        u = self.images[rows].float().div_(127.5).sub_(1)
+        return u, None if self.labels is None else self.labels[rows]
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write them as safetensors."""
+        save_file({"images": self.images} | ({} if self.labels is None else {"labels": self.labels}), file)
+
+    @classmethod
+    def load(cls, file: str | os.PathLike, image_shape: tuple[int, int, int], num_classes: int) -> "Chains":
+        """Read them for a model of these images and classes.
+
+        Raises:
+            InputError: a file that is broken, too large, or of other images or classes.
+        """
+        file = Path(file)
+        if file.stat().st_size > MAX_CHAINS_BYTES + 16 * 2**20:
+            raise InputError(
+                f"{file.name} is larger than {MAX_CHAINS_BYTES >> 20} MiB: load the model with replay_buffer=False"
+            )
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                keys = set(tensors.keys())
+                if not {"images"} <= keys <= {"images", "labels"}:
+                    raise InputError(
+                        f"{file.name} holds {', '.join(sorted(keys)) or 'nothing'}: published chains are images and labels"
+                    )
+                images, labels = tensors.get_tensor("images"), tensors.get_tensor("labels") if "labels" in keys else None
+        except SafetensorError as error:
+            raise InputError(f"{file.name} is no whole safetensors file ({error}): get it again") from error
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != tuple(image_shape) or len(images) < 1:
+            raise InputError(
+                f"{file.name} holds {images.dtype} of shape {tuple(images.shape)}: this model's images are {image_shape}"
+            )
+        if labels is not None:
+            whole = labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+            if not whole or labels.min() < 0 or labels.max() >= num_classes:
+                raise InputError(f"{file.name} holds labels that are not one of {num_classes} classes for each image")
+        return cls(images, labels)

@@ -1,0 +1,23 @@
+"""Which names timm knows, and how it says that it can't build one."""
+
+import difflib
+
+import timm
+
+from timm_jem.errors import InputError
+
+__all__ = ["BUILD_ERRORS", "check_name"]
+
+# What timm raises, here and there, when it can't build a model from its arguments.
+BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
+def check_name(name: str) -> None:
+    """Raise an InputError with the closest names where timm knows no model of this one; sources ("hf-hub:") pass."""
+    if not isinstance(name, str):
+        raise InputError(f"the model name is {name!r}: give one of timm.list_models()")
+    if ":" in name or timm.is_model(name.split(".")[0]):
+        return
+    close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them all"
+    raise InputError(f"unknown model {name!r}: {hint}")
