@@ -10,6 +10,7 @@ Without a data set and a config, recipes/configs/digits.yaml is used; otherwise 
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed, tqdm
@@ -26,10 +28,11 @@ from timm.scheduler import create_scheduler_v2
 from torch.utils.data import DataLoader
 
 import timm_jem
-from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
+from timm_jem import Chains, InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
 from timm_jem.data import DataConfig, ImageSet, augment, load_splits, to_pixels
 from timm_jem.errors import check_number, check_whole, one_line
 from timm_jem.evaluation import accuracy, best_num_steps, expected_calibration_error, image_grid, predict
+from timm_jem.hub import prepare
 from timm_jem.models.names import check_name
 from timm_jem.sampling import frozen, randn
 from timm_jem.training import joint_step
@@ -126,6 +129,26 @@ class TrainConfig:
             raise InputError("train sample_steps must be a list of whole numbers of at least 1")
 
 
+@dataclass
+class HubConfig:
+    """Publishing. ``hf auth login`` first; recipes/push.py publishes a run already done.
+
+    Attributes:
+        push_to: repository "user/name" to push the model, its card, pictures and chains to; None: none.
+        private: make it private if it isn't there yet.
+        every: push what there is every so many iterations as well; 0: only at the end.
+        replay_buffer: publish the chains, at 8 bits, as many as fit 64 MiB.
+    """
+
+    push_to: str | None = None
+    private: bool = False
+    every: int = 0
+    replay_buffer: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole("hub every", self.every, 0)
+
+
 def parse(argv: list[str]):
     parser = ArgumentParser(prog="recipes/train.py", description=__doc__.splitlines()[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
@@ -133,6 +156,7 @@ def parse(argv: list[str]):
     parser.add_argument("--model", type=ModelConfig, default=ModelConfig())
     parser.add_argument("--sgld", type=SGLDConfig, default=SGLDConfig())
     parser.add_argument("--train", type=TrainConfig, default=TrainConfig())
+    parser.add_argument("--hub", type=HubConfig, default=HubConfig())
     parser.add_argument("--output_dir", type=str | None, default=None, help="default: runs/<data set>, numbered")
     flags = [word.split("=")[0] for word in argv]
     if not {"--config", "--data.dataset", "--data"} & set(flags):
@@ -180,7 +204,7 @@ def batches(data: ImageSet, config: TrainConfig, *, train: bool) -> DataLoader:
 
 def main(argv: list[str]) -> None:
     parser, config, settings = parse(argv)
-    data, model, sgld, train = settings.data, settings.model, settings.sgld, settings.train
+    data, model, sgld, train, hub = settings.data, settings.model, settings.sgld, settings.train, settings.hub
     accelerator = Accelerator(mixed_precision=train.mixed_precision)
     device, rank = accelerator.device, accelerator.process_index
     set_seed(train.seed)
@@ -284,6 +308,8 @@ def main(argv: list[str]) -> None:
         write_aside(output_dir / "buffer.png", lambda path: picture.save(path, "png"))
 
     if accelerator.is_main_process:
+        if hub.push_to is not None:
+            prepare(hub.push_to, private=hub.private)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -296,6 +322,25 @@ def main(argv: list[str]) -> None:
             f"{model.name} ({parameters:,} parameters) on {data.dataset}: {len(splits.train)} images to train on, "
             f"{len(splits.val)} for validation, {len(splits.test)} for the test; writing to {output_dir}"
         )
+
+    def describe(results: list[dict[str, Any]]) -> None:
+        """What the model and its card say of how it came to be."""
+        jem.provenance = {
+            "dataset": data.dataset,
+            "command": shlex.join(["accelerate", "launch", "recipes/train.py", *argv]),
+            "config": {section: asdict(getattr(settings, section)) for section in ("data", "model", "sgld", "train")},
+            "steps": step,
+            "seed": train.seed,
+            "seconds": time.perf_counter() - start - aside,
+            "versions": {"timm_jem": timm_jem.__version__, "timm": timm.__version__, "torch": torch.__version__},
+            "results": results,
+        }
+        if hub.replay_buffer and (train.objective.w_x or train.objective.w_xy):
+            jem.chains = Chains.of_pixels(buffer.chains, buffer.labels)
+
+    def publish(message: str) -> None:
+        url = jem.push_to_hub(hub.push_to, commit_message=message, private=hub.private, pictures=output_dir)
+        progress.write(f"pushed to {url}")
 
     def log(metrics: dict[str, float]) -> None:
         metrics_file.write(json.dumps(metrics) + "\n")
@@ -347,6 +392,12 @@ def main(argv: list[str]) -> None:
                     draw_buffer()
                 if train.eval_every and step % train.eval_every == 0:
                     log({"step": step, **evaluate(splits.val, "val")})
+                if hub.push_to is not None and hub.every and step % hub.every == 0 and step < train.steps:
+                    describe([])
+                    try:
+                        publish(f"Step {step}")
+                    except InputError as error:
+                        progress.write(f"step {step} was not pushed, training goes on: {error}")
                 aside += time.perf_counter() - pause
             if step == train.steps:
                 break
@@ -374,12 +425,22 @@ def main(argv: list[str]) -> None:
             "sample_steps": best,
             "val_frechet_by_steps": distances,
         }
-        jem.provenance = {
-            "dataset": data.dataset,
-            "data": asdict(data),
-            "train": asdict(train),
-            "versions": {"timm_jem": timm_jem.__version__, "torch": torch.__version__},
-        }
+        describe(
+            [
+                {
+                    "name": name,
+                    "type": kind,
+                    "value": summary[f"test_{kind}"],
+                    "split": "test",
+                    "n": len(splits.test),
+                    "protocol": f"{protocol}; seed {train.seed}, {step} steps, one run",
+                }
+                for name, kind, protocol in (
+                    ("Accuracy", "accuracy", "top-1"),
+                    ("Expected calibration error", "ece", "15 equal bins, L1"),
+                )
+            ]
+        )
         draw_fresh("samples.png")
         draw_buffer()
         jem.save_pretrained(output_dir / "model")
@@ -389,6 +450,11 @@ def main(argv: list[str]) -> None:
             f"test accuracy {summary['test_accuracy']:.4f}, ECE {summary['test_ece']:.4f}, "
             f"{seconds:.0f} s of training; look at {output_dir / 'samples.png'}"
         )
+        if hub.push_to is not None:
+            try:
+                publish(f"{model.name} after {step} steps on {data.dataset}")
+            except InputError as error:
+                raise InputError(f"{error}; the run is whole: python recipes/push.py {output_dir} {hub.push_to}") from error
     accelerator.end_training()
 
 

@@ -1,135 +1,239 @@
-import json
-import os
+"""Through a Hub on loopback, with the real client."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
+from loopback_hub import Hub
 
 import timm_jem
-from timm_jem import InputError, SGLDConfig, folder
+from timm_jem import Chains, InputError, SGLDConfig
+from timm_jem import hub as hub_module
+from timm_jem.card import is_generated
+
+REPO = "user/digits-jem"
 
 
 @pytest.fixture
 def jem():
     torch.manual_seed(0)
-    sgld = SGLDConfig(num_steps=7, noise_std=0.05, sample_steps=40, denoise_steps=2)
-    jem = timm_jem.create_model(
-        "wrn_10_1", num_classes=3, input_size=(1, 8, 8), class_names=["a", "b", "c"], sgld=sgld, act_layer="silu"
-    )
-    jem.provenance = {"dataset": "digits"}
-    return jem.eval()
+    names, sgld = ["a", "b", "c"], SGLDConfig(num_steps=4, noise_std=0.05, sample_steps=9)
+    jem = timm_jem.create_model("wrn_10_1", num_classes=3, input_size=(1, 8, 8), class_names=names, sgld=sgld).eval()
+    jem.chains = Chains.of_pixels(torch.rand(30, 1, 8, 8) * 2 - 1, torch.arange(30) % 3)
+    jem.provenance = {
+        "dataset": "digits",
+        "command": "accelerate launch recipes/train.py",
+        "steps": 7,
+        "seed": 0,
+        "results": [
+            {"name": "Accuracy", "type": "accuracy", "value": 0.9777, "split": "test", "n": 359, "protocol": "top-1"},
+        ],
+    }
+    return jem
 
 
-def logits_of_three_readers(jem, folder):
-    jem.save_pretrained(folder)
-    x = torch.randn(3, *jem.input_size)
+def test_one_repository_two_readers(hub, jem):
+    url = jem.push_to_hub(REPO)
+    assert url.startswith(f"{hub.url}/{REPO}/commit/")
+    assert set(hub.files(REPO)) == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "replay_buffer.safetensors",
+    }
+    again = timm_jem.from_pretrained(REPO)
+    plain = timm.create_model(f"hf-hub:{REPO}", pretrained=True).eval()
+    x, y = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
     with torch.no_grad():
-        plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        return jem(x), timm_jem.from_pretrained(folder)(x), plain(x)
-
-
-@pytest.mark.parametrize(
-    ("name", "kwargs"),
-    [
-        ("test_resnet", {"num_classes": 2}),
-        ("resnet18", {"num_classes": 10, "input_size": (1, 64, 64)}),
-        ("vit_tiny_patch16_224", {"num_classes": 5, "input_size": (3, 32, 32), "patch_size": 4}),
-        ("deit_tiny_distilled_patch16_224", {"num_classes": 4, "drop_rate": 0.1}),
-        ("test_convnext", {"num_classes": 1000}),
-        ("wrn_16_2", {"num_classes": 10, "norm_layer": "batchnorm2d"}),
-    ],
-)
-def test_both_readers_give_the_same_logits_bit_for_bit(tmp_path, name, kwargs):
-    torch.manual_seed(0)
-    jem = timm_jem.create_model(name, **kwargs)
-    with torch.no_grad():
-        jem(torch.randn(8, *jem.input_size))  # BatchNorm statistics that are not the initial ones
-    ours, again, plain = logits_of_three_readers(jem.eval(), tmp_path / "m")
-    assert torch.equal(ours, again)
-    assert torch.equal(ours, plain)
-
-
-def test_everything_else_comes_back(jem, tmp_path):
-    jem.save_pretrained(tmp_path / "m")
-    again = timm_jem.from_pretrained(tmp_path / "m")
+        assert torch.equal(again(x), jem(x))
+        assert torch.equal(plain(x), jem(x))
+        assert torch.equal(again.energy(x), jem.energy(x))
+        assert torch.equal(again.energy(x, y), jem.energy(x, y))
     assert (again.sgld, again.class_names, again.provenance) == (jem.sgld, jem.class_names, jem.provenance)
-    assert again.input_size == (1, 8, 8)
-    assert torch.equal(again.mean, jem.mean)
-    assert not again.training
-    draws = [m.sample(4, y=1, generator=torch.Generator().manual_seed(5)) for m in (jem, again)]
-    assert torch.equal(*draws)
+    hub.calls.clear()
+    cached = timm_jem.from_pretrained(REPO, local_files_only=True)
+    assert torch.equal(cached(x), jem(x))
+    assert torch.equal(cached.chains.images, jem.chains.images)
+    assert hub.calls == []
 
 
-def test_layouts_that_safetensors_refuses(jem, tmp_path):
-    expected, *_ = logits_of_three_readers(jem, tmp_path / "plain")
-    jem.to(memory_format=torch.channels_last)
-    ours, again, plain = logits_of_three_readers(jem, tmp_path / "last")
-    assert torch.equal(again, plain)
-    assert jem.backbone.stages[0][0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert expected.shape == ours.shape
+def test_offline_from_the_cache_in_a_fresh_process(hub, jem, tmp_path):
+    jem.push_to_hub(REPO)
+    script = (
+        "import sys, timm, timm_jem, torch\n"
+        f"jem = timm_jem.from_pretrained({REPO!r}, cache_dir={str(tmp_path)!r})\n"
+        "x = torch.linspace(-1, 1, 128).view(2, 1, 8, 8)\n"
+        "print(jem.energy(x).tolist(), jem.sample(2, init='buffer').shape)"
+    )
+    outputs = []
+    for offline in ("0", "1"):
+        done = subprocess.run(
+            ["env", f"HF_HUB_OFFLINE={offline}", sys.executable, "-c", script], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
 
 
-def test_the_folder_is_safetensors_and_json_only(jem, tmp_path):
-    jem.save_pretrained(tmp_path / "deep" / "m")
-    assert sorted(os.listdir(tmp_path / "deep")) == ["m"]
-    assert sorted(os.listdir(tmp_path / "deep" / "m")) == ["config.json", "model.safetensors"]
-
-
-def test_saving_over_an_older_model_keeps_other_files(jem, tmp_path):
-    (tmp_path / "README.md").write_text("mine")
-    jem.save_pretrained(tmp_path)
+def test_a_pinned_revision(hub, jem):
+    jem.push_to_hub(REPO)
+    first, x = hub.find(REPO, "main")[0], torch.randn(2, 1, 8, 8)
+    before = jem(x)
     with torch.no_grad():
         jem.backbone.fc.bias.add_(1)
-    ours, again, _ = logits_of_three_readers(jem, tmp_path)
-    assert torch.equal(ours, again)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    jem.push_to_hub(REPO)
+    assert torch.equal(timm_jem.from_pretrained(REPO, revision=first)(x), before)
+    assert torch.equal(timm_jem.from_pretrained(REPO)(x), jem(x))
+    with pytest.raises(InputError, match="no such revision"):
+        timm_jem.from_pretrained(REPO, revision="v9")
 
 
-def test_a_failing_save_leaves_what_was_there(jem, tmp_path):
-    target = tmp_path / "m"
-    jem.save_pretrained(target)
-    before = {f: (target / f).read_bytes() for f in os.listdir(target)}
-    jem.backbone._model_args["act_layer"] = torch.nn.SiLU  # JSON can't hold it
-    with pytest.raises(InputError, match="act_layer"):
-        jem.save_pretrained(target)
-    with pytest.raises(InputError, match="act_layer"):
-        jem.save_pretrained(tmp_path / "new")
-    assert os.listdir(tmp_path) == ["m"]
-    assert {f: (target / f).read_bytes() for f in os.listdir(target)} == before
-
-
-def test_a_plain_timm_folder_becomes_a_joint_energy_model(tmp_path):
+def test_a_plain_timm_repository(hub, tmp_path):
     model = timm.create_model("test_resnet", num_classes=3).eval()
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    jem = timm_jem.from_pretrained(tmp_path)
+    hub.create("user/plain", {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()})
+    jem = timm_jem.from_pretrained("user/plain")
     x = torch.randn(2, *jem.input_size)
     assert torch.equal(jem(x), model(x))
-    assert jem.sgld == SGLDConfig()
+    assert jem.chains is None
 
 
-def edit(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+def test_the_card_says_what_is_so_and_no_more(hub, jem, tmp_path):
+    (tmp_path / "samples.png").write_bytes(b"picture")
+    (tmp_path / "notes.png").write_bytes(b"not for the card")
+    jem.push_to_hub(REPO, pictures=tmp_path)
+    assert hub.files(REPO)["samples.png"] == b"picture"
+    assert "notes.png" not in hub.files(REPO)
+    file = tmp_path / "README.md"
+    file.write_bytes(hub.files(REPO)["README.md"])
+    card = ModelCard.load(file)
+    card.validate()
+    assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
+    assert [(r.metric_type, r.metric_value, r.dataset_split) for r in card.data.eval_results] == [("accuracy", 0.9777, "test")]
+    assert "samples.png" in card.text
+    assert "buffer.png" not in card.text
+    assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in card.text
+    assert 'init="buffer"' in card.text
+    jem.provenance = {}
+    jem.push_to_hub(REPO, replay_buffer=False)
+    text = hub.files(REPO)["README.md"].decode()
+    assert "Results" not in text
+    assert "trained on" not in text
+    assert 'init="buffer"' not in text
+    assert ModelCard(text).data.eval_results is None
+    assert "replay_buffer.safetensors" not in hub.files(REPO)  # not that of the older model
+
+
+def test_a_card_that_someone_wrote_is_kept(hub, jem):
+    jem.push_to_hub(REPO)
+    generated = hub.files(REPO)["README.md"].decode()
+    assert is_generated(generated)
+    edited = generated.replace("A **joint energy model**", "My joint energy model").encode()
+    hub.commit(REPO, {**hub.files(REPO), "README.md": edited})
+    with pytest.warns(UserWarning, match="is kept"):
+        jem.push_to_hub(REPO)
+    assert hub.files(REPO)["README.md"] == edited
+    jem.push_to_hub(REPO, overwrite_card=True)
+    assert hub.files(REPO)["README.md"].decode() == generated
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("pattern", "how", "message"),
     [
-        (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
-        (lambda f: (f / "config.json").unlink(), "no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
-        (lambda f: edit(f, architecture="wrn_10_11"), "did you mean wrn_10_1"),
-        (lambda f: edit(f, timm_jem={"format_version": folder.FORMAT_VERSION + 1}), "upgrade timm_jem"),
+        ("POST /api/repos/create", 401, "401 .*log in"),
+        ("POST /api/repos/create", 403, "403 .*may write"),
+        ("POST .*/commit/", 403, "403 .*may write"),
+        ("POST .*/commit/", 413, "413 .*leave the replay buffer out"),
+        ("POST .*/commit/", 500, "500 .*try again"),
+        ("PUT /lfs/", 403, "403 .*may write"),
+        ("PUT /lfs/", "cut", "connection to the Hub failed"),
+        ("POST .*/preupload/", 429, "429 .*wait"),
+        ("POST .*/commit/", "cut", "connection to the Hub failed"),
     ],
 )
-def test_broken_folders_are_named(jem, tmp_path, damage, message):
-    jem.save_pretrained(tmp_path)
-    damage(tmp_path)
+def test_an_interrupted_push_leaves_the_old_revision_and_a_second_one_resumes(hub, jem, monkeypatch, pattern, how, message):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its own attempts
+    jem.push_to_hub(REPO)
+    revisions = list(hub.revisions[REPO])
+    with torch.no_grad():
+        jem.backbone.fc.bias.add_(1)
+    hub.fail(pattern, how)
     with pytest.raises(InputError, match=message) as error:
-        timm_jem.from_pretrained(tmp_path)
+        jem.push_to_hub(REPO)
     assert "\n" not in str(error.value)
+    assert hub.revisions[REPO] == revisions
+    hub.failures.clear()
+    sent = sum(call.startswith("PUT /lfs/") for call in hub.calls)
+    jem.push_to_hub(REPO)
+    assert hub.revisions[REPO][:-1] == revisions
+    if "commit" in pattern:  # the files were there already
+        assert sum(call.startswith("PUT /lfs/") for call in hub.calls) == sent
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(timm_jem.from_pretrained(REPO)(x), jem(x))
 
 
-def test_nothing_there(tmp_path):
+@pytest.mark.parametrize(
+    ("pattern", "how", "message"),
+    [
+        ("resolve", 429, "429 .*wait"),
+        ("resolve", 503, "503 .*try again"),
+        ("GET .*model.safetensors", 500, "500 .*try again"),
+        ("resolve", "cut", "connection to the Hub failed|out of reach"),
+        ("GET .*model.safetensors", "cut", "connection to the Hub failed"),
+    ],
+)
+def test_a_download_that_fails_says_why(hub, jem, tmp_path, monkeypatch, pattern, how, message):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    jem.push_to_hub(REPO)
+    hub.fail(pattern, how)
+    with pytest.raises(InputError, match=message) as error:
+        timm_jem.from_pretrained(REPO, cache_dir=tmp_path)
+    assert "\n" not in str(error.value)
+    hub.failures.clear()
+    assert timm_jem.from_pretrained(REPO, cache_dir=tmp_path).class_names == ["a", "b", "c"]
+
+
+def test_what_is_not_there(hub, jem, tmp_path):
+    with pytest.raises(InputError, match="no such repository, or it is private"):
+        timm_jem.from_pretrained("user/nothing")
     with pytest.raises(InputError, match="neither a folder nor a Hub repository"):
         timm_jem.from_pretrained(tmp_path / "nothing" / "here")
+    with pytest.raises(InputError, match="not in the cache"):
+        timm_jem.from_pretrained(REPO, local_files_only=True)
+    jem.push_to_hub(REPO, private=True)
+    with pytest.raises(InputError, match="or it is private"):
+        timm_jem.from_pretrained(REPO, token=False, cache_dir=tmp_path)
+    hub.create("user/pickle", {"config.json": b'{"architecture": "resnet18"}', "pytorch_model.bin": b"\x80\x02."})
+    with pytest.raises(InputError, match="no pickle is read"):
+        timm_jem.from_pretrained("user/pickle")
+    assert not any("pytorch_model" in call for call in hub.calls)
+
+
+def test_chains_that_are_too_large_are_not_downloaded(hub, jem, monkeypatch):
+    jem.push_to_hub(REPO)
+    monkeypatch.setattr(hub_module, "MAX_CHAINS_BYTES", 100)
+    with pytest.raises(InputError, match="replay_buffer=False"):
+        timm_jem.from_pretrained(REPO)
+    assert not any(call.startswith("GET") and "replay_buffer" in call for call in hub.calls)
+    assert timm_jem.from_pretrained(REPO, replay_buffer=False).chains is None
+
+
+def test_what_plain_timm_would_undo_is_refused_before_anything_is_sent(hub, jem):
+    jem.backbone.stages[0][0].conv1 = torch.nn.Sequential(jem.backbone.stages[0][0].conv1)
+    with pytest.raises(InputError, match="plain timm can't rebuild it"):
+        jem.push_to_hub(REPO)
+    assert hub.calls == []
+
+
+def test_no_file_name_of_a_repository_leaves_the_cache(hub, jem, tmp_path):
+    jem.push_to_hub(REPO)
+    hub.commit(REPO, {**hub.files(REPO), "../../../escaped": b"x", "/tmp/escaped": b"x"})
+    timm_jem.from_pretrained(REPO, cache_dir=tmp_path)
+    assert not any("escaped" in call for call in hub.calls)
+    assert isinstance(hub, Hub)
+    assert not Path("/tmp/escaped").exists()

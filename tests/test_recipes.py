@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import benchmark
+import push
 import pytest
 import timm
 import torch
@@ -196,16 +197,20 @@ def test_the_readme_opens_with_two_commands():
 
 
 @pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))
-def test_the_readmes_python_runs(tmp_path, monkeypatch, number):
+def test_the_readmes_python_runs(hub, tmp_path, monkeypatch, number):
     monkeypatch.chdir(tmp_path)
+    jem = timm_jem.create_model("wrn_10_1", num_classes=10, input_size=(1, 8, 8))
+    jem.chains = timm_jem.Chains.of_pixels(torch.zeros(20, 1, 8, 8), torch.arange(20) % 10)
+    jem.push_to_hub("user/digits-jem")
     exec(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number], {})
 
 
 COMMANDS = re.findall(r"^accelerate launch (recipes/train\.py.*?)(?:  +#.*)?$", README, re.MULTILINE)
+PUSH = re.search(r"^python (recipes/push\.py.*?)  +#", README, re.MULTILINE)[1]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_readmes_training_commands_run(tmp_path, command):
+def test_the_readmes_training_commands_run(hub, tmp_path, command):
     """As written but for the number of steps, a data set that needs no network, and the size of the network."""
     rows = digits().select(range(60))
     if "cifar10" in command:
@@ -228,3 +233,47 @@ def test_the_readmes_training_commands_run(tmp_path, command):
     done = launch(f"{command} {short} {small}", tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "runs").glob("*/samples.png"))) == 1
+    if "push_to" in command:
+        assert len(hub.revisions["user/digits-jem"]) == 2
+        done = subprocess.run([sys.executable, *PUSH.split()], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(hub.revisions["user/digits-jem"]) == 3
+
+
+def test_a_run_publishes_itself_and_a_run_already_done_too(hub, tmp_path):
+    flags = "--hub.push_to user/first --hub.every 2 --hub.private true"
+    done = launch(f"{ROOT}/recipes/train.py {SHORT} {flags}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "pushed to" in done.stderr + done.stdout
+    assert len(hub.revisions["user/first"]) == 3  # the new repository, step 2, the end
+    assert "user/first" in hub.private
+    assert "model-index" not in hub.find("user/first", hub.revisions["user/first"][1][0])[1]["README.md"].decode()
+    card = hub.files("user/first")["README.md"].decode()
+    summary = json.loads((tmp_path / "runs" / "digits" / "summary.json").read_text())
+    assert f"value: {summary['test_accuracy']}" in card
+    assert "samples.png" in card
+    assert "--hub.push_to user/first" in card
+    assert "steps: 4" in card
+    first = timm_jem.from_pretrained("user/first")
+    assert len(first.chains) == 1000
+    done = subprocess.run(
+        [sys.executable, ROOT / "recipes" / "push.py", "runs/digits", "user/second"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first_files, second_files = hub.files("user/first"), hub.files("user/second")
+    assert set(first_files) == set(second_files)
+    assert all(first_files[name] == second_files[name] for name in first_files if name != "README.md")
+    test = load_splits(DataConfig()).test
+    logits = timm_jem.from_pretrained("user/second")(to_pixels(test.images))
+    assert (logits.argmax(1) == test.labels).double().mean().item() == summary["test_accuracy"]
+
+
+def test_a_push_that_can_not_be_is_found_before_any_work(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub.fail("POST /api/repos/create", 403)
+    with pytest.raises(InputError, match="403"):
+        train.main(["--train.steps", "1", "--hub.push_to", "user/name"])
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(InputError, match="no folder 'model'"):
+        push.main(["runs/digits", "user/name"])

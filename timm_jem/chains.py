@@ -40,9 +40,7 @@ class Chains:
         """
         n = min(len(u), max_bytes // max(u[0].numel(), 1))
         if n < 1:
-            raise InputError(
-                f"one chain of shape {tuple(u.shape[1:])} is above {max_bytes} bytes: don't publish the replay buffer"
-            )
+            raise InputError(f"one chain of shape {tuple(u.shape[1:])} is above {max_bytes} bytes: leave the replay buffer out")
         rows = (torch.arange(n) * len(u) // n).to(u.device)
         images = u[rows].float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
         return cls(images.contiguous(), None if labels is None else labels[rows].long().cpu())

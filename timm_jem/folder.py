@@ -74,7 +74,12 @@ def write_folder(
         raise InputError("this model is on the meta device and has no weights to save: build it on a real device")
     # A contiguous copy: safetensors refuses the strides of channels_last.
     backbone = copy.deepcopy(backbone).to("cpu", memory_format=torch.contiguous_format)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if class_names is not None:  # they go to the top of the file, once
+        backbone.pretrained_cfg = {k: v for k, v in backbone.pretrained_cfg.items() if k != "label_names"}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {target.parent} can't be made ({one_line(error)}): give another") from error
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         try:
@@ -202,7 +207,7 @@ def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
             raise InputError(f"{CONFIG_FILE} describes a far larger model than {WEIGHTS_FILE} holds")
 
     hook = register_module_parameter_registration_hook(count)
-    arguments = {**config.get("model_args", {}), "num_classes": config.get("num_classes", 1000)}
+    arguments = {"num_classes": config.get("num_classes", 1000), **config.get("model_args", {})}
     try:
         with torch.device("meta"):
             empty = timm.create_model(config["architecture"], pretrained=False, **arguments)
@@ -212,6 +217,9 @@ def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
         raise InputError(f"{CONFIG_FILE} can't be built ({one_line(error)})") from error
     finally:
         hook.remove()
+    # Where they differ, timm would quietly build a new head.
+    if config.get("num_classes", empty.num_classes) != empty.num_classes:
+        raise InputError(f"{CONFIG_FILE} says num_classes {config['num_classes']} and builds {empty.num_classes}: mend it")
     described = sum(tensor.numel() for tensor in empty.state_dict().values())
     if described > 2 * stored + _LARGEST:
         raise InputError(f"{CONFIG_FILE} describes {described:,} weights and {WEIGHTS_FILE} holds {stored:,}")

@@ -163,6 +163,10 @@ def _explained(repo_id: str) -> Iterator[None]:
         raise InputError(f"{repo_id!r} is neither a folder nor a Hub repository name: give one of them") from error
     except (EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx.HTTPError) as error:
         raise InputError(f"{repo_id}: {_reason(error)}") from error
+    except RuntimeError as error:  # the client's way to say that an upload failed
+        if not isinstance(error.__cause__, (HfHubHTTPError, httpx.HTTPError)):
+            raise
+        raise InputError(f"{repo_id}: {_reason(error.__cause__)}") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -1,0 +1,46 @@
+"""Publish a run of recipes/train.py on the Hugging Face Hub: model, card, pictures and chains, in one commit.
+
+python recipes/push.py runs/digits user/digits-jem
+"""
+
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+import timm_jem
+from timm_jem import InputError
+from timm_jem.errors import one_line
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="recipes/push.py", description=__doc__.splitlines()[0], exit_on_error=False)
+    parser.add_argument("run", type=str, help="a run's folder")
+    parser.add_argument("repo_id", type=str, help="user/name; made if it is not there")
+    parser.add_argument("--private", type=bool, default=False, help="make it private if it is not there yet")
+    parser.add_argument("--replay_buffer", type=bool, default=True, help="with the run's chains")
+    parser.add_argument("--overwrite_card", type=bool, default=False, help="replace a README.md that someone wrote")
+    try:
+        settings = parser.parse_args(argv)
+    except ArgumentError as error:
+        raise InputError(f"{one_line(error)}; recipes/push.py --help lists the settings") from error
+    run = Path(settings.run)
+    if not (run / "model").is_dir():
+        raise InputError(f"{run} has no folder 'model': give the folder of a finished run, such as runs/digits")
+    jem = timm_jem.from_pretrained(run / "model")
+    url = jem.push_to_hub(
+        settings.repo_id,
+        commit_message=f"Push {run.name} using timm_jem",
+        private=settings.private,
+        replay_buffer=settings.replay_buffer,
+        pictures=run,
+        overwrite_card=settings.overwrite_card,
+    )
+    print(f"pushed to {url}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,339 @@
+import json
+import os
+import pickle
+import resource
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import freeze_batch_norm_2d
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import timm_jem
+from timm_jem import Chains, InputError, SGLDConfig, folder
+
+
+@pytest.fixture
+def jem():
+    torch.manual_seed(0)
+    sgld = SGLDConfig(num_steps=7, noise_std=0.05, sample_steps=40, denoise_steps=2)
+    jem = timm_jem.create_model(
+        "wrn_10_1", num_classes=3, input_size=(1, 8, 8), class_names=["a", "b", "c"], sgld=sgld, act_layer="silu"
+    )
+    jem.provenance = {"dataset": "digits"}
+    return jem.eval()
+
+
+def logits_of_three_readers(jem, folder):
+    jem.save_pretrained(folder)
+    x = torch.randn(3, *jem.input_size)
+    with torch.no_grad():
+        plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        return jem(x), timm_jem.from_pretrained(folder)(x), plain(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("test_resnet", {"num_classes": 2}),
+        ("resnet18", {"num_classes": 10, "input_size": (1, 64, 64)}),
+        ("vit_tiny_patch16_224", {"num_classes": 5, "input_size": (3, 32, 32), "patch_size": 4}),
+        ("deit_tiny_distilled_patch16_224", {"num_classes": 4, "drop_rate": 0.1}),
+        ("test_convnext", {"num_classes": 1000}),
+        ("test_nfnet", {"num_classes": 3}),
+        ("test_efficientnet", {"num_classes": 3}),
+        ("test_mambaout", {"num_classes": 3}),
+        ("test_byobnet", {"num_classes": 3}),
+        ("swin_tiny_patch4_window7_224", {"num_classes": 3, "input_size": (3, 64, 64)}),
+        ("mobilenetv3_small_050", {"num_classes": 3, "input_size": (3, 64, 64)}),
+        ("ghostnet_050", {"num_classes": 3}),
+        ("resnetv2_18", {"num_classes": 3, "norm_layer": "groupnorm"}),
+        ("wrn_16_2", {"num_classes": 10, "norm_layer": "batchnorm2d"}),
+        ("wrn_28_2", {"num_classes": 2, "input_size": (1, 32, 32)}),
+    ],
+)
+def test_both_readers_give_the_same_logits_bit_for_bit(tmp_path, name, kwargs):
+    torch.manual_seed(0)
+    jem = timm_jem.create_model(name, **kwargs)
+    with torch.no_grad():
+        jem(torch.randn(8, *jem.input_size))  # BatchNorm statistics that are not the initial ones
+    ours, again, plain = logits_of_three_readers(jem.eval(), tmp_path / "m")
+    assert torch.equal(ours, again)
+    assert torch.equal(ours, plain)
+
+
+def test_everything_else_comes_back(jem, tmp_path):
+    jem.save_pretrained(tmp_path / "m")
+    again = timm_jem.from_pretrained(tmp_path / "m")
+    assert (again.sgld, again.class_names, again.provenance) == (jem.sgld, jem.class_names, jem.provenance)
+    assert again.input_size == (1, 8, 8)
+    assert torch.equal(again.mean, jem.mean)
+    assert not again.training
+    draws = [m.sample(4, y=1, generator=torch.Generator().manual_seed(5)) for m in (jem, again)]
+    assert torch.equal(*draws)
+
+
+def test_layouts_that_safetensors_refuses(jem, tmp_path):
+    expected, *_ = logits_of_three_readers(jem, tmp_path / "plain")
+    jem.to(memory_format=torch.channels_last)
+    ours, again, plain = logits_of_three_readers(jem, tmp_path / "last")
+    assert torch.equal(again, plain)
+    assert jem.backbone.stages[0][0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert expected.shape == ours.shape
+
+
+def test_the_folder_is_safetensors_and_json_only(jem, tmp_path):
+    jem.save_pretrained(tmp_path / "deep" / "m")
+    assert sorted(os.listdir(tmp_path / "deep")) == ["m"]
+    assert sorted(os.listdir(tmp_path / "deep" / "m")) == ["config.json", "model.safetensors"]
+
+
+def test_saving_over_an_older_model_keeps_other_files(jem, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    jem.save_pretrained(tmp_path)
+    with torch.no_grad():
+        jem.backbone.fc.bias.add_(1)
+    ours, again, _ = logits_of_three_readers(jem, tmp_path)
+    assert torch.equal(ours, again)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_failing_save_leaves_what_was_there(jem, tmp_path):
+    target = tmp_path / "m"
+    jem.save_pretrained(target)
+    before = {f: (target / f).read_bytes() for f in os.listdir(target)}
+    jem.backbone._model_args["act_layer"] = torch.nn.SiLU  # JSON can't hold it
+    with pytest.raises(InputError, match="act_layer"):
+        jem.save_pretrained(target)
+    with pytest.raises(InputError, match="act_layer"):
+        jem.save_pretrained(tmp_path / "new")
+    assert os.listdir(tmp_path) == ["m"]
+    assert {f: (target / f).read_bytes() for f in os.listdir(target)} == before
+
+
+def test_a_plain_timm_folder_becomes_a_joint_energy_model(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    jem = timm_jem.from_pretrained(tmp_path)
+    x = torch.randn(2, *jem.input_size)
+    assert torch.equal(jem(x), model(x))
+    assert jem.sgld == SGLDConfig()
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def truncate(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def set_args(folder, **arguments):
+    edit(folder, model_args={"in_chans": 1, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no pickle is read"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "not JSON"),
+        (lambda f: (f / "config.json").write_text("[1]"), "holds a list"),
+        (lambda f: edit(f, architecture="wrn_10_11"), "did you mean wrn_10_1"),
+        (lambda f: edit(f, architecture=None), "architecture in config.json is a NoneType"),
+        (lambda f: edit(f, architecture="hf-hub:user/other"), "no timm model's name"),
+        (lambda f: edit(f, architecture="../../evil"), "unknown model"),
+        (lambda f: edit(f, num_classes="3"), "num_classes in config.json is a str"),
+        (lambda f: edit(f, num_classes=-4), "says num_classes -4 and builds 3"),
+        (lambda f: edit(f, num_classes=7), "says num_classes 7 and builds 3"),
+        (lambda f: edit(f, num_classes=10**9, model_args={"in_chans": 1}), "describes 65,0"),
+        (lambda f: edit(f, num_classes=7, model_args={"in_chans": 1}), "size mismatch for fc"),
+        (lambda f: set_args(f, num_classes=10**9), "no model is so large"),
+        (lambda f: edit(f, pretrained_cfg=[]), "pretrained_cfg in config.json is a list"),
+        (lambda f: edit(f, pretrained_cfg={"colour": 3}), "config.json"),
+        (lambda f: edit(f, pretrained_cfg={"input_size": "x"}), "m"),
+        (lambda f: edit(f, model_args=[1]), "model_args in config.json is a list"),
+        (lambda f: set_args(f, colour=3), "can't be built"),
+        (lambda f: set_args(f, act_layer="__import__('os').system('true')"), "can't be built"),
+        (lambda f: set_args(f, checkpoint_path="evil.pth"), "checkpoint_path"),
+        (lambda f: set_args(f, pretrained_strict=False), "pretrained_strict"),
+        (lambda f: set_args(f, features_only=True), "features_only"),
+        (lambda f: set_args(f, drop_rate=10**12), "no model is so large"),
+        (lambda f: set_args(f, in_chans=10**6), "describes"),
+        (lambda f: edit(f, architecture="test_vit", model_args={"depth": 10**6}), "far larger model"),
+        (lambda f: edit(f, timm_jem={"format_version": folder.FORMAT_VERSION + 1}), "upgrade timm_jem"),
+        (lambda f: edit(f, timm_jem=[]), "timm_jem in config.json is a list"),
+        (lambda f: edit(f, timm_jem={"sgld": [1]}), "timm_jem.sgld"),
+        (lambda f: edit(f, timm_jem={"provenance": "x"}), "timm_jem.provenance"),
+        (lambda f: edit(f, timm_jem={"sgld": {"speed": 1}}), "speed"),
+        (lambda f: edit(f, timm_jem={"sgld": {"num_steps": "many"}}), "num_steps is 'many'"),
+        (truncate, "no whole safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "no whole safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(pickle.dumps({"fc.weight": 1})), "no whole safetensors file"),
+        (lambda f: weights(f, lambda t: t.pop("fc.bias")), "Missing key.*fc.bias"),
+        (lambda f: weights(f, lambda t: t.update(extra=torch.zeros(3))), "Unexpected key.*extra"),
+        (lambda f: weights(f, lambda t: t.update({"fc.bias": torch.zeros(9)})), "size mismatch for fc.bias"),
+    ],
+)
+def test_broken_and_hostile_folders_are_named(jem, tmp_path, damage, message):
+    jem.save_pretrained(tmp_path)
+    damage(tmp_path)
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=message) as error:
+        timm_jem.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 500_000  # KiB
+
+
+def replace_activation(jem):
+    jem.backbone.act1 = nn.SiLU()
+
+
+def replace_normalisation(jem):
+    jem.backbone.bn1 = nn.GroupNorm(4, 16)
+
+
+def lengthen_head(jem):
+    jem.backbone.fc = nn.Sequential(nn.Linear(96, 8), nn.Linear(8, 3))
+
+
+def change_epsilon(jem):
+    jem.backbone.bn1.eps = 0.1
+
+
+def break_weights(jem):
+    with torch.no_grad():
+        jem.backbone.fc.weight[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("surgery", "message"),
+    [
+        (replace_activation, "plain timm can't rebuild it"),
+        (replace_normalisation, "plain timm can't rebuild it"),
+        (lengthen_head, "plain timm can't rebuild it"),
+        (change_epsilon, "plain timm can't rebuild it"),
+        (break_weights, "not finite"),
+        (lambda jem: jem.provenance.update(when=object()), "not JSON"),
+    ],
+)
+def test_what_can_not_be_exported_faithfully_is_refused(tmp_path, surgery, message):
+    torch.manual_seed(0)
+    jem = timm_jem.create_model("test_resnet", num_classes=3, input_size=(3, 32, 32)).eval()
+    jem.save_pretrained(tmp_path / "m")
+    before = {f: (tmp_path / "m" / f).read_bytes() for f in os.listdir(tmp_path / "m")}
+    surgery(jem)
+    with pytest.raises(InputError, match=message) as error:
+        jem.save_pretrained(tmp_path / "m")
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["m"]
+    assert {f: (tmp_path / "m" / f).read_bytes() for f in os.listdir(tmp_path / "m")} == before
+
+
+def test_a_copy_of_a_copy_is_the_same(jem, tmp_path):
+    jem.save_pretrained(tmp_path / "a")
+    timm_jem.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    for file in os.listdir(tmp_path / "a"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    with pytest.raises(InputError, match="is a file"):
+        jem.save_pretrained(tmp_path / "a" / "config.json")
+    with pytest.raises(InputError, match="can't be made"):
+        jem.save_pretrained(tmp_path / "a" / "config.json" / "b" / "c")
+
+
+def frozen_batch_norm(jem):
+    jem.backbone = freeze_batch_norm_2d(jem.backbone)
+    return jem
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda jem: jem.to(memory_format=torch.channels_last),
+        torch.compile,
+        lambda jem: ModelEmaV3(jem).module,
+        frozen_batch_norm,
+        lambda jem: jem.bfloat16(),
+    ],
+    ids=["channels_last", "compiled", "ema", "frozen", "bf16"],
+)
+def test_models_in_any_dress_are_saved_right(tmp_path, change):
+    torch.manual_seed(0)
+    jem = timm_jem.create_model("test_resnet", num_classes=3, input_size=(3, 32, 32))
+    jem(torch.randn(8, 3, 32, 32))  # BatchNorm statistics that are not the initial ones
+    dressed = change(jem.eval())
+    dressed.save_pretrained(tmp_path / "m")
+    plain = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), jem.float().to(memory_format=torch.contiguous_format)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_published_chains(jem, tmp_path):
+    u = torch.linspace(-1, 1, 30 * 64).view(30, 1, 8, 8)
+    jem.chains = Chains.of_pixels(u, torch.arange(30) * 3 // 30)
+    jem.save_pretrained(tmp_path)
+    again = timm_jem.from_pretrained(tmp_path)
+    assert (again.chains.images.float() / 127.5 - 1 - u).abs().max() <= 0.5 / 127.5 + 1e-6
+    still = SGLDConfig(noise_std=0.0, step_size=1e-12, num_steps=1)
+    y = torch.tensor([2, 0, 2, 1])
+    x = again.sample(y=y, init="buffer", sgld_config=still, generator=torch.Generator().manual_seed(3))
+    pixels = again.denormalize(x)
+    nearest = (pixels.flatten(1)[:, None] - u.flatten(1)).abs().amax(2).argmin(1)
+    assert torch.equal(nearest * 3 // 30, y)
+    assert len(set(nearest.tolist())) == 4
+    draws = [again.sample(30, init="buffer", generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert torch.equal(*draws)
+    with pytest.raises(InputError, match="31 images from 30 published chains"):
+        again.sample(31, init="buffer")
+    with pytest.raises(InputError, match="11 images of class 1 from 10"):
+        again.sample(11, y=1, init="buffer")
+    again.save_pretrained(tmp_path)  # onto the file that they are read from
+    assert torch.equal(timm_jem.from_pretrained(tmp_path).chains.images, jem.chains.images)
+    assert timm_jem.from_pretrained(tmp_path, replay_buffer=False).chains is None
+    jem.save_pretrained(tmp_path, replay_buffer=False)
+    assert timm_jem.from_pretrained(tmp_path).chains is None
+
+
+def test_chains_of_no_class_and_of_limited_size(jem):
+    jem.chains = Chains.of_pixels(torch.zeros(10, 1, 8, 8), max_bytes=5 * 64)
+    assert len(jem.chains) == 5
+    assert jem.sample(3, init="buffer").shape == (3, 1, 8, 8)
+    with pytest.raises(InputError, match="no classes"):
+        jem.sample(y=[0], init="buffer")
+    with pytest.raises(InputError, match="leave the replay buffer out"):
+        Chains.of_pixels(torch.zeros(10, 1, 8, 8), max_bytes=63)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"images": torch.zeros(3, 1, 9, 8, dtype=torch.uint8)}, "uint8"),
+        ({"images": torch.zeros(3, 1, 8, 8)}, "float32"),
+        ({"images": torch.zeros(3, 1, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0, 1, 3])}, "labels"),
+        ({"images": torch.zeros(3, 1, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0, 1])}, "labels"),
+        ({"pictures": torch.zeros(3)}, "pictures"),
+    ],
+)
+def test_broken_chains_are_named(jem, tmp_path, tensors, message):
+    jem.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "replay_buffer.safetensors")
+    again = timm_jem.from_pretrained(tmp_path)  # read only when they are asked for
+    with pytest.raises(InputError, match=message):
+        again.sample(1, init="buffer")
+    (tmp_path / "replay_buffer.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="no whole safetensors"):
+        again.sample(1, init="buffer")
