@@ -181,6 +181,11 @@ def choose_output_dir(output_dir: str | None, dataset: str) -> Path:
     return path
 
 
+def without_flag(argv: list[str], flag: str) -> list[str]:
+    """``argv`` without ``flag`` and its value: where a run was written is nobody else's concern."""
+    return [word for i, word in enumerate(argv) if word.split("=")[0] != flag and (i == 0 or argv[i - 1] != flag)]
+
+
 def write_aside(path: Path, write) -> None:
     """``write(temporary path)``, then rename: the file is there whole, or as before."""
     aside = path.with_name(f".{path.name}")
@@ -323,15 +328,15 @@ def main(argv: list[str]) -> None:
             f"{len(splits.val)} for validation, {len(splits.test)} for the test; writing to {output_dir}"
         )
 
-    def describe(results: list[dict[str, Any]]) -> None:
+    def describe(results: list[dict[str, Any]], seconds: float) -> None:
         """What the model and its card say of how it came to be."""
         jem.provenance = {
             "dataset": data.dataset,
-            "command": shlex.join(["accelerate", "launch", "recipes/train.py", *argv]),
+            "command": shlex.join(["accelerate", "launch", "recipes/train.py", *without_flag(argv, "--output_dir")]),
             "config": {section: asdict(getattr(settings, section)) for section in ("data", "model", "sgld", "train")},
             "steps": step,
             "seed": train.seed,
-            "seconds": time.perf_counter() - start - aside,
+            "seconds": seconds,
             "versions": {"timm_jem": timm_jem.__version__, "timm": timm.__version__, "torch": torch.__version__},
             "results": results,
         }
@@ -393,7 +398,7 @@ def main(argv: list[str]) -> None:
                 if train.eval_every and step % train.eval_every == 0:
                     log({"step": step, **evaluate(splits.val, "val")})
                 if hub.push_to is not None and hub.every and step % hub.every == 0 and step < train.steps:
-                    describe([])
+                    describe([], time.perf_counter() - start - aside)
                     try:
                         publish(f"Step {step}")
                     except InputError as error:
@@ -439,7 +444,8 @@ def main(argv: list[str]) -> None:
                     ("Accuracy", "accuracy", "top-1"),
                     ("Expected calibration error", "ece", "15 equal bins, L1"),
                 )
-            ]
+            ],
+            seconds,
         )
         draw_fresh("samples.png")
         draw_buffer()

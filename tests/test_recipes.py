@@ -241,7 +241,7 @@ def test_the_readmes_training_commands_run(hub, tmp_path, command):
 
 
 def test_a_run_publishes_itself_and_a_run_already_done_too(hub, tmp_path):
-    flags = "--hub.push_to user/first --hub.every 2 --hub.private true"
+    flags = "--hub.push_to user/first --hub.every 2 --hub.private true --output_dir runs/digits"
     done = launch(f"{ROOT}/recipes/train.py {SHORT} {flags}", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "pushed to" in done.stderr + done.stdout
@@ -254,6 +254,8 @@ def test_a_run_publishes_itself_and_a_run_already_done_too(hub, tmp_path):
     assert "samples.png" in card
     assert "--hub.push_to user/first" in card
     assert "steps: 4" in card
+    assert "runs/digits" not in card
+    assert f"in {summary['seconds']:.0f} s" in card
     first = timm_jem.from_pretrained("user/first")
     assert len(first.chains) == 1000
     done = subprocess.run(
