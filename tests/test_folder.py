@@ -136,6 +136,10 @@ def truncate(folder):
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def set_pretrained(folder, **changes):
+    edit(folder, pretrained_cfg={**json.loads((folder / "config.json").read_text())["pretrained_cfg"], **changes})
+
+
 def set_args(folder, **arguments):
     edit(folder, model_args={"in_chans": 1, **arguments})
 
@@ -158,7 +162,7 @@ def set_args(folder, **arguments):
         (lambda f: edit(f, num_classes=7), "says num_classes 7 and builds 3"),
         (lambda f: edit(f, num_classes=10**9, model_args={"in_chans": 1}), "describes 65,0"),
         (lambda f: edit(f, num_classes=7, model_args={"in_chans": 1}), "size mismatch for fc"),
-        (lambda f: set_args(f, num_classes=10**9), "no model is so large"),
+        (lambda f: set_args(f, num_classes=10**9), "has a number above"),
         (lambda f: edit(f, pretrained_cfg=[]), "pretrained_cfg in config.json is a list"),
         (lambda f: edit(f, pretrained_cfg={"colour": 3}), "config.json"),
         (lambda f: edit(f, pretrained_cfg={"input_size": "x"}), "m"),
@@ -168,7 +172,14 @@ def set_args(folder, **arguments):
         (lambda f: set_args(f, checkpoint_path="evil.pth"), "checkpoint_path"),
         (lambda f: set_args(f, pretrained_strict=False), "pretrained_strict"),
         (lambda f: set_args(f, features_only=True), "features_only"),
-        (lambda f: set_args(f, drop_rate=10**12), "no model is so large"),
+        (lambda f: set_args(f, drop_rate=10**12), "has a number above"),
+        (lambda f: set_args(f, drop_rate=float("nan")), "has a number above"),
+        (lambda f: set_args(f, act_layer=json.loads("[" * 400 + "]" * 400)), "nested too deep"),
+        (lambda f: set_pretrained(f, input_size=[1, 10**9, 10**9]), "has a number above"),
+        (lambda f: set_pretrained(f, input_size=[1, -8, 8]), "input_size is -8"),
+        (lambda f: set_pretrained(f, input_size=[8, 8]), "m"),
+        (lambda f: set_pretrained(f, mean="grey"), "m"),
+        (lambda f: set_pretrained(f, std=[0.0]), "std"),
         (lambda f: set_args(f, in_chans=10**6), "describes"),
         (lambda f: edit(f, architecture="test_vit", model_args={"depth": 10**6}), "far larger model"),
         (lambda f: edit(f, timm_jem={"format_version": folder.FORMAT_VERSION + 1}), "upgrade timm_jem"),
@@ -194,6 +205,18 @@ def test_broken_and_hostile_folders_are_named(jem, tmp_path, damage, message):
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 500_000  # KiB
+
+
+def test_weights_come_from_the_folder_whatever_its_config_says(jem, tmp_path):
+    jem.save_pretrained(tmp_path)
+    elsewhere = {"source": "url", "url": "http://127.0.0.1:9/evil.pth", "file": "/evil.pth", "hf_hub_id": "user/evil"}
+    set_pretrained(tmp_path, **elsewhere, custom_load=True, hf_hub_filename="../evil.bin")
+    edit(tmp_path, label_names=5)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04}\x94.")
+    again = timm_jem.from_pretrained(tmp_path)
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(again(x), jem(x))
+    assert again.class_names is None
 
 
 def replace_activation(jem):

@@ -174,16 +174,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for key in config.get("model_args", {}):
         if key in _LOADING_ARGUMENTS or key.startswith("pretrained"):
             raise InputError(f"model_args in {CONFIG_FILE} has {key!r}, which no saved model needs")
-    largest = max(_numbers(config.get("model_args", {})), default=0)
-    if largest > _LARGEST:
-        raise InputError(f"model_args in {CONFIG_FILE} has the number {largest:.0f}: no model is so large")
+    for key in ("model_args", "pretrained_cfg"):
+        if not _moderate(config.get(key, {})):
+            raise InputError(f"{key} in {CONFIG_FILE} has a number above {_LARGEST} or is nested too deep: it is no model's")
     return config
 
 
-def _numbers(data: Any) -> list[float]:
+def _moderate(data: Any, depth: int = 0) -> bool:
     if isinstance(data, (dict, list)):
-        return [n for item in (data.values() if isinstance(data, dict) else data) for n in _numbers(item)]
-    return [abs(data)] if isinstance(data, (int, float)) else []
+        return depth < 20 and all(_moderate(item, depth + 1) for item in (data.values() if isinstance(data, dict) else data))
+    return not isinstance(data, (int, float)) or abs(data) <= _LARGEST  # no NaN is
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

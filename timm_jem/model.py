@@ -68,6 +68,10 @@ class JEM(nn.Module):
         self.provenance = dict(provenance or {})
         self._chains: Chains | None = None
         self._chains_file: Path | None = None
+        if len(self.input_size) != 3:
+            raise InputError(f"input_size is {self.input_size}: give (C, H, W)")
+        for side in self.input_size:
+            check_whole("input_size", side, 1)
         for name in ("mean", "std"):
             self.register_buffer(name, self._per_channel(name), persistent=False)
         self.register_state_dict_post_hook(_drop_backbone_prefix)
@@ -480,7 +484,7 @@ def wrap(
     _warn_of_zero_head(model)
     if class_names is None:
         names = model.pretrained_cfg.get("label_names")
-        class_names = list(names) if names and len(names) == model.num_classes else None
+        class_names = list(names) if isinstance(names, (list, tuple)) and len(names) == model.num_classes else None
     return JEM(model, data_config=data_config, class_names=class_names, sgld=sgld, provenance=provenance)
 
 
