@@ -67,7 +67,9 @@ def test_offline_from_the_cache_in_a_fresh_process(hub, jem, tmp_path):
     script = (
         "import sys, timm, timm_jem, torch\n"
         f"jem = timm_jem.from_pretrained({REPO!r}, cache_dir={str(tmp_path)!r})\n"
+        f"clf = timm.create_model('hf-hub:{REPO}', pretrained=True, cache_dir={str(tmp_path)!r}).eval()\n"
         "x = torch.linspace(-1, 1, 128).view(2, 1, 8, 8)\n"
+        "assert torch.equal(jem(x), clf(x))\n"
         "print(jem.energy(x).tolist(), jem.sample(2, init='buffer').shape)"
     )
     outputs = []
