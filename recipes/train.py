@@ -236,11 +236,12 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{len(splits.val)} validation images can choose nothing: raise data.val_fraction")
     conditional = train.objective.w_xy > 0
     largest = int(splits.train.labels.bincount().max()) if conditional else len(splits.train)
-    needed = min(train.batch_size, largest) * (num_classes if conditional else 1)
+    wanted = min(train.batch_size, largest)
+    needed = wanted * num_classes if conditional else wanted
     if train.buffer_size < needed:
         raise InputError(
-            f"train.buffer_size is {train.buffer_size}, and a batch may need {needed // (num_classes if conditional else 1)} "
-            f"chains{' of one class' * conditional}: raise it to {needed}, or lower train.batch_size"
+            f"train.buffer_size is {train.buffer_size}, and a batch may need {wanted} chains{' of one class' * conditional}: "
+            f"raise it to {needed}, or lower train.batch_size"
         )
     jem = timm_jem.create_model(
         model.name,

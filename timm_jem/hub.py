@@ -152,9 +152,9 @@ def _explained(repo_id: str) -> Iterator[None]:
     """Any refusal of the Hub or failure to reach it as one line with the Hub's own reason and what to do."""
     try:
         yield
-    except (InputError, RemoteEntryNotFoundError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except RemoteEntryNotFoundError as error:
         missing = CONFIG_FILE if f"/{CONFIG_FILE}" in str(error) else WEIGHTS_FILE
         raise InputError(
             f"{repo_id} has no {missing} on the Hub: it is not a timm model in safetensors, and no pickle is read"
