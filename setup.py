@@ -29,5 +29,9 @@ setup(
         "tqdm",
         "scikit-learn",  # its digits are the data set that needs no network
     ],
-    extras_require={"test": ["pytest", "torchmetrics>=1.9", "scipy", "ruff"]},
+    extras_require={
+        "plots": ["matplotlib"],  # recipes/stability.py
+        "trackers": ["tensorboard", "trackio", "wandb"],
+        "test": ["pytest", "torchmetrics>=1.9", "scipy", "ruff", "matplotlib", "tensorboard"],
+    },
 )

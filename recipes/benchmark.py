@@ -1,30 +1,39 @@
-"""Speed of a training iteration, as ratios to bare network passes measured in the same run.
+"""Speed of a training iteration, as ratios to bare network passes and to a plain set-up, measured in the same run.
 
     python recipes/benchmark.py
-    python recipes/benchmark.py --model wrn_28_10 --batch_size 64 --mixed_precision bf16
+    python recipes/benchmark.py --mixed_precision bf16
+    python recipes/benchmark.py --model wrn_28_10 --batch_size 64 --mixed_precision bf16 --compile reduce-overhead
 
-The bare passes of an iteration of K SGLD steps are K times forward and input-backward of the chains, then forward and
-backward of data and chains together, at the same precision and memory layout and through the same network, with
-nothing else: no noise, energies, buffer, loss terms or optimiser.
+The iteration is the training recipe's: augmentation apart, all of it, with guard, moving average and a log line. The bare
+passes of an iteration of K SGLD steps are K times forward and input-backward of the chains, then forward and backward of
+data and chains together, at the same precision and memory layout and through the same network, with nothing else: no
+noise, energies, buffer, loss terms or optimiser. The plain set-up is the same iteration in fp32, NCHW and eager mode.
 """
 
 import contextlib
+import json
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import tqdm
 from jsonargparse import ArgumentError, ArgumentParser
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_jem
 from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
 from timm_jem.errors import check_whole, one_line
 from timm_jem.sampling import frozen
-from timm_jem.training import joint_step
+from timm_jem.training import Batch, DivergenceGuard, GuardConfig, Learner
 
 
 @dataclass
@@ -39,6 +48,7 @@ class BenchmarkConfig:
         rounds: iterations timed, each next to its bare passes.
         mixed_precision: no or bf16.
         channels_last: memory layout.
+        compile: torch.compile's mode for the backbone; None: eager.
     """
 
     model: str = "wrn_16_2"
@@ -48,43 +58,76 @@ class BenchmarkConfig:
     rounds: int = 7
     mixed_precision: Literal["no", "bf16"] = "no"
     channels_last: bool = True
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch_size", "num_steps", "rounds"):
             check_whole(name, getattr(self, name), 1)
 
 
-def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="recipes/benchmark.py", description=__doc__.splitlines()[0], exit_on_error=False)
-    parser.add_class_arguments(BenchmarkConfig)
-    try:
-        config = BenchmarkConfig(**vars(parser.parse_args(argv)))
-    except ArgumentError as error:
-        raise InputError(f"{one_line(error)}; recipes/benchmark.py --help lists the settings") from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+class CopiedBytes(TorchDispatchMode):
+    """Counts what is copied between devices, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if func is torch.ops.aten._local_scalar_dense.default and tensors[0].device.type != "cpu":
+            self.bytes += tensors[0].element_size()
+        elif func is torch.ops.aten.copy_.default and tensors[0].device != tensors[1].device:
+            self.bytes += tensors[0].nbytes
+        elif func is torch.ops.aten._to_copy.default and out.device != tensors[0].device:
+            self.bytes += out.nbytes
+        return out
+
+
+def build(config: BenchmarkConfig, accelerator: Accelerator, *, plain: bool):
+    """An iteration and its bare passes, as functions."""
+    device = accelerator.device
     torch.manual_seed(0)
     shape = (3, config.image_size, config.image_size)
     jem = timm_jem.create_model(config.model, num_classes=10, input_size=shape).to(device).train()
-    if config.channels_last:
-        jem = jem.to(memory_format=torch.channels_last)
+    ema = ModelEmaV3(jem, decay=0.999)
+    optimizer = create_optimizer_v2(jem, opt="adam", lr=1e-6)
+    if not plain:
+        if config.channels_last:
+            jem = jem.to(memory_format=torch.channels_last)
+            ema.module.to(memory_format=torch.channels_last)
+        if config.compile is not None:
+            jem.backbone.compile(mode=config.compile)
+    prepared, optimizer = (jem, optimizer) if plain else accelerator.prepare(jem, optimizer)
     rng = torch.Generator(device).manual_seed(0)
-    buffer = ReplayBuffer(shape, init=uniform_noise, generator=rng, device=device)
+    learner = Learner(
+        accelerator,
+        prepared,
+        jem,
+        optimizer,
+        None,
+        ReplayBuffer(shape, init=uniform_noise, generator=rng, device=device),
+        sgld=SGLDConfig(num_steps=config.num_steps),
+        objective=ObjectiveConfig(),
+        generator=rng,
+        ema=ema,
+    )
+    guard = DivergenceGuard(GuardConfig(), accelerator, 10)
     u = uniform_noise((config.batch_size, *shape), generator=rng, device=device)
     y = torch.arange(config.batch_size, device=device) % 10
-    optimizer = create_optimizer_v2(jem, opt="adam", lr=1e-6)
-    sgld = SGLDConfig(num_steps=config.num_steps)
-
-    def precision() -> contextlib.AbstractContextManager:
-        return torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
+    log = tempfile.TemporaryFile("w")  # noqa: SIM115
 
     def iteration() -> None:
-        with precision():
-            terms = joint_step(
-                jem, jem, u, y, buffer, sgld_config=sgld, objective=ObjectiveConfig(), data_noise=0.03, generator=rng
-            )
-        terms["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        terms = learner.iterate([Batch(u, y)])
+        guard.observe(terms)
+        if learner.step % guard.config.check_every == 0:
+            guard.problem()
+            guard.close()
+            log.write(json.dumps({name: term.item() for name, term in terms.items()}) + "\n")
+            log.flush()
+
+    def precision() -> contextlib.AbstractContextManager:
+        return torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16" and not plain)
 
     ones = torch.ones(2 * config.batch_size, 10, device=device)
 
@@ -100,31 +143,77 @@ def main(argv: list[str]) -> None:
         logits.backward(ones.to(logits.dtype))
         jem.zero_grad()
 
-    def seconds(work) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    return iteration, bare_passes
 
-    times: dict[str, list[float]] = {"iteration": [], "bare": []}
+
+def seconds(work: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds counted twice, per second, of a large matrix product on this device: the best of several."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="recipes/benchmark.py", description=__doc__.splitlines()[0], exit_on_error=False)
+    parser.add_class_arguments(BenchmarkConfig)
+    try:
+        config = BenchmarkConfig(**vars(parser.parse_args(argv)))
+    except ArgumentError as error:
+        raise InputError(f"{one_line(error)}; recipes/benchmark.py --help lists the settings") from error
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    device, bf16 = accelerator.device, config.mixed_precision == "bf16"
+    iteration, bare_passes = build(config, accelerator, plain=False)
+    work = {"iteration": iteration, "bare": bare_passes}
+    is_plain = not (bf16 or config.channels_last or config.compile)
+    if not is_plain:
+        work["plain"] = build(config, accelerator, plain=True)[0]
+
+    times: dict[str, list[float]] = {name: [] for name in work}
     for round_ in tqdm(range(-1, config.rounds), desc="timing"):  # round −1 warms up
-        work = [("iteration", iteration), ("bare", bare_passes)]
-        for name, function in work if round_ % 2 else reversed(work):
-            elapsed = seconds(function)
+        for name in work if round_ % 2 else reversed(work):
+            elapsed = seconds(work[name], device)
             if round_ >= 0:
                 times[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in times.items()}
+
+    def ratio(over: str, under: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
+
+    precision, layout = "bf16" if bf16 else "fp32", "channels_last" if config.channels_last else "NCHW"
+    how = f"compiled ({config.compile})" if config.compile else "eager"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{config.model}, {config.image_size} px, batch {config.batch_size}, K {config.num_steps}, "
-        f"{config.mixed_precision if config.mixed_precision != 'no' else 'fp32'}, "
-        f"{'channels_last' if config.channels_last else 'NCHW'}, {device.type}, {torch.get_num_threads()} threads: "
-        f"iteration {medians['iteration']:.3f} s, bare passes {medians['bare']:.3f} s, medians of {config.rounds}"
+        f"{config.model}, {config.image_size} px, batch {config.batch_size}, K {config.num_steps}, {precision}, {layout}, "
+        f"{how}, {where}: iteration {medians['iteration']:.3f} s, bare passes {medians['bare']:.3f} s, "
+        f"medians of {config.rounds}"
     )
-    ratio = statistics.median(a / b for a, b in zip(times["iteration"], times["bare"], strict=True))
-    print(f"overhead {ratio:.3f}")
+    print(f"overhead {ratio('iteration', 'bare'):.3f}")
+    if not is_plain:
+        print(f"gain {ratio('plain', 'iteration'):.2f} over fp32, NCHW, eager ({medians['plain']:.3f} s)")
+    # Counted in eager mode: what is compiled hides its operations.
+    plain_iteration, plain_passes = build(config, accelerator, plain=True)
+    with FlopCounterMode(display=False) as counter:
+        plain_passes()
+    flops = counter.get_total_flops() / medians["iteration"]
+    peak = peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
+    print(
+        f"{flops / 1e12:.3f} TFLOP/s, {flops / peak:.0%} of the {peak / 1e12:.3f} that a large {precision} matrix product "
+        "reaches here"
+    )
+    if device.type == "cuda":
+        with CopiedBytes() as copied:
+            plain_iteration()
+        print(f"{copied.bytes} bytes copied between host and device in an iteration, chains included")
 
 
 if __name__ == "__main__":

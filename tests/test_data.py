@@ -1,4 +1,5 @@
 import io
+import random
 
 import datasets
 import numpy as np
@@ -8,7 +9,14 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from timm_jem import InputError
-from timm_jem.data import DataConfig, augment, digits, load_splits, to_pixels
+from timm_jem.augmentation import AutoAugment
+from timm_jem.data import DataConfig, StreamedSet, augment, digits, load_splits, to_pixels
+
+
+@pytest.fixture(autouse=True)
+def no_pause_after_parquet(monkeypatch):
+    """datasets sleeps for seconds wherever a shuffled stream of parquet files ends, in case the process ends as well."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 def pictures(n=12, size=(10, 10), mode="RGB", seed=0):
@@ -248,7 +256,206 @@ def test_unknown_hub_names_are_named(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("bad", [{"val_fraction": 0.0}, {"test_fraction": 1.5}, {"channels": 2}, {"image_size": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"val_fraction": 0.0},
+        {"test_fraction": 1.5},
+        {"channels": 2},
+        {"image_size": 0},
+        {"labels_per_class": 0},
+        {"stream_held_out": 0},
+        {"shuffle_buffer": 0},
+    ],
+)
 def test_bad_settings_are_named(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         DataConfig(**bad)
+
+
+def marked(labels, start=0):
+    """Grey images of 4×4 whose pixels are start, start + 1, ..."""
+    cells = [PILImage.new("L", (4, 4), start + i) for i in range(len(labels))]
+    features = Features({"image": Image(), "label": ClassLabel(names=["ant", "bee", "cat"])})
+    return Dataset.from_dict({"image": cells, "label": labels}, features)
+
+
+def marks(image_set):
+    return image_set.images[:, 0, 0, 0].tolist()
+
+
+def test_some_labels_of_each_class(tmp_path):
+    marked([i % 3 for i in range(60)]).to_parquet(tmp_path / "rows.parquet")
+    whole = load_splits(DataConfig(str(tmp_path / "rows.parquet")))
+    assert whole.labeled is None
+    assert torch.equal(whole.class_frequencies, torch.full((3,), 1 / 3))
+    chosen = {}
+    for count in (2, 5):
+        few = load_splits(DataConfig(str(tmp_path / "rows.parquet"), labels_per_class=count))
+        assert torch.equal(few.val.images, whole.val.images)
+        assert torch.equal(few.test.images, whole.test.images)
+        assert sorted(marks(few.train)) == sorted(marks(whole.train))
+        assert few.labeled.labels.tolist() == [mark % 3 for mark in marks(few.labeled)]
+        assert few.labeled.labels.bincount().tolist() == [count] * 3
+        assert (few.train.labels >= 0).sum() == 3 * count
+        known = few.train.labels >= 0
+        assert torch.equal(few.train.images[known], few.labeled.images)
+        assert few.labeled.images.data_ptr() == few.train.images.data_ptr()
+        chosen[count] = set(marks(few.labeled))
+    assert chosen[2] < chosen[5]
+    every = load_splits(DataConfig(str(tmp_path / "rows.parquet"), labels_per_class=14))
+    assert every.labeled is None
+    with pytest.raises(InputError, match="labels_per_class is 15, and class 'ant' has 14 training images"):
+        load_splits(DataConfig(str(tmp_path / "rows.parquet"), labels_per_class=15))
+
+
+def test_rows_without_labels(tmp_path):
+    labels = [0, 1, 2, None, -1] * 10
+    marked(labels).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match=r"row 3, has the label None.*data\.unlabeled_rows"):
+        load_splits(DataConfig(str(tmp_path / "rows.parquet")))
+    splits = load_splits(DataConfig(str(tmp_path / "rows.parquet"), unlabeled_rows=True, cache_gib=0))
+    assert splits.labeled.images is None
+    for image_set in (splits.train, splits.labeled, splits.val, splits.test):
+        image_set.cache()
+    assert sorted(marks(splits.train) + marks(splits.val) + marks(splits.test)) == list(range(50))
+    for image_set in (splits.train, splits.labeled, splits.val, splits.test):
+        assert image_set.labels.tolist() == [-1 if mark % 5 > 2 else mark % 5 for mark in marks(image_set)]
+    assert (splits.train.labels == -1).sum() == 20
+    assert splits.labeled.labels.min() == splits.val.labels.min() == splits.test.labels.min() == 0
+    assert torch.equal(splits.class_frequencies, splits.labeled.labels.bincount() / len(splits.labeled))
+    marked([None] * 9 + [0, 1]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="2 images with labels"):
+        load_splits(DataConfig(str(tmp_path / "rows.parquet"), unlabeled_rows=True))
+
+
+def test_a_second_set_without_labels(tmp_path):
+    path = save(tmp_path, labels=[0, 1, 1, 2] * 3)
+    grey = Dataset.from_dict({"picture": [PILImage.new("L", (30, 20), i) for i in range(7)]}, Features({"picture": Image()}))
+    DatasetDict({"extra": grey}).save_to_disk(str(tmp_path / "more"))
+    alone = load_splits(DataConfig(path))
+    settings = {"unlabeled": str(tmp_path / "more"), "unlabeled_split": "extra"}
+    splits = load_splits(DataConfig(path, **settings))
+    assert splits.train.labels.tolist() == alone.train.labels.tolist() + [-1] * 7
+    assert torch.equal(splits.train.images[:-7], alone.train.images)
+    assert torch.equal(splits.train.images[-7:], torch.arange(7).byte().view(-1, 1, 1, 1).expand(-1, 3, 10, 10))
+    assert torch.equal(splits.labeled.images, alone.train.images)
+    assert torch.equal(splits.class_frequencies, alone.class_frequencies)
+    assert torch.equal(splits.test.images, alone.test.images)
+    marked([0, -1, 2]).to_parquet(tmp_path / "marked.parquet")  # the same column name, and labels that don't matter
+    splits = load_splits(DataConfig(path, unlabeled=str(tmp_path / "marked.parquet")))
+    assert splits.train.labels[-4:].tolist() == [alone.train.labels[-1], -1, -1, -1]
+    assert splits.train.images[-3:, :, 0, 0].tolist() == [[0] * 3, [1] * 3, [2] * 3]
+    with pytest.raises(InputError, match=r"no split 'train': choose unlabeled_split from extra"):
+        load_splits(DataConfig(path, unlabeled=str(tmp_path / "more")))
+    both = Dataset.from_dict({"a": pictures(2), "b": pictures(2)}, Features({"a": Image(), "b": Image()}))
+    both.to_parquet(tmp_path / "two.parquet")
+    with pytest.raises(InputError, match=r"image columns a, b: data\.unlabeled needs exactly one"):
+        load_splits(DataConfig(path, unlabeled=str(tmp_path / "two.parquet")))
+    bad = Dataset.from_dict({"picture": [{"bytes": b"no", "path": None}]}, Features({"picture": Image()}))
+    bad.to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(InputError, match=r"row 0 of .*bad\.parquet, split train has an image that can't be decoded"):
+        load_splits(DataConfig(path, unlabeled=str(tmp_path / "bad.parquet")))
+
+
+def streamed_marks(data, seed=0):
+    return [int(data.decode(image)[0, 0, 0]) for image in data.epoch(np.random.default_rng(seed))]
+
+
+def test_a_stream_holds_out_what_it_never_trains_on(tmp_path):
+    marked([i % 3 for i in range(60)]).to_parquet(tmp_path / "rows.parquet")
+    config = DataConfig(str(tmp_path / "rows.parquet"), streaming=True, stream_held_out=9, shuffle_buffer=20)
+    splits, again = load_splits(config), load_splits(config)
+    assert isinstance(splits.train, StreamedSet)
+    assert (len(splits.val), len(splits.test)) == (9, 9)
+    assert marks(splits.val) == marks(again.val)
+    assert splits.image_shape == (1, 4, 4)
+    assert splits.val.labels.tolist() == [mark % 3 for mark in marks(splits.val)]
+    assert torch.equal(splits.class_frequencies, torch.full((3,), 1 / 3))
+    assert splits.labeled is None
+    first, second = streamed_marks(splits.train), streamed_marks(splits.train, seed=1)
+    assert first != second
+    for epoch in (first, second):
+        assert sorted(epoch + marks(splits.val) + marks(splits.test)) == list(range(60))
+    with pytest.raises(InputError, match="60 labelled images, and 60 are to be held out: lower"):
+        load_splits(DataConfig(str(tmp_path / "rows.parquet"), streaming=True, stream_held_out=30))
+
+
+@pytest.mark.parametrize("stored", ["disk", "folder", "parquet"])
+def test_a_stream_reads_so_much_of_the_test_split(tmp_path, stored):
+    parts = DatasetDict({"train": marked([0, 1, 2] * 10), "test": marked([0, 1, 2] * 5, start=100)})
+    if stored == "disk":
+        parts.save_to_disk(str(tmp_path / "set"))
+    for name, rows in parts.items():
+        for i, row in enumerate(rows):
+            if stored == "folder":
+                (tmp_path / "set" / name / "abc"[row["label"]]).mkdir(parents=True, exist_ok=True)
+                row["image"].save(tmp_path / "set" / name / "abc"[row["label"]] / f"{i}.png")
+        if stored == "parquet":
+            rows.to_parquet(tmp_path / "set" / f"{name}-0.parquet")
+    splits = load_splits(DataConfig(str(tmp_path / "set"), streaming=True, stream_held_out=6, channels=1))
+    assert (len(splits.val), len(splits.test)) == (6, 6)
+    assert min(marks(splits.test)) >= 100
+    assert splits.test.labels.tolist() == [(mark - 100) % 3 for mark in marks(splits.test)]
+    assert sorted(streamed_marks(splits.train) + marks(splits.val)) == list(range(30))
+    assert len(load_splits(DataConfig(str(tmp_path / "set"), streaming=True, stream_held_out=16)).test) == 15
+
+
+def test_streamed_digits_are_the_digits():
+    splits = load_splits(DataConfig(streaming=True, stream_held_out=100))
+    assert splits.class_names == [str(i) for i in range(10)]
+    assert splits.val.labels.bincount(minlength=10).min() > 0
+    images = torch.stack([splits.train.decode(image) for image in splits.train.epoch(np.random.default_rng(0))])
+    total = sum(int(part.sum()) for part in (images, splits.val.images, splits.test.images))
+    assert total == int(np.stack([np.asarray(image) for image in digits()["image"]]).sum())
+
+
+def test_a_stream_with_rows_without_labels(tmp_path):
+    marked([0, 1, 2, None, -1] * 10).to_parquet(tmp_path / "rows.parquet")
+    settings = {"streaming": True, "stream_held_out": 3}
+    with pytest.raises(InputError, match=r"row \d+ of the shuffled split train .*data\.unlabeled_rows"):
+        load_splits(DataConfig(str(tmp_path / "rows.parquet"), **settings))
+    splits = load_splits(DataConfig(str(tmp_path / "rows.parquet"), unlabeled_rows=True, **settings))
+    held_out = marks(splits.val) + marks(splits.test)
+    assert sorted(streamed_marks(splits.train) + held_out) == list(range(50))
+    assert sorted(streamed_marks(splits.labeled) + held_out) == [mark for mark in range(50) if mark % 5 < 3]
+    assert sum(image.label == -1 for image in splits.train.epoch(np.random.default_rng(0))) == 20
+    assert all(image.label >= 0 for image in splits.labeled.epoch(np.random.default_rng(0)))
+
+
+def test_streams_that_cannot_be(tmp_path):
+    path = save(tmp_path, labels=["b", "a", "c"] * 4, feature=Value("string"))
+    with pytest.raises(InputError, match=r"no class names for 'label' .*leave data\.streaming out"):
+        load_splits(DataConfig(path, streaming=True, stream_held_out=2))
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 no parquet PAR1")
+    with pytest.raises(InputError, match="can't be") as error:
+        load_splits(DataConfig(path, streaming=True, stream_held_out=2))
+    assert "\n" not in str(error.value)
+    for bad in ({"labels_per_class": 1}, {"unlabeled": "digits"}):
+        with pytest.raises(InputError, match=rf"{next(iter(bad))} .*not with data\.streaming"):
+            DataConfig("cifar10", streaming=True, **bad)
+    with pytest.raises(InputError, match="the train split itself"):
+        DataConfig("cifar10", unlabeled="cifar10")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5", "rand-m9-n3-tweights", "augmix-m3-w3", "original", "v0-mstd0.5", "3a"])
+def test_policies_of_timm(policy, channels):
+    images = torch.randint(0, 256, (12, channels, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    policy = AutoAugment(policy, (16, 16))
+    changed = policy(images, [(7, i) for i in range(12)])
+    assert changed.shape == images.shape
+    assert changed.dtype == torch.uint8
+    assert not torch.equal(changed, images)
+    assert torch.equal(policy(images[5:6], [(7, 5)])[0], changed[5])
+    assert not torch.equal(policy(images, [(8, i) for i in range(12)]), changed)
+    assert random.getstate() == python_state
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True))
+
+
+@pytest.mark.parametrize("bad", ["", "rant", "rand-m9-q3", "rand-m9-mstd", "augmix-m", "v1", "v0-m3", "rand-n99-tweights"])
+def test_unknown_policies_are_named(bad):
+    with pytest.raises(InputError, match=f"auto_augment '{bad}' .*rand-m9-mstd0.5") as error:
+        AutoAugment(bad, (16, 16))
+    assert "\n" not in str(error.value)

@@ -11,6 +11,7 @@ MAY_IMPORT = {
     "energy": set(),
     "sampling": {"errors"},
     "replay_buffer": {"errors"},
+    "gaussians": {"errors"},
     "objectives": {"energy", "errors"},
     "models": {"models", "errors"},
     "chains": {"errors"},
@@ -18,10 +19,14 @@ MAY_IMPORT = {
     "folder": {"chains", "models", "errors"},
     "hub": {"card", "chains", "folder", "errors"},
     "model": {"energy", "sampling", "models", "chains", "card", "folder", "hub", "errors"},
-    "data": {"errors"},
-    "training": {"energy", "sampling", "replay_buffer", "objectives", "model", "training", "errors"},
+    "augmentation": {"errors"},
+    "images": {"errors"},
+    "streamed": {"images", "errors"},
+    "data": {"augmentation", "images", "streamed", "errors"},
+    "streams": {"augmentation", "data", "errors"},
+    "training": {"energy", "sampling", "replay_buffer", "objectives", "model", "data", "streams", "training", "errors"},
     "evaluation": {"energy", "sampling", "model", "data", "evaluation", "errors"},
-    "__init__": {"energy", "sampling", "replay_buffer", "objectives", "chains", "model", "models", "errors"},
+    "__init__": {"energy", "sampling", "replay_buffer", "gaussians", "objectives", "chains", "model", "models", "errors"},
 }
 FILES = sorted((ROOT / "timm_jem").rglob("*.py"))
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.loss import LabelSmoothingCrossEntropy
 
 from timm_jem import InputError, ObjectiveConfig, joint_loss
 
@@ -48,12 +49,73 @@ def test_without_chains_it_is_cross_entropy():
     assert joint_loss(logits, y)["loss"] == F.cross_entropy(logits, y)
 
 
+def test_images_without_a_label_count_as_x():
+    logits, y, logits_neg, y_neg = batch()
+    y = torch.where(torch.tensor([True, False, True, True, False, True]), y, -1)
+    config = ObjectiveConfig(w_x=0.7, w_xy=0.9, energy_l2=0.1)
+    terms = joint_loss(logits, y, logits_neg, y_neg, config)
+    e_data = [-logits[i].exp().sum().log() if label < 0 else -logits[i, label] for i, label in enumerate(y.tolist())]
+    e_data, e_neg = torch.stack(e_data), -logits_neg[range(5), y_neg]
+    known = y >= 0
+    expected = (
+        -logits[known].log_softmax(1)[range(4), y[known]].mean()
+        + 0.7 * (logits_neg.logsumexp(1).mean() - logits.logsumexp(1).mean())
+        + 0.9 * (e_data.mean() - e_neg.mean())
+        + 0.1 * (e_data.square().mean() + e_neg.square().mean())
+    )
+    torch.testing.assert_close(terms["loss"], expected)
+    torch.testing.assert_close(terms["gap_xy"], e_data.mean() - e_neg.mean())
+
+
+def test_negatives_of_x_and_of_x_and_y_have_the_same_expected_gradient():
+    logits = batch()[0].detach().requires_grad_(True)
+    (of_x,) = torch.autograd.grad(-logits.logsumexp(1).sum(), logits)
+    of_xy = [torch.autograd.grad(-logits[:, y].sum(), logits)[0] * logits.softmax(1)[:, y : y + 1] for y in range(4)]
+    torch.testing.assert_close(sum(of_xy), of_x)
+
+
+def test_without_any_label_the_cross_entropy_is_nothing():
+    logits, y, _, _ = batch()
+    terms = joint_loss(logits, torch.full_like(y, -1))
+    terms["loss"].backward()
+    assert terms["loss"] == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_cross_entropy_has_its_own_images_and_labels():
+    logits, y, logits_neg, y_neg = batch()
+    terms = joint_loss(logits, torch.full_like(y, -1), logits_neg, y_neg, logits_ce=logits_neg, y_ce=y_neg)
+    torch.testing.assert_close(terms["ce"], F.cross_entropy(logits_neg, y_neg).detach())
+    torch.testing.assert_close(terms["energy_data"], -logits.logsumexp(1).mean().detach())
+    with pytest.raises(InputError, match="y_ce"):
+        joint_loss(logits, y, logits_ce=logits_neg)
+
+
+def test_label_smoothing_is_timms():
+    logits, y, _, _ = batch()
+    ce = joint_loss(logits, y, config=ObjectiveConfig(label_smoothing=0.2))["loss"]
+    torch.testing.assert_close(ce, LabelSmoothingCrossEntropy(0.2)(logits, y))
+    y[[1, 4]] = -1
+    ce = joint_loss(logits, y, config=ObjectiveConfig(label_smoothing=0.2))["loss"]
+    torch.testing.assert_close(ce, LabelSmoothingCrossEntropy(0.2)(logits[y >= 0], y[y >= 0]))
+
+
 def test_nan_is_passed_on():
     logits, y, logits_neg, _ = batch()
     assert joint_loss(logits, y, logits_neg * float("nan"))["loss"].isnan()
 
 
-@pytest.mark.parametrize("bad", [{"w_x": -1.0}, {"w_xy": float("nan")}, {"energy_l2": float("inf")}, {"w_ce": -0.1}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"w_x": -1.0},
+        {"w_xy": float("nan")},
+        {"energy_l2": float("inf")},
+        {"w_ce": -0.1},
+        {"label_smoothing": 1.0},
+        {"label_smoothing": -0.1},
+    ],
+)
 def test_bad_weights_are_named(bad):
     (name,) = bad
     with pytest.raises(InputError, match=name):

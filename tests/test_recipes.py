@@ -123,6 +123,21 @@ def test_a_second_run_takes_the_next_folder(tmp_path, monkeypatch):
         ("--model.name vgg11 --data.image_size 1", "can't take images"),
         ("--data.val_fraction 0.0001", "raise data.val_fraction"),
         ("--train.sample_steps [1] --sgld.num_steps 4", "denoise_steps 4"),
+        ("--train.mixed_precision fp16", "gradient scaler"),
+        ("--train.trackers [tensorbord]", "choose from tensorboard"),
+        ("--train.trackers [wandb]", "pip install wandb"),
+        ("--train.ema_decay 1.5", "ema_decay is 1.5"),
+        ("--train.opt_kwargs.colour 3", "colour"),
+        ("--train.sched_kwargs.colour 3", "colour"),
+        ("--train.ce_auto_augment rnd-m9", "rnd-m9"),
+        ("--train.epochs 0", "epochs is 0"),
+        ("--train.grad_accum 0", "grad_accum is 0"),
+        ("--guard.check_every 7", "check_every 7"),
+        ("--guard.ladder []", "ladder is empty"),
+        ("--data.labels_per_class 500", "500"),
+        ("--data.streaming true --train.epochs 2", "give steps"),
+        ("--data.streaming true --train.init gaussian", "use noise"),
+        ("--model.kwargs.drop_rate 0.1", "drop_rate"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, flags, message):
@@ -238,6 +253,115 @@ def test_the_readmes_training_commands_run(hub, tmp_path, command):
         done = subprocess.run([sys.executable, *PUSH.split()], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert len(hub.revisions["user/digits-jem"]) == 3
+
+
+TINY = f"{SHORT} --train.steps 24 --train.warmup_steps 0 --guard.check_every 2 --guard.snapshot_every 4 --train.grad_clip 0"
+
+
+def test_training_that_breaks_goes_back_and_on(tmp_path, monkeypatch):
+    """A learning rate of 10,000 makes real NaNs; a remedy that is strong enough ends them."""
+    monkeypatch.chdir(tmp_path)
+    train.main(shlex.split(f"{TINY} --output_dir run --train.opt sgd --train.lr 1e4 --guard.ladder '[{{lr: 1.0e-7}}]'"))
+    summary = json.loads(Path("run/summary.json").read_text())
+    (event,) = summary["rollbacks"]
+    assert summary["outcome"] == "finished"
+    assert summary["steps"] == 24
+    assert event["to_step"] == 0
+    assert "not finite" in event["reason"]
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [line["reason"] for line in lines if line.get("event") == "rollback"] == [event["reason"]]
+    jem = timm_jem.from_pretrained("run/model")
+    assert all(parameter.isfinite().all() for parameter in jem.parameters())
+    assert jem.provenance["rollbacks"] == summary["rollbacks"]
+
+
+def test_training_that_can_not_be_mended_stops_with_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--train.opt sgd --train.lr 1e4 --guard.ladder '[{lr: 1.0}]' --guard.max_rollbacks 2 --train.ema_decay 0.9"
+    with pytest.raises(InputError, match=r"gave up after 2 rollbacks at step \d+: .*not finite; lower train.lr"):
+        train.main(shlex.split(f"{TINY} --output_dir run {flags}"))
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["outcome"] == "stopped"
+    assert len(summary["rollbacks"]) == 2
+    jem = timm_jem.from_pretrained("run/model")
+    assert all(parameter.isfinite().all() for parameter in jem.parameters())
+    # Asked to go on, it says the same.
+    with pytest.raises(InputError, match="has ended: gave up"):
+        train.main(["--resume", "run"])
+
+
+def test_every_option_at_once(tmp_path, monkeypatch):
+    """What timm users expect, on few labels, with all views, trackers and schedules there are."""
+    monkeypatch.chdir(tmp_path)
+    flags = (
+        "--data.labels_per_class 8 --data.flip true --data.crop_padding 1 --train.ce_auto_augment rand-m5-mstd0.5 "
+        "--train.ce_batch_size 12 --train.px_augment flip --train.grad_accum 2 --train.opt adamw "
+        "--train.opt_kwargs.betas [0.9,0.95] --train.sched wsd --train.ema_decay 0.9 --train.mixed_precision bf16 "
+        "--train.objective.label_smoothing 0.1 --model.drop_rate 0.1 --model.kwargs.block_drop_rate 0.1 "
+        "--train.trackers [tensorboard] --train.epochs 0.1 --train.best_k 1 --train.eval_every 1 --train.sample_every 2 "
+        "--train.init gaussian --train.ramp_steps 3 --sgld.pixel_clamp 1 --sgld.grad_clamp 1 --sgld.noise_std 0 "
+        "--train.batch_norm train --model.kwargs.norm_layer batchnorm2d --train.restart_prob 0.5 --train.log_every 1"
+    )
+    with pytest.warns(UserWarning, match="batch_norm is 'train'"):
+        train.main(shlex.split(f"{SHORT} --output_dir run {flags}"))
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["steps"] == round(0.1 * 1295 / 32)
+    (kept,) = summary["best"]
+    assert os.listdir("run/best") == [Path(kept["model"]).name]
+    timm.create_model(f"local-dir:run/{kept['model']}", pretrained=True)
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert "chain_saturated" in next(line for line in lines if "loss" in line)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator("run/tracking").Reload()
+    assert [event.step for event in events.Scalars("val_accuracy")] == list(range(1, summary["steps"] + 1))
+    assert "samples" in events.Tags()["images"]
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "recipes/configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_parse(config):
+    if "hostile" not in config.stem:
+        train.parse(["--config", str(config)])
+
+
+def test_a_stream_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits().select(range(300)).to_parquet("train-0.parquet")
+    flags = "--data.dataset train-0.parquet --data.streaming true --data.stream_held_out 40 --model.name wrn_10_1"
+    train.main(shlex.split(f"{SHORT} --output_dir run {flags} --train.buffer_size 200 --train.warmup_steps 0"))
+    assert json.loads(Path("run/summary.json").read_text())["steps"] == 4
+
+
+def test_a_full_disk_is_one_line_and_nothing_earlier_is_lost(tmp_path):
+    """The kernel itself refuses to write files above a size, as it does on a full disk; then more is allowed."""
+    command = [sys.executable, ROOT / "recipes" / "train.py", *shlex.split(SHORT), *shlex.split(
+        "--output_dir run --resume auto --train.checkpoint_every 2 --train.buffer_size 200 --train.steps 6"
+    )]  # fmt: skip
+
+    def run(limit):
+        def restrict():
+            import resource
+            import signal
+
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=restrict,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONDONTWRITEBYTECODE": "1"},
+        )  # fmt: skip
+
+    done = run(100_000)  # the checkpoints have more, metrics and pictures less
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    said = (done.stdout + done.stderr).replace("\r", "\n").splitlines()
+    assert [line for line in said if "can't be written (" in line and "training goes on" in line]
+    assert said[-1].startswith("error: ")
+    assert not (tmp_path / "run" / "model").exists()
+    assert [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")] == []
+    done = run(-1)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_run_publishes_itself_and_a_run_already_done_too(hub, tmp_path):

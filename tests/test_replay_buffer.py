@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from timm_jem import InputError, ReplayBuffer, uniform_noise
+from timm_jem import InputError, ReplayBuffer, redistribute, uniform_noise
 
 
 def make(**kwargs) -> ReplayBuffer:
@@ -84,6 +84,90 @@ def test_a_whole_class_can_be_drawn_and_no_more():
         buffer.draw(6, torch.ones(6, dtype=torch.long))
 
 
+def test_only_restarted_chains_are_drawn_each_for_its_class():
+    asked = []
+
+    def init(shape, *, generator, device, y):
+        asked.append((shape[0], y))
+        return 100.0 + y.view(-1, 1, 1, 1).expand(shape)
+
+    buffer = make(num_classes=5, restart_prob=0.3, init=init)
+    assert torch.equal(asked[0][1], buffer.labels)
+    assert torch.equal(buffer.chains[:, 0, 0, 0], 100.0 + buffer.labels)
+    buffer.chains.zero_()
+    y = torch.arange(40) % 5
+    for _ in range(20):
+        asked.clear()
+        u, _ = buffer.draw(40, y)
+        fresh = u[:, 0, 0, 0] != 0
+        assert sum(count for count, _ in asked) == fresh.sum()
+        assert torch.equal(u[fresh][:, 0, 0, 0], 100.0 + y[fresh])
+    buffer.restart_prob = 0.0
+    asked.clear()
+    buffer.draw(40, y)
+    assert not asked
+
+
+def test_each_chain_restarts_on_its_own():
+    buffer = make(capacity=4, restart_prob=0.3, init=lambda shape, **_: torch.ones(shape))
+    buffer.chains.zero_()
+    y = torch.stack([buffer.draw(4)[0][:, 0, 0, 0] for _ in range(4000)])
+    counts = (y.long() @ torch.tensor([1, 2, 4, 8])).bincount(minlength=16)
+    restarts = torch.tensor([bin(i).count("1") for i in range(16)])
+    expected = 4000 * 0.3**restarts * 0.7 ** (4 - restarts)  # of all 16 patterns
+    assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
+
+
+def test_reseeding_starts_all_randomness_anew():
+    buffer, other = make(restart_prob=0.5), make(restart_prob=0.5, generator=torch.Generator().manual_seed(8))
+    buffer.draw(20)
+    other.chains.copy_(buffer.chains)
+    buffer.reseed(5)
+    other.reseed(5)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(buffer.draw(20), other.draw(20), strict=True))
+
+
+def states(counts, num_classes=None):
+    """Buffers of so many chains each; chain k of all has the pixel value k, so that it is known again."""
+    result, k = [], 0
+    for count in counts:
+        buffer = make(capacity=count, num_classes=num_classes)
+        buffer.chains.copy_(torch.arange(k, k + count).view(-1, 1, 1, 1).expand(-1, 1, 2, 2))
+        result.append(buffer.state_dict())
+        k += count
+    return result
+
+
+def test_chains_are_dealt_out_to_other_processes():
+    def deal(counts, world, capacity):
+        chains = [redistribute(states(counts), rank, world, capacity) for rank in range(world)]
+        assert all(part.shape == (capacity, 1, 2, 2) for part in chains)
+        return torch.cat(chains)[:, 0, 0, 0].tolist()
+
+    assert deal([4, 4], 4, 2) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert deal([2, 2], 1, 4) == [0, 1, 2, 3]
+    assert deal([3], 2, 4) == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert deal([4, 4], 1, 5) == [0, 1, 2, 3, 4]
+    assert deal([5, 5], 2, 5) == list(range(10))  # the same processes, the same chains
+
+
+def test_dealt_chains_stay_in_their_class():
+    old = states([7, 7], num_classes=3)
+    classes = torch.cat([state["labels"] for state in old])
+    for world, capacity in ((1, 14), (3, 5), (4, 10), (2, 3)):
+        labels = make(capacity=capacity, num_classes=3).labels
+        chains = [redistribute(old, rank, world, capacity, 3)[:, 0, 0, 0].long() for rank in range(world)]
+        assert all(torch.equal(classes[part], labels) for part in chains)
+        counts = torch.cat(chains).bincount(minlength=14)
+        for c in range(3):
+            slots, of_class = world * int((labels == c).sum()), counts[classes == c]
+            assert of_class.max() - of_class.min() <= 1
+            assert (of_class > 0).sum() == min(slots, len(of_class))
+    same = [redistribute(old, rank, 2, 7, 3) for rank in range(2)]
+    assert all(torch.equal(part, state["chains"]) for part, state in zip(same, old, strict=True))
+
+
 def test_resume_is_bit_exact():
     buffer = make(num_classes=5, restart_prob=0.3)
     for _ in range(3):
@@ -114,3 +198,9 @@ def test_bad_input_is_named():
         make().load_state_dict(make(capacity=49).state_dict())
     with pytest.raises(InputError, match="classes"):
         make().load_state_dict(make(num_classes=2).state_dict())
+    with pytest.raises(InputError, match="image shapes"):
+        redistribute([], 0, 1, 4)
+    with pytest.raises(InputError, match="having classes"):
+        redistribute(states([4]), 0, 1, 4, 2)
+    with pytest.raises(InputError, match="3 classes"):
+        redistribute(states([4], num_classes=2), 0, 1, 4, 3)

@@ -108,6 +108,33 @@ def test_frozen_restores_every_flag_even_after_an_error():
     assert ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]) == flags
 
 
+def test_frozen_can_leave_batch_norm_in_train_mode_without_moving_its_statistics():
+    model = timm.create_model("resnet18", num_classes=2).train()
+    model.layer1.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [m.training for m in model.modules()]
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with frozen(model, batch_norm="train"):
+        assert [m for m in model.modules() if m.training] == [m for m in norms if m not in set(model.layer1.modules())]
+        out = model.bn1(torch.arange(128.0).view(2, 64, 1, 1))
+        torch.testing.assert_close(out, torch.tensor([[-1.0], [1.0]]).expand(2, 64).reshape(2, 64, 1, 1))
+        assert not any(p.requires_grad for p in model.parameters())
+    assert [m.training for m in model.modules()] == flags
+    assert all(m.track_running_stats for m in norms)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    with pytest.raises(InputError, match="'trian'"), frozen(model, batch_norm="trian"):
+        pass
+
+
+def test_clamps_hold_along_the_chains():
+    # Of gradients 0.1 and 30 the second is clamped to 1, so that the chains go down by 0.05 and 0.5 a step, as far as -0.8.
+    slopes = torch.tensor([0.1, 30.0]).view(1, 1, 1, 2)
+    config = SGLDConfig(num_steps=3, step_size=0.5, noise_std=0.0, grad_clamp=1.0, pixel_clamp=0.8)
+    seen = []
+    sgld(lambda u: (slopes * u).sum((1, 2, 3)), torch.zeros(1, 1, 1, 2), config, on_step=lambda _, u: seen.append(u.flatten()))
+    torch.testing.assert_close(torch.stack(seen), torch.tensor([[-0.05, -0.5], [-0.1, -0.8], [-0.15, -0.8]]))
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_jem import JEM, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
+from timm_jem import JEM, InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
 from timm_jem.training import joint_step
 
 SHAPE = (1, 4, 4)
@@ -51,11 +52,14 @@ def test_a_whole_iteration_equals_the_plain_algorithm(conditional):
     # What our step will draw, from generators in the same state.
     chain_rng, noise_rng = (torch.Generator().manual_seed(seed) for seed in (1, 2))
     chain_rng.set_state(buffer.generator.get_state())
-    twin = ReplayBuffer(SHAPE, init=uniform_noise, generator=torch.Generator(), capacity=12, restart_prob=0.5,
+    twin = ReplayBuffer(SHAPE, init=uniform_noise, generator=torch.Generator().manual_seed(1), capacity=12, restart_prob=0.5,
                         num_classes=3 if conditional else None)  # fmt: skip
     twin.chains, twin.generator = buffer.chains.clone(), chain_rng
     chains, slots = twin.draw(6, y if conditional else None)
-    noises = [torch.randn(6, *SHAPE, dtype=torch.float64, generator=noise_rng) for _ in range(6)]
+    noises = [torch.randn(6, *SHAPE, dtype=torch.float64, generator=noise_rng)]
+    if conditional:
+        torch.empty(6, 3).exponential_(generator=noise_rng)  # classes for images without a label; here all have one
+    noises += [torch.randn(6, *SHAPE, dtype=torch.float64, generator=noise_rng) for _ in range(5)]
 
     optimizer = torch.optim.Adam(jem.parameters(), lr=0.01)
     terms = joint_step(
@@ -102,7 +106,8 @@ def test_a_whole_iteration_equals_the_plain_algorithm(conditional):
 
 def run(jem, buffer, u, y, **kwargs):
     settings = {"sgld_config": SGLD, "objective": ObjectiveConfig(), "data_noise": 0.0}
-    return joint_step(jem, jem, u, y, buffer, generator=torch.Generator().manual_seed(2), **{**settings, **kwargs})
+    settings["generator"] = torch.Generator().manual_seed(2)
+    return joint_step(jem, jem, u, y, buffer, **{**settings, **kwargs})
 
 
 def test_one_forward_for_data_and_chains_where_nothing_mixes_them():
@@ -169,3 +174,159 @@ def test_the_loss_is_that_of_the_model_that_is_handed_in():
         generator=torch.Generator(),
     )  # fmt: skip
     assert calls == [6] * 5 + [12]
+
+
+def classes_drawn(y, frequencies, times=1):
+    jem, buffer, _, _ = make(classes=3, restart_prob=0.0)
+    drawn, rng = [], torch.Generator().manual_seed(2)
+    draw = buffer.draw
+    buffer.draw = lambda n, y: drawn.append(y) or draw(n, y)
+    u = torch.zeros(len(y), *SHAPE, dtype=torch.float64)
+    for _ in range(times):
+        run(jem, buffer, u, y, sgld_config=SGLDConfig(num_steps=1), class_frequencies=frequencies, generator=rng)
+    return torch.cat(drawn)
+
+
+def test_images_without_a_label_get_chains_of_the_given_classes():
+    y = torch.tensor([0, -1, 2, -1, 0, -1])
+    assert classes_drawn(y, torch.tensor([0.0, 5.0, 0.0])).tolist() == [0, 1, 2, 1, 0, 1]
+    for frequencies in (torch.tensor([0.2, 0.3, 0.5]), None):
+        counts = classes_drawn(torch.full((4,), -1), frequencies, times=200).bincount(minlength=3)
+        expected = 800 * (torch.ones(3) / 3 if frequencies is None else frequencies)
+        assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
+
+
+def test_nothing_waits_for_the_device():
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ops.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for classes, objective in ((None, ObjectiveConfig()), (3, ObjectiveConfig(w_xy=1.0, energy_l2=0.1))):
+        jem, buffer, u, y = make(norm=True, classes=classes)
+        y[::2] = -1
+        for policy in ("eval", "frozen", "train"):
+            ops = []
+            # No more images than a class has slots, so that the buffer needn't check that they suffice.
+            with Ops():
+                run(jem.train(), buffer, u[:3], y[:3], u_ce=u, y_ce=y, objective=objective, batch_norm=policy,
+                    sgld_config=SGLDConfig(num_steps=2, pixel_clamp=1.0))["loss"].backward()  # fmt: skip
+            assert ops.count("_local_scalar_dense") == 1  # the number of restarts, which is the host's
+            assert not {"nonzero", "masked_select", "is_nonzero", "_unique2"} & set(ops)
+
+
+def test_conditional_chains_can_be_negatives_of_x():
+    jem, buffer, u, y = make(classes=3, restart_prob=0.0)
+    before = buffer.chains.clone()
+    config = SGLDConfig(num_steps=1, step_size=0.7, noise_std=0.0)
+    terms = run(jem, buffer, u, y, sgld_config=config)
+    moved = (buffer.chains != before).flatten(1).any(1)
+    start = before[moved].requires_grad_(True)
+    logits = jem(jem.normalize(start))
+    (gradient,) = torch.autograd.grad(-logits[range(6), buffer.labels[moved]].sum(), start)
+    torch.testing.assert_close(buffer.chains[moved], start - 0.7 * gradient)
+    torch.testing.assert_close(terms["energy_neg"], jem.pixel_energy(buffer.chains[moved]).mean())
+    assert "gap_xy" not in terms
+
+
+def test_cross_entropy_can_have_a_batch_of_its_own():
+    for norm in (False, True):
+        jem, buffer, u, y = make(norm)
+        rng = torch.Generator().manual_seed(5)
+        u_ce, y_ce = torch.rand(9, *SHAPE, generator=rng, dtype=torch.float64), torch.arange(9) % 3
+        y_ce[4] = -1
+        known = y_ce != -1
+        expected = nn.functional.cross_entropy(jem.eval()(jem.normalize(u_ce))[known], y_ce[known])
+        terms = run(jem, buffer, u, torch.full_like(y, -1), u_ce=u_ce, y_ce=y_ce)
+        torch.testing.assert_close(terms["ce"], expected)
+        torch.testing.assert_close(terms["energy_data"], jem.pixel_energy(u).mean())
+        alone = run(jem, buffer, u, y, u_ce=u_ce, y_ce=y_ce, objective=ObjectiveConfig(w_x=0.0))
+        torch.testing.assert_close(alone["loss"], expected)
+    with pytest.raises(InputError, match="y_ce"):
+        run(jem, buffer, u, y, u_ce=u_ce)
+
+
+def modes(jem):
+    """(batch size, BatchNorm in train mode, statistics tracked, other layers in train mode) of each forward."""
+    seen, norm = [], jem.backbone.norm
+
+    def note(module, args, _):
+        seen.append((len(args[0]), norm.training, norm.track_running_stats, module.backbone.act.training))
+
+    jem.register_forward_hook(note)
+    return seen
+
+
+def test_batch_norm_policies():
+    chains = {"eval": (6, False, True, False), "frozen": (6, False, True, False), "train": (6, True, False, False)}
+    losses = {
+        "eval": [(6, True, True, True), (6, True, False, True)],
+        "frozen": [(12, False, True, True)],
+        "train": [(6, True, True, True), (6, True, False, True)],
+    }
+    for policy in chains:
+        jem, buffer, u, y = make(norm=True)
+        jem.train()
+        seen = modes(jem)
+        run(jem, buffer, u, y, batch_norm=policy)
+        assert seen == [chains[policy]] * 5 + losses[policy]
+        assert all(m.training for m in jem.modules())
+        assert jem.backbone.norm.track_running_stats
+        assert jem.backbone.norm.num_batches_tracked == (0 if policy == "frozen" else 1)
+        seen.clear()
+        run(jem, buffer, u, y, batch_norm=policy, objective=ObjectiveConfig(w_x=0.0))
+        assert [forward[1] for forward in seen] == [policy != "frozen"]
+    with pytest.raises(InputError, match="'trian'"):
+        run(jem, buffer, u, y, batch_norm="trian")
+
+
+def test_frozen_batch_norm_is_the_loss_of_eval_mode():
+    jem, buffer, u, y = make(norm=True)
+    state = buffer.state_dict() | {"chains": buffer.chains.clone()}
+    terms = run(jem.train(), buffer, u, y, batch_norm="frozen")
+    buffer.load_state_dict(state)
+    assert terms["loss"] == run(jem.eval(), buffer, u, y)["loss"]
+
+
+def test_modes_are_restored_after_an_error():
+    jem, buffer, u, y = make(norm=True)
+    jem.train()
+    jem.backbone.fc = nn.Linear(1, 3)
+    for policy in ("eval", "frozen", "train"):
+        for objective in (ObjectiveConfig(), ObjectiveConfig(w_x=0.0)):
+            with pytest.raises(RuntimeError):
+                run(jem, buffer, u, y, batch_norm=policy, objective=objective)
+            assert all(m.training for m in jem.modules())
+            assert all(p.requires_grad for p in jem.parameters())
+            assert jem.backbone.norm.track_running_stats
+
+
+def test_terms_say_how_the_chains_are():
+    jem, buffer, u, y = make(restart_prob=0.0)
+    before = buffer.chains.clone()
+    u = u.clamp(-0.4, 0.4)
+    u[:3] = 0.9
+    clamped = SGLDConfig(num_steps=3, step_size=5.0, noise_std=0.3, pixel_clamp=0.5)
+    terms = run(jem, buffer, u, y, sgld_config=clamped, data_noise=10.0)
+    moved = (buffer.chains != before).flatten(1).any(1)
+    chains, start = buffer.chains[moved], before[moved]
+    torch.testing.assert_close(terms["chain_rms"], chains.square().mean().sqrt())
+    torch.testing.assert_close(terms["chain_moved"], (chains - start).square().mean().sqrt())
+    torch.testing.assert_close(terms["chain_spread"], chains.std(0, correction=0).mean())
+    at_clamp = (chains.abs() == 0.5).float().mean()
+    assert at_clamp > 0
+    torch.testing.assert_close(terms["chain_saturated"], at_clamp - 0.5)  # half of the images' pixels are beyond
+    assert not any(term.requires_grad for name, term in terms.items() if name != "loss")
+    assert not [name for name in run(jem, buffer, u, y, objective=ObjectiveConfig(w_x=0.0)) if name.startswith("chain")]
+    single = run(jem, buffer, u[:1], y[:1])
+    assert single["chain_spread"] == 0
+    assert "chain_saturated" not in single
+
+
+def test_bad_input_is_named():
+    jem, buffer, u, y = make()
+    with pytest.raises(InputError, match="num_classes"):
+        run(jem, buffer, u, y, objective=ObjectiveConfig(w_xy=1.0))
+    jem, buffer, u, y = make(classes=3)
+    with pytest.raises(InputError, match="class_frequencies"):
+        run(jem, buffer, u, y, class_frequencies=torch.ones(4))

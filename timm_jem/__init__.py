@@ -4,9 +4,10 @@ from timm_jem import models
 from timm_jem.chains import Chains
 from timm_jem.energy import energy, log_density
 from timm_jem.errors import InputError
+from timm_jem.gaussians import ClassGaussians
 from timm_jem.model import JEM, create_model, wrap
 from timm_jem.objectives import ObjectiveConfig, joint_loss
-from timm_jem.replay_buffer import ReplayBuffer
+from timm_jem.replay_buffer import ReplayBuffer, redistribute
 from timm_jem.sampling import SGLDConfig, sgld, sgld_step, uniform_noise
 
 from_pretrained = JEM.from_pretrained
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "JEM",
     "Chains",
+    "ClassGaussians",
     "InputError",
     "ObjectiveConfig",
     "ReplayBuffer",
@@ -26,6 +28,7 @@ __all__ = [
     "joint_loss",
     "log_density",
     "models",
+    "redistribute",
     "sgld",
     "sgld_step",
     "uniform_noise",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,19 +22,24 @@ class ObjectiveConfig:
         w_xy: likelihood of (x, y) under E(x, y), with class-conditional chains (paper: 0).
         energy_l2: weight of the mean squared energy of data and chains, against drifting energies (paper: 0;
             Du & Mordatch, NeurIPS 2019, arXiv 1903.08689, section 3.2).
+        label_smoothing: share of the cross-entropy's target that goes to all classes evenly, timm's and PyTorch's
+            meaning (Szegedy et al., CVPR 2016, arXiv 1512.00567, section 7; JEM: 0).
 
     Raises:
-        InputError: a weight that is negative or not finite.
+        InputError: a weight that is negative or not finite, or a ``label_smoothing`` outside [0, 1).
     """
 
     w_ce: float = 1.0
     w_x: float = 1.0
     w_xy: float = 0.0
     energy_l2: float = 0.0
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             check_number(f"objective {field.name}", getattr(self, field.name), least=0)
+        if self.label_smoothing >= 1:
+            raise InputError(f"objective label_smoothing is {self.label_smoothing!r}: give a number below 1")
 
 
 def joint_loss(
@@ -44,6 +50,7 @@ def joint_loss(
     config: ObjectiveConfig = ObjectiveConfig(),
     *,
     logits_ce: Tensor | None = None,
+    y_ce: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Cross-entropy plus the contrastive estimate of maximum likelihood.
 
@@ -51,24 +58,36 @@ def joint_loss(
            + energy_l2 · (mean E_data² + mean E_neg²)
 
     The gradient of each difference is that of the negative log-likelihood: JEM (arXiv 1912.03263), eq. 2; its
-    factorisation log p(x) + log p(y|x) is eq. 8. The L2 term takes E(x, y) where w_xy > 0, else E(x).
+    factorisation log p(x) + log p(y|x) is eq. 8. The L2 term takes the energies of the w_xy term where w_xy > 0, else E(x).
+
+    An image without a label (y = −1) takes part in the w_xy term by E(x), not E(x, y): that is maximum likelihood of x
+    where only x is known, and of (x, y) elsewhere. Its negatives are the same. For
+    −∇ log p(x) = ∇E(x) − E_p(x')[∇E(x')], and since E(x) = −log Σ_y exp(−E(x, y)), ∇E(x') = E_p(y'|x')[∇E(x', y')], so
+    that the second term is E_p(x', y')[∇E(x', y')], as in −∇ log p(x, y). The cross-entropy is the mean over the images with
+    a label; it is 0 where none has one.
 
     Args:
         logits: f(x_data), shape (B, num_classes).
-        y: labels, int64, shape (B,).
+        y: labels, int64, shape (B,); −1: unknown.
         logits_neg: f(x_neg) of the chains, shape (M, num_classes); None for cross-entropy alone.
-        y_neg: the chains' labels, int64, shape (M,); needed where w_xy > 0.
+        y_neg: the chains' labels, all known, int64, shape (M,); needed where w_xy > 0.
         config: see :class:`ObjectiveConfig`.
-        logits_ce: for the cross-entropy, where it sees other views of the same images, shape (B, num_classes).
+        logits_ce: for the cross-entropy, where it sees other images or views, shape (N, num_classes); None: ``logits``.
+        y_ce: labels for the cross-entropy, int64, shape (N,); −1: unknown; None: ``y``.
 
     Returns:
         Scalars by name: ``loss`` (the one with a graph), and for logging, detached: ``ce``, ``energy_data`` and
-        ``energy_neg`` (means of E(x)), ``gap`` (energy_data − energy_neg), with labels ``gap_xy``, and ``l2``.
+        ``energy_neg`` (means of E(x)), ``gap`` (energy_data − energy_neg), with ``w_xy`` ``gap_xy`` (the difference of its
+        term), and ``l2``.
 
     Raises:
-        InputError: ``w_xy`` > 0 without ``y_neg``.
+        InputError: ``w_xy`` > 0 without ``y_neg``, or labels of wrong shape.
     """
-    ce = F.cross_entropy(logits if logits_ce is None else logits_ce, y)
+    logits_ce, y_ce = logits if logits_ce is None else logits_ce, y if y_ce is None else y_ce
+    if y_ce.shape != logits_ce.shape[:1]:
+        raise InputError(f"{len(logits_ce)} images for the cross-entropy and labels of shape {tuple(y_ce.shape)}: give y_ce")
+    ce = F.cross_entropy(logits_ce, y_ce, ignore_index=-1, reduction="sum", label_smoothing=config.label_smoothing)
+    ce = ce / (y_ce != -1).sum().clamp(min=1)
     loss = config.w_ce * ce
     terms = {"ce": ce}
     if logits_neg is not None:
@@ -80,7 +99,9 @@ def joint_loss(
         if config.w_xy:
             if y_neg is None:
                 raise InputError("objective w_xy is above 0 and y_neg is missing: give the chains' labels")
-            e_data, e_neg = energy(logits, y), energy(logits_neg, y_neg)
+            unknown = y == -1
+            e_data = torch.where(unknown, e_data, energy(logits, y.masked_fill(unknown, 0)))
+            e_neg = energy(logits_neg, y_neg)
             terms["gap_xy"] = e_data.mean() - e_neg.mean()
             loss = loss + config.w_xy * terms["gap_xy"]
         if config.energy_l2:

@@ -8,19 +8,23 @@ from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, check_whole
 
-__all__ = ["ReplayBuffer"]
+__all__ = ["ReplayBuffer", "redistribute"]
 
 
 class ReplayBuffer:
     """Persistent chains on the training device (JEM, arXiv 1912.03263, appendix A; after Tieleman, ICML 2008).
 
     ``draw`` hands out chains from distinct slots, each restarted from the initial distribution with probability
-    ``restart_prob``; ``put`` writes them back to the same slots. A draw never waits for the device.
+    ``restart_prob``; ``put`` writes them back to the same slots. The host itself draws how many chains restart, so
+    that no more than those are made anew, and a draw doesn't wait for the device; only one of more chains than a class has
+    slots does, to check that the slots suffice.
 
     Args:
         image_shape: (C, H, W).
-        init: ``init(shape, generator=..., device=...)`` returns new chains, pixels; shape (n, C, H, W).
-        generator: the only source of randomness; lives on ``device``.
+        init: ``init((n, C, H, W), generator=..., device=..., y=...)`` returns new chains, pixels, on ``device``; ``y`` are
+            their classes, int64, shape (n,), or None.
+        generator: the only source of randomness, with a generator of the host that starts from its seed; lives on
+            ``device``.
         capacity: number of chains (paper: 10,000).
         restart_prob: probability that a drawn chain starts anew (paper: 0.05).
         num_classes: when given, every slot belongs to one class for good, classes evenly: chains of E(x, y).
@@ -50,10 +54,9 @@ class ReplayBuffer:
         if num_classes is not None and capacity < num_classes:
             raise InputError(f"replay buffer capacity {capacity} is below {num_classes} classes: give one chain a class")
         self.init, self.generator, self.restart_prob, self.num_classes = init, generator, restart_prob, num_classes
-        self.chains = init((capacity, *image_shape), generator=generator, device=device)
-        # Class by class, so that the slots of class c are one range.
-        slots = torch.arange(capacity, device=device)
-        self.labels = None if num_classes is None else slots * num_classes // capacity
+        self.host_generator = torch.Generator().manual_seed(generator.initial_seed())
+        self.labels = None if num_classes is None else _slot_classes(capacity, num_classes, device)
+        self.chains = init((capacity, *image_shape), generator=generator, device=device, y=self.labels)
 
     def __len__(self) -> int:
         return len(self.chains)
@@ -81,9 +84,14 @@ class ReplayBuffer:
         else:
             slots = self._slots_of_classes(y)
         chains = self.chains[slots]
-        fresh = self.init(chains.shape, generator=self.generator, device=device)
-        restart = torch.rand(n, generator=self.generator, device=device) < self.restart_prob
-        return torch.where(restart.view(-1, 1, 1, 1), fresh, chains), slots
+        # A binomial number of restarts at random places: each chain restarts on its own with restart_prob.
+        count = int((torch.rand(n, generator=self.host_generator, dtype=torch.float64) < self.restart_prob).sum())
+        if count:
+            places = torch.randperm(n, generator=self.generator, device=device)[:count]
+            classes = None if self.labels is None else self.labels[slots[places]]
+            fresh = self.init((count, *chains.shape[1:]), generator=self.generator, device=device, y=classes)
+            chains[places] = fresh.to(chains.dtype)
+        return chains, slots
 
     def _slots_of_classes(self, y: Tensor) -> Tensor:
         if self.labels is None:
@@ -103,9 +111,18 @@ class ReplayBuffer:
         """Write ``chains`` (pixels, shape (n, C, H, W)) back to their ``slots``, shape (n,)."""
         self.chains[slots] = chains.detach().to(self.chains.dtype)
 
+    def reseed(self, seed: int) -> None:
+        """Start all randomness anew from ``seed``, after a rollback say; chains stay."""
+        self.generator.manual_seed(seed)
+        self.host_generator.manual_seed(seed)
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything a bit-exact resume needs: chains, labels and the generator's state."""
-        state = {"chains": self.chains, "generator": self.generator.get_state()}
+        """Everything a bit-exact resume needs: chains, labels and the generators' states."""
+        state = {
+            "chains": self.chains,
+            "generator": self.generator.get_state(),
+            "host_generator": self.host_generator.get_state(),
+        }
         return state if self.labels is None else {**state, "labels": self.labels}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -125,3 +142,49 @@ class ReplayBuffer:
         if self.labels is not None:
             self.labels.copy_(state["labels"])
         self.generator.set_state(state["generator"])
+        self.host_generator.set_state(state["host_generator"])
+
+
+def redistribute(states: list[dict[str, Any]], rank: int, world: int, capacity: int, num_classes: int | None = None) -> Tensor:
+    """Deal the chains of several processes' buffers out to another number of processes.
+
+    The chains are put in a row, and the slots of the new buffers in another, and the row of chains is repeated until all
+    slots have one: every chain is used where there are slots enough, and none is used twice before all are used once;
+    chains beyond the slots are left out, the last processes' first. With classes this is done class by class, so that a
+    chain stays in its class.
+
+    Args:
+        states: ``ReplayBuffer.state_dict()`` of every old process, in order.
+        rank: the new process that asks, in [0, ``world``).
+        world: how many processes there are now.
+        capacity: slots of each new buffer.
+        num_classes: of the new buffers, or None.
+
+    Returns:
+        Chains for the slots of ``ReplayBuffer(..., capacity=capacity, num_classes=num_classes)``, pixels, shape
+        (capacity, C, H, W).
+
+    Raises:
+        InputError: no states, states of images of several shapes, or of other classes than ``num_classes``.
+    """
+    shapes = {tuple(state["chains"].shape[1:]) for state in states}
+    if len(shapes) != 1:
+        raise InputError(f"the saved chains have {len(shapes)} image shapes: give the replay buffers of one run")
+    if any(("labels" in state) != (num_classes is not None) for state in states):
+        raise InputError("saved chains and this replay buffer differ in having classes: build it as it was saved")
+    pool = torch.cat([state["chains"] for state in states])
+    if num_classes is None:
+        return pool[(rank * capacity + torch.arange(capacity, device=pool.device)) % len(pool)]
+    labels = torch.cat([state["labels"] for state in states])
+    if labels.unique().tolist() != list(range(num_classes)):
+        raise InputError(f"the saved chains are not of {num_classes} classes: build the replay buffer as it was saved")
+    parts = []
+    for c, slots in enumerate(_slot_classes(capacity, num_classes, pool.device).bincount(minlength=num_classes).tolist()):
+        of_class = (labels == c).nonzero().squeeze(1)
+        parts.append(of_class[(rank * slots + torch.arange(slots, device=pool.device)) % len(of_class)])
+    return pool[torch.cat(parts)]
+
+
+def _slot_classes(capacity: int, num_classes: int, device: torch.device | str) -> Tensor:
+    # Class by class, so that the slots of class c are one range.
+    return torch.arange(capacity, device=device) * num_classes // capacity

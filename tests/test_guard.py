@@ -1,0 +1,139 @@
+"""Known signals, each for real: a NaN is not above any limit."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from timm_jem import InputError
+from timm_jem.training import DivergenceGuard, GuardConfig, Remedy
+
+GOOD = {"loss": 0.5, "ce": 0.4, "gap": -0.3, "energy_data": -3.0, "energy_neg": -2.7, "grad_norm": 1.0}
+GOOD |= {"chain_rms": 0.8, "chain_spread": 0.5, "chain_moved": 0.1}
+
+
+def make(**config) -> DivergenceGuard:
+    return DivergenceGuard(GuardConfig(**config), Accelerator(cpu=True), 10)
+
+
+def observe(guard, n=10, **changed):
+    for _ in range(n):
+        guard.observe({name: torch.tensor(value) for name, value in {**GOOD, **changed}.items()})
+
+
+def healthy(**config):
+    guard = make(**config)
+    for _ in range(3):
+        observe(guard)
+        assert guard.problem() is None
+        guard.close()
+    return guard
+
+
+@pytest.mark.parametrize("name", sorted(GOOD))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_value_that_is_not_finite_is_enough(name, value):
+    guard = healthy()
+    observe(guard, 4)
+    observe(guard, 1, **{name: value})
+    observe(guard, 5)
+    assert guard.problem() == f"{name} not finite"
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"gap": -15.0}, r"\|gap\| ran away: 15 after 0.3"),
+        ({"energy_data": -41.0}, r"\|energy_data\| ran away"),
+        ({"energy_neg": 1e7}, r"\|energy_neg\| ran away"),
+        ({"ce": 2.2}, "classifier is lost"),
+        ({"ce": 15.0}, r"\|ce\| ran away"),
+        ({"chain_rms": 3.5}, "left the pixel range"),
+        ({"chain_saturated": 0.6}, "saturate: 60%"),
+        ({"chain_spread": 1e-4}, "all chains are one image"),
+        ({"chain_moved": 0.0}, "stuck"),
+    ],
+)
+def test_each_signal_has_its_reason(changed, reason):
+    guard = healthy() if "chain_saturated" not in changed else make()
+    observe(guard, 10, **changed)
+    with_reason = guard.problem()
+    assert with_reason is not None
+    import re
+
+    assert re.search(reason, with_reason)
+    assert "\n" not in with_reason
+
+
+def test_what_is_no_divergence():
+    guard = healthy()
+    observe(guard, 9)
+    observe(guard, 1, gap=-500.0, ce=30.0)  # one wild iteration is none
+    assert guard.problem() is None
+    slow = healthy()
+    for energy in range(3, 300):  # energies have no zero: drifting slowly is none either
+        observe(slow, energy_data=-float(energy), energy_neg=-float(energy))
+        assert slow.problem() is None
+        slow.close()
+    start = make()  # and before the first look nothing is known of the scale
+    observe(start, energy_data=-5000.0, gap=-300.0)
+    assert start.problem() is None
+
+
+def test_limits_are_the_configs():
+    guard = healthy(runaway_floor=1.0, runaway_factor=2.0)
+    observe(guard, gap=-1.59)
+    assert guard.problem() is None
+    observe(guard, 20, gap=-1.61)
+    assert "gap" in guard.problem()
+
+
+def test_the_older_snapshot_is_taken_where_the_newest_broke_already():
+    guard = make()
+    weights = torch.zeros(3)
+    for step in (0, 100, 200):
+        weights.fill_(step)
+        guard.keep(step, {"weights": weights})
+    assert [step for step, *_ in guard.snapshots] == [100, 200]
+    weights.fill_(math.nan)
+    step, state = guard.last_good()
+    assert (step, state["weights"].tolist()) == (200, [200.0] * 3)
+    assert guard.last_good()[0] == 100
+    assert guard.last_good()[0] == 100  # there is no older one
+    guard.keep(200, {})
+    assert guard.last_good()[0] == 200
+    guard.keep(300, {}, alone=True)
+    assert [step for step, *_ in guard.snapshots] == [300]
+
+
+def test_its_state_goes_on_bit_for_bit():
+    guard = healthy()
+    observe(guard, 4)
+    guard.rollbacks.append({"step": 7, "reason": "x"})
+    other = make()
+    other.load_state_dict(guard.state_dict())
+    for g in (guard, other):
+        observe(g, 6, gap=-12.0)
+    assert other.problem() == guard.problem()
+    assert other.rollbacks == guard.rollbacks
+    for g in (guard, other):
+        g.close()
+    assert other.scales == guard.scales
+
+
+def test_remedies_add_up():
+    remedy = Remedy(lr=0.5, energy_l2=0.1).then(Remedy(lr=0.5, num_steps=1.5, step_size=0.3, energy_l2=0.1))
+    assert remedy == Remedy(lr=0.25, num_steps=1.5, step_size=0.3, energy_l2=0.2)
+    assert str(remedy) == "lr × 0.25, num_steps × 1.5, step_size × 0.3, energy_l2 + 0.2"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"check_every": 0}, {"snapshot_every": 15}, {"runaway_factor": math.nan}, {"ladder": []}, {"max_rollbacks": -1}],
+)
+def test_bad_settings_are_named(bad):
+    with pytest.raises(InputError, match=next(iter(bad))):
+        GuardConfig(**bad)
+    with pytest.raises(InputError, match="lr is 0"):
+        Remedy(lr=0)

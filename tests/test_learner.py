@@ -1,0 +1,184 @@
+"""Training state: one process or two, interrupted or not, is the same training."""
+
+import os
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import timm_jem
+from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
+from timm_jem.training import Batch, Learner, Remedy, refuse_unsupported
+from timm_jem.training.state import copy_tree
+
+SHAPE, SIZE, STEPS = (1, 8, 8), 6, 20
+
+
+def images(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 2 · SIZE images of a step, for one process or two."""
+    generator = torch.Generator().manual_seed(step)
+    return uniform_noise((2 * SIZE, *SHAPE), generator=generator), torch.randint(3, (2 * SIZE,), generator=generator)
+
+
+def make(share: slice = slice(None), objective=ObjectiveConfig(energy_l2=0.1), shard=False, **settings) -> Learner:
+    """A learner whose chains, all drawn at each step and moved without noise, are a share of the same ones."""
+    torch.manual_seed(0)
+    model_settings = settings.pop("model", {})
+    jem = timm_jem.create_model("wrn_10_1", num_classes=3, input_size=SHAPE, act_layer="silu", **model_settings)
+    ema = None if shard else ModelEmaV3(jem, decay=0.9)
+    accelerator = Accelerator(cpu=True)
+    if shard:  # as accelerate does on GPUs
+        fully_shard(jem)
+    optimizer = create_optimizer_v2(jem.backbone, opt="adam", lr=2e-3)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=40, warmup_epochs=4, warmup_lr=0.0, step_on_epochs=False, updates_per_epoch=1
+    )
+    prepared, optimizer = (jem, optimizer) if shard else accelerator.prepare(jem, optimizer)
+    chains = uniform_noise((2 * SIZE, *SHAPE), generator=torch.Generator().manual_seed(5))[share]
+    rng = torch.Generator().manual_seed(1)
+    buffer = ReplayBuffer(SHAPE, init=uniform_noise, generator=rng, capacity=len(chains), restart_prob=0.0)
+    buffer.chains.copy_(chains)
+    settings = {"sgld": SGLDConfig(num_steps=3, noise_std=0.0), "data_noise": 0.0, "grad_clip": 1.0, "ema": ema, **settings}
+    generator = torch.Generator().manual_seed(2)
+    prepared.train()
+    return Learner(
+        accelerator, prepared, jem, optimizer, scheduler, buffer, objective=objective, generator=generator, **settings
+    )
+
+
+def train(learner: Learner, steps: int, share: slice = slice(None)) -> None:
+    for _ in range(steps):
+        u, y = images(learner.step)
+        learner.iterate([Batch(u[share], y[share])])
+
+
+def half_of_the_training(rank: int, port: int, folder: str, shard: bool) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    share = slice(rank * SIZE, (rank + 1) * SIZE)
+    learner = make(share, shard=shard)
+    train(learner, STEPS // 2, share)
+    snapshot = copy_tree(learner.state_dict())
+    train(learner, 2, share)
+    learner.load_state_dict(snapshot)  # its own part of the weights, where they are sharded
+    train(learner, STEPS - STEPS // 2, share)
+    if shard:
+        whole = {name: tensor.full_tensor() for name, tensor in learner.jem.state_dict().items()}
+        assert all(isinstance(parameter, DTensor) for parameter in learner.jem.parameters())
+        torch.save({"model": whole, "ema": whole, "buffer": learner.buffer.state_dict()}, f"{folder}/{rank}.pt")
+        learner.accelerator.end_training()
+        return
+    torch.save(copy_tree(learner.state_dict()), f"{folder}/{rank}.pt")
+    learner.accelerator.end_training()
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_train_as_one_does(tmp_path, shard):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(half_of_the_training, (port, str(tmp_path), shard), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    for part in ("model", "ema"):
+        assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
+    assert not torch.equal(first["buffer"]["chains"], second["buffer"]["chains"])
+    alone = make()
+    start = copy_tree(alone.jem.state_dict())
+    train(alone, STEPS)
+    for name, parameter in alone.jem.state_dict().items():
+        torch.testing.assert_close(first["model"][name], parameter, rtol=0, atol=1e-6)
+        assert not torch.equal(parameter, start[name])
+    # The same chains, in another order of slots.
+    together = torch.cat([first["buffer"]["chains"], second["buffer"]["chains"]])
+    torch.testing.assert_close(together, alone.buffer.chains, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [None, "batchnorm2d"])
+def test_a_snapshot_goes_on_bit_for_bit(norm):
+    settings = {
+        "sgld": SGLDConfig(num_steps=2, noise_std=0.05),
+        "data_noise": 0.1,
+        "model": {"norm_layer": norm, "drop_rate": 0.2},
+    }
+    learner = make(**settings)
+    train(learner, 3)
+    snapshot = copy_tree(learner.state_dict())
+    train(learner, 4)
+    expected = copy_tree(learner.state_dict())
+    other = make(**settings)
+    train(other, 1)
+    for resumed in (learner, other):
+        resumed.load_state_dict(snapshot)
+        assert resumed.step == 3
+        train(resumed, 4)
+        state = resumed.state_dict()
+        for part in ("model", "ema"):
+            assert all(torch.equal(state[part][name], expected[part][name]) for name in expected[part])
+        assert torch.equal(state["buffer"]["chains"], expected["buffer"]["chains"])
+        assert torch.equal(state["generator"], expected["generator"])
+        assert torch.equal(state["rng"]["torch"], expected["rng"]["torch"])
+
+
+def test_accumulated_batches_are_one_step():
+    whole, halves = (make(objective=ObjectiveConfig(w_x=0.0)) for _ in range(2))
+    for step in range(3):
+        u, y = images(step)
+        terms = whole.iterate([Batch(u, y)])
+        accumulated = halves.iterate([Batch(u[:SIZE], y[:SIZE]), Batch(u[SIZE:], y[SIZE:])])
+        torch.testing.assert_close(accumulated["loss"], terms["loss"])
+        torch.testing.assert_close(accumulated["grad_norm"], terms["grad_norm"])
+    assert halves.step == 3
+    for a, b in zip(whole.jem.parameters(), halves.jem.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_remedies_change_the_next_steps():
+    learner = make(ramp_from=1, ramp_steps=2)
+    assert [learner.sgld_now().num_steps, learner.optimizer.param_groups[0]["lr"]] == [1, 0.0]
+    train(learner, 2)
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    learner.apply(Remedy(lr=0.5, num_steps=1.5, step_size=0.1, energy_l2=1.0), seed=3)
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+    assert (learner.sgld_now().num_steps, learner.sgld_now().step_size) == (5, 0.1)
+    learner.apply(Remedy(lr=0.5), seed=4)
+    train(learner, 1)
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.25 * 1.5e-3)
+    assert learner.remedy == Remedy(lr=0.25, num_steps=1.5, step_size=0.1, energy_l2=1.0)
+
+
+def test_the_gradients_norm_is_what_tells_of_a_broken_gradient():
+    learner = make(grad_clip=0.0)
+    learner.jem.backbone.fc.bias.register_hook(lambda grad: grad * float("nan"))
+    u, y = images(0)
+    terms = learner.iterate([Batch(u, y)])
+    assert terms["loss"].isfinite()
+    assert terms["grad_norm"].isnan()
+
+
+def stub(kind="NO", precision="no", **state):
+    return SimpleNamespace(
+        distributed_type=SimpleNamespace(value=kind), mixed_precision=precision, state=SimpleNamespace(**state)
+    )
+
+
+def test_what_can_not_work_is_refused_with_the_reason():
+    refuse_unsupported(stub())
+    refuse_unsupported(stub("MULTI_GPU", "bf16"))
+    refuse_unsupported(stub("FSDP", fsdp_plugin=SimpleNamespace(fsdp_version=2)))
+    for accelerator, reason in [
+        (stub("DEEPSPEED"), "DEEPSPEED gives no gradients"),
+        (stub("FSDP", fsdp_plugin=SimpleNamespace(fsdp_version=1)), "fsdp_version: 2"),
+        (stub(precision="fp16"), "fp16 is not for SGLD: the gradient scaler"),
+    ]:
+        with pytest.raises(InputError, match=reason):
+            refuse_unsupported(accelerator)

@@ -1,0 +1,199 @@
+"""Real processes, killed and stopped at any moment, against a run that nothing interrupted: equal to the bit."""
+
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from timm_jem.training import load_tree, rank_files
+
+ROOT = Path(__file__).parent.parent
+FLAGS = shlex.split(
+    "--output_dir run --resume auto --train.threads 1 --train.steps 60 --train.batch_size 16 --train.warmup_steps 5 "
+    "--sgld.num_steps 2 --sgld.denoise_steps 1 --train.buffer_size 200 --train.sample_steps [2] --train.sample_count 20 "
+    "--train.checkpoint_every 5 --train.eval_every 20 --train.sample_every 30 --train.log_every 1 --train.best_k 1 "
+    "--train.ema_decay 0.9 --model.drop_rate 0.1 --train.ce_batch_size 8 --guard.check_every 5 --guard.snapshot_every 10"
+)
+
+
+def start(folder: Path, world: int, *flags: str) -> list[subprocess.Popen]:
+    """The processes of one run, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        if world > 1:
+            environment |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+        command = [sys.executable, ROOT / "recipes" / "train.py", *FLAGS, *flags]
+        output = (folder / f"output_{rank}.txt").open("a")
+        processes.append(
+            subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True)
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen]) -> list[int]:
+    return [process.wait(timeout=300) for process in processes]
+
+
+def output(folder: Path) -> str:
+    return "".join(file.read_text() for file in sorted(folder.glob("output_*.txt")))
+
+
+def whole(folder: Path, world: int) -> None:
+    assert finish(start(folder, world)) == [0] * world, output(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Runs that nothing interrupts, by number of processes."""
+    folders = {}
+
+    def get(world: int) -> Path:
+        if world not in folders:
+            folders[world] = tmp_path_factory.mktemp(f"reference{world}")
+            whole(folders[world], world)
+        return folders[world] / "run"
+
+    return get
+
+
+def without_times(tree):
+    if isinstance(tree, dict):
+        return {key: without_times(value) for key, value in tree.items() if key != "seconds"}
+    if isinstance(tree, torch.Tensor):
+        return tree.numpy().tobytes(), tree.dtype, tuple(tree.shape)
+    return [without_times(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Weights, optimiser, average, buffers and randomness of every process, metrics, pictures and figures."""
+    for name in ("model/model.safetensors", "metrics.jsonl", "samples.png", "samples_000030.png", "buffer.png"):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+    assert sorted(os.listdir(run / "best")) == sorted(os.listdir(other / "best"))
+    states = [rank_files(folder / "checkpoints" / "step_00000060") for folder in (run, other)]
+    assert len(states[0]) == len(states[1]) > 0
+    for first, second in zip(*states, strict=True):
+        assert without_times(load_tree(first)) == without_times(load_tree(second))
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run, other)]
+    for summary in summaries:
+        del summary["seconds"], summary["seconds_per_step"]
+    assert summaries[0] == summaries[1]
+
+
+def kill(folder: Path, world: int, moment: float | None) -> bool:
+    """Start or resume, and kill all processes ``moment`` seconds into training, or (None) inside a save after the first."""
+    before = time.time()
+    processes = start(folder, world)
+    metrics = folder / "run" / "metrics.jsonl"
+    while all(process.poll() is None for process in processes):
+        if metrics.is_file() and metrics.stat().st_mtime > before:
+            if moment is None:
+                saved = folder / "run" / "checkpoints"
+                if list(saved.glob(".step_*")) and list(saved.glob("step_*")):
+                    break
+                continue
+            time.sleep(moment)
+            break
+        time.sleep(0.01)
+    running = [process.poll() is None for process in processes]
+    for process in processes:
+        process.kill()
+        process.wait()
+    return any(running)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, reference, world):
+    for moment in (0.3, None):
+        assert kill(tmp_path, world, moment)
+    whole(tmp_path, world)
+    assert "goes on from" in output(tmp_path)
+    assert_same(reference(world), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_thirty_kills(tmp_path, reference, world):
+    """At random moments, some inside a save; a killed run that was finished is started over."""
+    moments = random.Random(world)
+    kills = inside = number = 0
+    while kills < 30 or inside < 5:
+        folder = tmp_path / str(number)
+        folder.mkdir(exist_ok=True)
+        moment = None if moments.random() < 0.3 else moments.uniform(0, 2.5)
+        if kill(folder, world, moment):
+            kills += 1
+            inside += bool(list((folder / "run" / "checkpoints").glob(".*")))
+        elif (folder / "run" / "summary.json").is_file():
+            assert_same(reference(world), folder / "run")
+            number += 1
+    whole(folder, world)
+    assert_same(reference(world), folder / "run")
+    print(f"{kills} kills, {inside} of them inside a save, {number + 1} runs finished")
+
+
+@pytest.mark.parametrize(("number", "world"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
+def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(tmp_path, reference, number, world):
+    before = time.time()
+    processes = start(tmp_path, world)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.stat().st_mtime > before and metrics.stat().st_size > 2000):
+        assert all(process.poll() is None for process in processes), output(tmp_path)
+        time.sleep(0.005)
+    processes[0].send_signal(number)  # one is enough: they agree
+    assert finish(processes) == [128 + number] * world, output(tmp_path)
+    assert f"{number.name}: stopped at step" in output(tmp_path)
+    assert "Traceback" not in output(tmp_path)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    whole(tmp_path, world)
+    assert_same(reference(world), tmp_path / "run")
+    # A finished run is left as it is.
+    content = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    whole(tmp_path, world)
+    assert "is finished: 60 steps" in output(tmp_path)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == content
+
+
+def test_another_number_of_processes_deals_out_the_chains(tmp_path, reference):
+    shutil.copytree(reference(2), tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000060")
+    files = rank_files(tmp_path / "run" / "checkpoints" / "step_00000055")
+    old = torch.cat([load_tree(file)["state"]["learner"]["buffer"]["chains"] for file in files])
+    assert finish(start(tmp_path, 1, "--train.steps", "56", "--train.buffer_size", "400")) == [0], output(tmp_path)
+    assert "was written by 2 processes and goes on with 1" in output(tmp_path)
+    (file,) = rank_files(tmp_path / "run" / "checkpoints" / "step_00000056")
+    state = load_tree(file)
+    assert state["state"]["learner"]["step"] == 56
+    new = state["state"]["learner"]["buffer"]["chains"]
+    assert new.shape == old.shape
+    kept = (old.flatten(1).unsqueeze(1) == new.flatten(1)).all(2).any(0).sum()
+    assert kept >= 400 - 16  # all but those that the one step moved
+
+
+def test_damage_and_other_settings_are_said(tmp_path, reference):
+    shutil.copytree(reference(1), tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    (file,) = rank_files(tmp_path / "run" / "checkpoints" / "step_00000060")
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert finish(start(tmp_path, 1, "--train.lr", "0.003")) == [0]
+    said = output(tmp_path)
+    assert "step_00000060 is passed over: rank_0.safetensors is not what was written" in said
+    assert "goes on from run/checkpoints/step_00000055, step 55" in said
+    assert "note: train.lr is 0.003 now and was 0.002" in said

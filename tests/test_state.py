@@ -1,0 +1,150 @@
+import pytest
+import torch
+from accelerate import Accelerator
+
+from timm_jem import InputError
+from timm_jem.training import Checkpoints, damage, load_tree, rank_files, save_tree
+from timm_jem.training.state import copy_tree, load_optimizer, load_tensors
+
+
+def tree():
+    shared = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    return {
+        "weights": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "half": torch.tensor([1.5, float("nan"), float("inf")], dtype=torch.bfloat16),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "scalar": torch.tensor(7.0),
+        "shared": [shared, shared[:2]],
+        "pair": (1, 0.1, -float("inf"), None, True, "é"),
+        3: {"nested": [], "empty": {}, "none": torch.empty(0, 2)},
+    }
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.isnan(), b.isnan())
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+def test_a_tree_comes_back_bit_for_bit(tmp_path):
+    saved = tree()
+    digest = save_tree(saved, tmp_path / "tree.safetensors")
+    assert equal(load_tree(tmp_path / "tree.safetensors"), saved)
+    assert save_tree(saved, tmp_path / "again.safetensors") == digest
+    with pytest.raises(TypeError, match="set"):
+        save_tree({"a": {1}}, tmp_path / "set.safetensors")
+
+
+def test_a_copy_does_not_change_with_training():
+    live = tree()
+    copied = copy_tree(live)
+    assert equal(copied, live)
+    live["weights"].zero_()
+    live["pair"] = ()
+    assert copied["weights"].abs().sum() > 0
+
+
+def test_other_models_are_refused():
+    target = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    with pytest.raises(InputError, match="see b"):
+        load_tensors(target, {"a": torch.ones(2)}, "model")
+    with pytest.raises(InputError, match="see b"):
+        load_tensors(target, {"a": torch.ones(2), "b": torch.ones(4)}, "model")
+    assert target["a"].sum() == 0
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))])
+    with pytest.raises(InputError, match="optimizer is another"):
+        load_optimizer(torch.optim.SGD([parameter]), other.state_dict())
+
+
+@pytest.mark.parametrize("opt", ["adam", "sgd", "lion", "adamw"])
+def test_an_optimizer_goes_on_bit_for_bit_in_its_layout(tmp_path, opt):
+    from timm.optim import create_optimizer_v2
+
+    def make():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.SiLU(), torch.nn.Conv2d(8, 4, 3))
+        net.to(memory_format=torch.channels_last)
+        return net, create_optimizer_v2(net, opt=opt, lr=1e-2, weight_decay=0.1)
+
+    def train(net, optimizer, steps):
+        for step in steps:
+            x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+            net(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    net, optimizer = make()
+    train(net, optimizer, range(4))
+    save_tree({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.safetensors")
+    train(net, optimizer, range(4, 8))
+    other, other_optimizer = make()
+    saved = load_tree(tmp_path / "state.safetensors")
+    load_tensors(other.state_dict(), saved["net"], "model")
+    load_optimizer(other_optimizer, saved["optimizer"])
+    assert other[0].weight.is_contiguous(memory_format=torch.channels_last)
+    moments = [value for state in other_optimizer.state.values() for value in state.values() if value.ndim == 4]
+    assert moments
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in moments)
+    train(other, other_optimizer, range(4, 8))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+def test_checkpoints_are_rotated_and_the_newest_whole_one_is_found(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Accelerator(cpu=True), keep=2)
+    assert checkpoints.newest() == (None, [])
+    for step in (10, 20, 30):
+        checkpoints.save(step, {"step": step})
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step_00000020", "step_00000030"]
+    found, notes = checkpoints.newest()
+    assert (found.name, notes) == ("step_00000030", [])
+    assert [load_tree(file) for file in rank_files(found)] == [{"step": 30}]
+    checkpoints.save(30, {"step": 31})  # the same step again
+    assert load_tree(rank_files(found)[0]) == {"step": 31}
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "no file", "no manifest", "bad manifest", "empty manifest"])
+def test_damage_is_found_and_an_older_one_taken(tmp_path, harm):
+    checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True), keep=2)
+    older = checkpoints.save(10, {"a": torch.arange(1000)})
+    newer = checkpoints.save(20, {"a": torch.arange(1000)})
+    file, manifest = newer / "rank_0.safetensors", newer / "manifest.json"
+    content = bytearray(file.read_bytes())
+    if harm == "truncate":
+        file.write_bytes(content[:-100])
+    elif harm == "flip":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif harm == "no file":
+        file.unlink()
+    elif harm == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text("{" if harm == "bad manifest" else '{"sha256": {}}')
+    assert damage(older) is None
+    found, notes = checkpoints.newest()
+    assert found == older
+    assert len(notes) == 1
+    assert "step_00000020 is passed over" in notes[0]
+    assert "\n" not in notes[0]
+
+
+def test_what_can_not_be_written_leaves_the_earlier_ones(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Accelerator(cpu=True), keep=1)
+    checkpoints.save(10, {"a": torch.arange(10)})
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for name in ("save_tree", "_sync_folder"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"timm_jem.training.checkpoints.{name}", full)
+            with pytest.raises(InputError, match=r"No space left on device.*earlier ones are whole"):
+                checkpoints.save(20, {"a": torch.arange(10)})
+        assert damage(tmp_path / "checkpoints" / "step_00000010") is None
+    checkpoints.save(30, {"a": torch.arange(10)})
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step_00000030"]

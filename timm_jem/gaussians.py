@@ -1,0 +1,166 @@
+"""Where chains start: Gaussians fitted to the images of each class."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from timm_jem.errors import InputError, check_whole
+
+__all__ = ["ClassGaussians"]
+
+_CHUNK = 256  # images or chains in float at once
+# Noise leaves [-1, 1] by a little, images in 0..255 by far.
+_FAR_FROM_PIXELS = 20.0
+_MAX_IMAGES = 1000  # of a class, for the principal components
+
+
+@dataclass(frozen=True, eq=False)
+class ClassGaussians:
+    """One Gaussian a class over pixels, low rank plus diagonal: the informative initial distribution of JEM++.
+
+    Source: JEM++ (arXiv 2109.09032), and SADA-JEM (arXiv 2209.07959), which start chains from class-wise Gaussians of the
+    images' mean and covariance. Theirs have the full covariance, D × D for D = C·H·W (72 MB a class at 3×32×32 and as much
+    work a draw); here it is F Fᵀ + diag(s²), with F the principal components of largest variance, and s such that each
+    pixel's variance is exactly the images'. As in their released code samples are clamped to [-1, 1], and the covariance
+    is the mean over images, without Bessel's correction.
+
+    An initial distribution for :class:`timm_jem.ReplayBuffer`; see :meth:`__call__`. It holds D · (rank + 2) floats a class.
+
+    Attributes:
+        means: pixels, shape (K, C, H, W).
+        factors: F, pixels, shape (K, D, rank).
+        residual_std: s, pixels, shape (K, C, H, W).
+        weights: the classes' shares of the labelled images, shape (K,).
+    """
+
+    means: Tensor
+    factors: Tensor
+    residual_std: Tensor
+    weights: Tensor
+
+    @classmethod
+    def fit(
+        cls, images: Tensor, labels: Tensor | None = None, num_classes: int | None = None, rank: int = 16
+    ) -> "ClassGaussians":
+        """Fit to images; deterministic.
+
+        Means and variances take all images of a class, a few hundred at a time; principal components at most 1,000, evenly
+        spaced among them. A class of fewer than two images gets the Gaussian of all images.
+
+        Args:
+            images: uint8, or floating-point pixels in [-1, 1]; shape (N, C, H, W).
+            labels: int64, shape (N,); −1: unknown, counts among all images only. Needed where ``num_classes`` is given.
+            num_classes: K; None: one Gaussian of all images, K = 1.
+            rank: columns of F; directions that so few images don't have are zero.
+
+        Raises:
+            InputError: fewer than two images, images or labels of wrong shape or range, a negative rank.
+        """
+        check_whole("rank of the class Gaussians", rank, 0)
+        if images.ndim != 4 or len(images) < 2:
+            raise InputError(f"images have shape {tuple(images.shape)}: give at least two images, shape (N, C, H, W)")
+        if not (images.dtype == torch.uint8 or images.is_floating_point()):
+            raise InputError(f"images have dtype {images.dtype}: give uint8, or floating-point pixels in [-1, 1]")
+        low, high = (float(v) for v in images.aminmax())
+        if images.is_floating_point() and not (low >= -_FAR_FROM_PIXELS and high <= _FAR_FROM_PIXELS):
+            raise InputError(f"images hold {low:.3g} to {high:.3g}: give pixels in [-1, 1], e.g. images / 127.5 - 1, or uint8")
+        n = len(images)
+        if num_classes is None:
+            groups, counts = [torch.arange(n)], torch.tensor([n])
+        else:
+            check_whole("num_classes of the class Gaussians", num_classes, 1)
+            if labels is None or labels.shape != (n,):
+                shape = None if labels is None else tuple(labels.shape)
+                raise InputError(f"labels have shape {shape} for {n} images: give one label an image, shape ({n},)")
+            labels = labels.cpu().long()
+            low, high = (int(v) for v in labels.aminmax())
+            if low < -1 or high >= num_classes:
+                raise InputError(
+                    f"the label {low if low < -1 else high} is none of {num_classes} classes: "
+                    f"give 0 to {num_classes - 1}, or -1 for unknown"
+                )
+            groups = [(labels == c).nonzero().squeeze(1) for c in range(num_classes)]
+            counts = torch.tensor([len(group) for group in groups])
+            if not counts.any():
+                raise InputError("no image has a label: give num_classes=None for one Gaussian of all")
+        overall = None
+        gaussians = []
+        for group in groups:
+            if len(group) < 2 and overall is None:
+                overall = _fit_one(images, torch.arange(n), rank)
+            gaussians.append(overall if len(group) < 2 else _fit_one(images, group, rank))
+        means, factors, residual_std = (torch.stack(tensors) for tensors in zip(*gaussians, strict=True))
+        return cls(means, factors, residual_std, counts.to(means) / counts.sum())
+
+    def __call__(
+        self,
+        shape,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        """Draw initial chains; only what is asked for is drawn, and nothing waits for the device.
+
+        Args:
+            shape: (n, C, H, W).
+            generator: the only source of randomness; None: PyTorch's global one.
+            device: where the chains go; None: where the Gaussians are.
+            y: classes of the chains, int64, shape (n,); None: drawn by ``weights``. One Gaussian of all serves any class.
+
+        Returns:
+            Pixels in [-1, 1], shape (n, C, H, W), float32.
+
+        Raises:
+            InputError: chains of another image shape than the fitted images.
+        """
+        n, *image_shape = shape
+        num_classes, *fitted = self.means.shape
+        if image_shape != fitted:
+            raise InputError(f"chains of shape {tuple(image_shape)} from Gaussians of {tuple(fitted)}: fit them to such images")
+        home = self.means.device
+        source = home if generator is None else generator.device
+        if num_classes == 1:
+            y = torch.zeros(n, dtype=torch.long, device=home)
+        elif y is None:
+            # An exponential race: the first of arrivals at rates p is class c with probability p[c].
+            times = torch.empty(n, num_classes, device=source).exponential_(generator=generator)
+            y = (self.weights / times.to(home)).argmax(1)
+        else:
+            y = y.to(home)
+        z = torch.randn(n, self.factors.shape[2], generator=generator, device=source).to(home)
+        u = torch.randn(n, *fitted, generator=generator, device=source).to(home)
+        for start in range(0, n, _CHUNK):  # so that no more than a chunk's factors are gathered
+            part = slice(start, start + _CHUNK)
+            c = y[part]
+            common = torch.einsum("ndr,nr->nd", self.factors[c], z[part]).view_as(u[part])
+            u[part] = (self.means[c] + common + self.residual_std[c] * u[part]).clamp_(-1, 1)
+        return u if device is None else u.to(device)
+
+    def to(self, device: torch.device | str) -> "ClassGaussians":
+        """The same Gaussians on ``device``."""
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def _fit_one(images: Tensor, group: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    mean = sum(_pixels(images, part).sum(0) for part in group.split(_CHUNK)) / len(group)
+    variance = sum((_pixels(images, part) - mean).square().sum(0) for part in group.split(_CHUNK)) / len(group)
+    evenly = group[torch.linspace(0, len(group) - 1, min(len(group), _MAX_IMAGES)).round().long()]
+    centred = (_pixels(images, evenly) - mean).flatten(1)
+    # The covariance's leading eigenvectors from the images' Gram matrix, n × n instead of D × D.
+    _, eigenvectors = torch.linalg.eigh(centred @ centred.T)
+    # For an eigenvector v of XXᵀ, Xᵀv / √λ is one of the covariance XᵀX / n, with eigenvalue λ / n: so F = Xᵀv / √n.
+    factors = centred.new_zeros(centred.shape[1], rank)
+    kept = min(rank, len(evenly))
+    factors[:, :kept] = centred.T @ eigenvectors.flip(1)[:, :kept] / len(evenly) ** 0.5
+    # Some of the images may vary more than all of them do, in a pixel.
+    explained, total = factors.square().sum(1), variance.flatten()
+    factors *= (total / explained.clamp(min=torch.finfo(total.dtype).tiny)).clamp(max=1).sqrt().unsqueeze(1)
+    residual = (total - factors.square().sum(1)).clamp(min=0).sqrt().view_as(mean)
+    return mean.float(), factors.float(), residual.float()
+
+
+def _pixels(images: Tensor, which: Tensor) -> Tensor:
+    images = images[which.to(images.device)]
+    return images.double() / 127.5 - 1 if images.dtype == torch.uint8 else images.double()

@@ -1,0 +1,110 @@
+"""Endless batches of images for the cross-entropy and for p(x), from streams that can be put back to any place."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_jem.data import Splits, augment, to_pixels
+from timm_jem.sampling import randn
+from timm_jem.streams import open_stream
+from timm_jem.training.learner import Batch
+
+__all__ = ["Batches"]
+
+
+class Batches:
+    """Gives a :class:`Batch` at each ``next``; 8-bit images travel to the device, where they become pixels.
+
+    JEM takes the same augmented images for the cross-entropy and for p(x); SADA-JEM (arXiv 2209.07959) takes 64
+    un-augmented ones for p(x) and 128 augmented ones for the cross-entropy. Where some images have no label, the
+    cross-entropy has batches of its own, of those that have one.
+
+    Args:
+        splits: the data.
+        batch_size: images for p(x), of this process.
+        generator: randomness of augmentation and noise, on the training device.
+        energies: False for cross-entropy alone: then no image without label is read.
+        ce_batch_size: batches of their own for the cross-entropy, of so many images; None: the same images.
+        px_augment: how images for p(x) are augmented: "full" (as for the cross-entropy), "flip" or "none".
+        ce_auto_augment: timm's policy for the images of the cross-entropy, which then come in batches of their own.
+        ce_noise: standard deviation of the noise on the images of the cross-entropy, pixels.
+        shared: the cross-entropy takes the images for p(x) with the noise that they get later, where it has no images,
+            views or noise of its own.
+        seed, rank, world, workers: see :class:`timm_jem.streams.ImageStream`.
+
+    Raises:
+        InputError: an unknown augmentation policy, or images that can't be decoded when they come up.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        batch_size: int,
+        *,
+        generator: torch.Generator,
+        energies: bool = True,
+        ce_batch_size: int | None = None,
+        px_augment: str = "full",
+        ce_auto_augment: str | None = None,
+        ce_noise: float = 0.03,
+        shared: bool = True,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        self.splits, self.generator, self.px_augment, self.ce_noise = splits, generator, px_augment, ce_noise
+        self.shared = shared and px_augment == "full"
+        place = {"rank": rank, "world": world, "workers": workers}
+        labeled = splits.train if splits.labeled is None else splits.labeled
+        self.streams = {}
+        if energies:
+            self.streams["px"] = open_stream(splits.train, batch_size, seed=seed, **place)
+        if not energies or splits.labeled is not None or ce_batch_size is not None or ce_auto_augment is not None:
+            self.streams["ce"] = open_stream(
+                labeled, ce_batch_size or batch_size, seed=seed + 1, auto_augment=ce_auto_augment, **place
+            )
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        if "px" not in self.streams:
+            u, y = self._pixels("ce")
+            u = self._augmented(u)
+            return Batch(u, y, self._noisy(u), y)
+        raw, y = self._pixels("px")
+        u = self._augmented(raw, self.px_augment)
+        if "ce" in self.streams:
+            u_ce, y_ce = self._pixels("ce")
+            return Batch(u, y, self._noisy(self._augmented(u_ce)), y_ce)
+        if self.shared:
+            return Batch(u, y)
+        return Batch(u, y, self._noisy(u if self.px_augment == "full" else self._augmented(raw)))
+
+    def _pixels(self, name: str) -> tuple[Tensor, Tensor]:
+        images, y = next(self.streams[name])
+        device = self.generator.device
+        return to_pixels(images.to(device, non_blocking=True)), y.to(device, non_blocking=True)
+
+    def _augmented(self, u: Tensor, how: str = "full") -> Tensor:
+        padding, flip = (self.splits.crop_padding if how == "full" else 0), (self.splits.flip and how != "none")
+        return augment(u, crop_padding=padding, flip=flip, generator=self.generator)
+
+    def _noisy(self, u: Tensor) -> Tensor:
+        return u + self.ce_noise * randn(u.shape, generator=self.generator, device=u.device) if self.ce_noise else u
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of each stream; the randomness is the generator's."""
+        return {name: stream.state_dict() for name, stream in self.streams.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        for name, stream in self.streams.items():
+            stream.load_state_dict(state[name])
+
+    def close(self) -> None:
+        """End the processes that decode images."""
+        for stream in self.streams.values():
+            stream.close()

@@ -1,0 +1,145 @@
+"""Checkpoints of a run: written by every process, whole or not there at all, checked before they are trusted."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+
+from timm_jem.errors import InputError, check_whole, one_line
+from timm_jem.training.state import save_tree, sha256
+
+__all__ = ["Checkpoints", "damage", "rank_files"]
+
+_NAME = re.compile(r"step_(\d{8})")
+_MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints in one folder: ``step_00000400/`` with a file for each process and a manifest of their SHA-256.
+
+    A checkpoint is written aside and renamed when all its files are on disk, so that a process killed at any instant
+    leaves the earlier ones as they were. All processes call :meth:`save` and :meth:`newest` together; they share the
+    folder. Only safetensors and JSON are read.
+
+    Args:
+        folder: made at the first :meth:`save`.
+        accelerator: tells which process this is.
+        keep: how many to keep; older ones are removed once a newer one is whole.
+    """
+
+    def __init__(self, folder: str | os.PathLike, accelerator: Accelerator, *, keep: int = 2) -> None:
+        check_whole("checkpoints to keep", keep, 1)
+        self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
+
+    def save(self, step: int, tree: Any) -> Path:
+        """Write this process's ``tree`` as its part of the checkpoint of ``step``; the same one again replaces it.
+
+        Raises:
+            InputError: in every process, where one of them could not write; earlier checkpoints are as they were.
+        """
+        main, rank = self.accelerator.is_main_process, self.accelerator.process_index
+        target = self.folder / f"step_{step:08d}"
+        aside = self.folder / f".{target.name}"
+        try:
+            with self._together(target):
+                if main:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    aside.mkdir(parents=True)
+            digest = ""
+            with self._together(target):
+                digest = save_tree(tree, aside / _rank_file(rank))
+            digests = gather_object([digest])
+            with self._together(target):
+                if main:
+                    manifest = {"step": step, "sha256": {_rank_file(i): digest for i, digest in enumerate(digests)}}
+                    with (aside / _MANIFEST).open("w", encoding="utf-8") as file:
+                        json.dump(manifest, file)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    self._remove(target)
+                    os.replace(aside, target)
+                    _sync_folder(self.folder)
+                    for path in self._all()[: -self.keep]:
+                        self._remove(path)
+        except InputError:
+            if main:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+        return target
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is whole, or None, and a line for each newer one that is not."""
+        found: list = [None, []]
+        if self.accelerator.is_main_process:
+            for path in reversed(self._all()):
+                reason = damage(path)
+                if reason is None:
+                    found[0] = path
+                    break
+                found[1].append(f"checkpoint {path} is passed over: {reason}")
+        found = broadcast_object_list(found)
+        return found[0], found[1]
+
+    def _all(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+    def _remove(self, path: Path) -> None:
+        """Out of sight first: what is half removed is no checkpoint."""
+        if path.exists():
+            hidden = path.with_name(f".old-{path.name}")
+            shutil.rmtree(hidden, ignore_errors=True)
+            os.replace(path, hidden)
+            shutil.rmtree(hidden)
+
+    @contextlib.contextmanager
+    def _together(self, target: Path):
+        """What fails in one process is raised in all."""
+        error = None
+        try:
+            yield
+        except (OSError, SafetensorError) as caught:
+            error = caught
+        reasons = [reason for reason in gather_object([None if error is None else one_line(error)]) if reason]
+        if reasons:
+            raise InputError(f"checkpoint {target} can't be written ({reasons[0]}): earlier ones are whole") from error
+
+
+def damage(checkpoint: str | os.PathLike) -> str | None:
+    """Why a checkpoint is not whole, or None: every file is there with the SHA-256 that its manifest tells."""
+    checkpoint = Path(checkpoint)
+    try:
+        sums = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        if not sums:
+            return "its manifest names no file"
+        for name, expected in sums.items():
+            if sha256(checkpoint / Path(name).name) != expected:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it is not whole ({one_line(error)})"
+    return None
+
+
+def rank_files(checkpoint: str | os.PathLike) -> list[Path]:
+    """The files of a whole checkpoint, one for each process that wrote it, for :func:`load_tree`."""
+    return [Path(checkpoint) / _rank_file(rank) for rank in range(len(list(Path(checkpoint).glob("rank_*.safetensors"))))]
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank_{rank}.safetensors"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,221 @@
+"""The divergence guard: when joint training breaks, and what it does then.
+
+Energy-based training by short chains can break down within a few iterations: the released codes test ``|loss| > 1e8``,
+which NaN passes, and are restarted by hand with another seed and a lower learning rate. Here the signals are gathered on
+the device and read once every few iterations, and a run that broke goes on from its last good snapshot by itself.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.training.state import copy_tree
+
+__all__ = ["DivergenceGuard", "GuardConfig", "Remedy"]
+
+# Energies that sharpen or drift without end; the classifier's loss runs away with them.
+_RUNAWAYS = ("gap", "gap_xy", "energy_data", "energy_neg", "ce")
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What is changed after a rollback, on top of all earlier remedies.
+
+    The authors' advice against divergence: a lower learning rate, more SGLD steps, an L2 penalty ≈ 0.1 on energies
+    (jem's README and issues 4 and 8 of its repository).
+
+    Attributes:
+        lr: factor of the learning rate.
+        num_steps: factor of the number of SGLD steps K, rounded up.
+        step_size: factor of the SGLD step size.
+        energy_l2: added to the weight of the squared energies.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    lr: float = 0.5
+    num_steps: float = 1.0
+    step_size: float = 1.0
+    energy_l2: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "step_size"):
+            check_number(f"guard ladder {name}", getattr(self, name), above=0, most=1)
+        check_number("guard ladder num_steps", self.num_steps, least=1)
+        check_number("guard ladder energy_l2", self.energy_l2, least=0)
+
+    def then(self, other: "Remedy") -> "Remedy":
+        """Both together."""
+        return Remedy(
+            self.lr * other.lr,
+            self.num_steps * other.num_steps,
+            self.step_size * other.step_size,
+            self.energy_l2 + other.energy_l2,
+        )
+
+    def __str__(self) -> str:
+        parts = [f"{name} × {getattr(self, name):g}" for name in ("lr", "num_steps", "step_size") if getattr(self, name) != 1]
+        return ", ".join(parts + ([f"energy_l2 + {self.energy_l2:g}"] if self.energy_l2 else [])) or "nothing but fresh chains"
+
+
+def _ladder() -> list[Remedy]:
+    return [
+        Remedy(lr=0.5),
+        Remedy(lr=0.5, energy_l2=0.1),
+        Remedy(lr=0.5, num_steps=1.5),
+        Remedy(lr=0.3, step_size=0.3),
+        Remedy(lr=0.1, step_size=0.1),
+    ]
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When training counts as broken, and the ladder of remedies.
+
+    Attributes:
+        check_every: iterations between looks; the device is waited for only then. A look judges the medians of the
+            iterations since the last one, and any value that is not finite.
+        snapshot_every: iterations between snapshots in host memory, to go back to.
+        max_rollbacks: after so many the run stops, with the last good model.
+        runaway_factor, runaway_floor: broken where |gap|, |energy| or cross-entropy is above ``runaway_floor`` nats plus
+            ``runaway_factor`` times its own recent scale (mean over about the last ten looks).
+        max_energy: broken where |energy| is above this, whatever its past: float32 logits have no digits left for p(y|x).
+        max_chain_rms: broken where chains leave the pixel range [-1, 1] by so much.
+        min_chain_spread: broken where all chains are one image to within this, or don't move at all.
+        max_saturated: broken where so much more of the chains than of the data lies at the pixel clamp.
+        ladder: remedies, one more after each rollback; the last one repeats. All are this package's choice.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    check_every: int = 10
+    snapshot_every: int = 100
+    max_rollbacks: int = 6
+    runaway_factor: float = 10.0
+    runaway_floor: float = 10.0
+    max_energy: float = 1e6
+    max_chain_rms: float = 3.0
+    min_chain_spread: float = 1e-3
+    max_saturated: float = 0.5
+    ladder: list[Remedy] = field(default_factory=_ladder)
+
+    def __post_init__(self) -> None:
+        for name in ("check_every", "snapshot_every"):
+            check_whole(f"guard {name}", getattr(self, name), 1)
+        check_whole("guard max_rollbacks", self.max_rollbacks, 0)
+        for f in fields(self):
+            if f.type in (float, "float"):
+                check_number(f"guard {f.name}", getattr(self, f.name), above=0)
+        if self.snapshot_every % self.check_every:
+            raise InputError(
+                f"guard snapshot_every {self.snapshot_every} is no multiple of check_every {self.check_every}: make it one"
+            )
+        if not self.ladder:
+            raise InputError("guard ladder is empty: give one remedy at least, or max_rollbacks 0")
+
+
+class DivergenceGuard:
+    """Watches the terms of each iteration, and keeps snapshots to go back to.
+
+    :meth:`observe` costs a few scalars on the device; :meth:`problem` reads them, and is the same in every process.
+
+    Args:
+        config: see :class:`GuardConfig`.
+        accelerator: its processes are judged together.
+        num_classes: for what the cross-entropy of a lost classifier is.
+
+    Attributes:
+        rollbacks: the events so far, dicts of JSON values.
+    """
+
+    def __init__(self, config: GuardConfig, accelerator: Accelerator, num_classes: int) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.chance = math.log(num_classes)
+        self.names: list[str] = []
+        self.window: list[Tensor] = []
+        self.scales: dict[str, float] = {}
+        self.rollbacks: list[dict[str, Any]] = []
+        # (step, state, whether training already broke once after it), oldest first.
+        self.snapshots: list[tuple[int, Any, bool]] = []
+
+    def observe(self, terms: Mapping[str, Tensor]) -> None:
+        """Note the scalars of one iteration; nothing waits for the device."""
+        self.names = sorted(terms)
+        self.window.append(torch.stack([terms[name].detach().float().reshape(()) for name in self.names]))
+
+    def problem(self) -> str | None:
+        """What is wrong with the iterations noted since the last :meth:`close`, in words; or None. Waits for the device."""
+        if not self.window:
+            return None
+        values = self._values()
+        finite = np.isfinite(values)
+        if not finite.all():
+            row = int(np.argmin(finite.all(axis=1)))
+            broken = [name for name, ok in zip(self.names, finite[row], strict=True) if not ok]
+            return f"{', '.join(broken)} not finite"
+        config, medians = self.config, self._medians(values)
+        for name in _RUNAWAYS:
+            if name not in medians:
+                continue
+            recent = self.scales.get(name, math.inf)  # nothing is known before the first look
+            if medians[name] > min(config.max_energy, config.runaway_floor + config.runaway_factor * recent):
+                return f"|{name}| ran away: {medians[name]:.3g} after {recent:.3g}"
+        if medians["ce"] > 0.9 * self.chance and self.scales.get("best_ce", math.inf) < 0.5 * self.chance:
+            return f"the classifier is lost: cross-entropy {medians['ce']:.3g} after {self.scales['best_ce']:.3g}"
+        if medians.get("chain_rms", 0.0) > config.max_chain_rms:
+            return f"chains left the pixel range: root mean square {medians['chain_rms']:.3g}"
+        if medians.get("chain_saturated", 0.0) > config.max_saturated:
+            return f"chains saturate: {medians['chain_saturated']:.0%} more of them than of the data lies at the pixel clamp"
+        for name, what in (("chain_spread", "all chains are one image"), ("chain_moved", "chains are stuck")):
+            if medians.get(name, math.inf) < config.min_chain_spread:
+                return f"{what}: {name} {medians[name]:.3g}"
+        return None
+
+    def close(self) -> None:
+        """Take the iterations noted since the last time for good ones: they become the recent scale."""
+        medians = self._medians(self._values())
+        for name in _RUNAWAYS:
+            if name in medians:
+                self.scales[name] = 0.9 * self.scales.get(name, medians[name]) + 0.1 * medians[name]
+        self.scales["best_ce"] = min(self.scales.get("best_ce", math.inf), medians["ce"])
+        self.window = []
+
+    def keep(self, step: int, state: Any, *, alone: bool = False) -> None:
+        """Keep a copy of a good state; the one before it is kept as well, unless ``alone``."""
+        self.snapshots = ([] if alone else self.snapshots[-1:]) + [(step, copy_tree(state), False)]
+
+    def last_good(self) -> tuple[int, Any]:
+        """Step and state to go back to: the newest snapshot, but where training already broke once after that one and
+        there is an older, the older: what it had learned by then may have been the cause."""
+        if self.snapshots[-1][2] and len(self.snapshots) > 1:
+            self.snapshots.pop()
+        step, state, _ = self.snapshots[-1]
+        self.snapshots[-1] = (step, state, True)
+        self.window = []
+        return step, state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a bit-exact resume needs, but for the snapshots: the resumed state is the first of them."""
+        return {"names": self.names, "window": self.window, "scales": self.scales, "rollbacks": self.rollbacks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore ``state_dict``."""
+        self.names, self.scales, self.rollbacks = list(state["names"]), dict(state["scales"]), list(state["rollbacks"])
+        self.window = [values.to(self.accelerator.device) for values in state["window"]]
+
+    def _values(self) -> np.ndarray:
+        """(iterations · processes, terms), on the host."""
+        return self.accelerator.gather(torch.stack(self.window)).double().cpu().numpy()
+
+    def _medians(self, values: np.ndarray) -> dict[str, float]:
+        """Of |terms|: a single wild iteration is no divergence."""
+        return dict(zip(self.names, np.median(np.abs(values), axis=0).tolist(), strict=True))

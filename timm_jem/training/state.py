@@ -1,0 +1,131 @@
+"""State as trees of dicts, lists, tensors and numbers: copied for rollbacks, written as safetensors and JSON.
+
+Under FSDP a process holds, copies and writes its own shards; nothing here talks to other processes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from timm_jem.errors import InputError, one_line
+
+__all__ = ["copy_tree", "load_optimizer", "load_tensors", "load_tree", "local", "save_tree", "sha256"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_tree(tree: Any) -> Any:
+    """A deep copy in host memory that later training can't change."""
+    if isinstance(tree, Tensor):
+        return local(tree.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(tree, Mapping):
+        return {key: copy_tree(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(copy_tree(value) for value in tree)
+    return tree
+
+
+def save_tree(tree: Any, file: str | os.PathLike) -> str:
+    """Write a tree as one safetensors file, on disk when this returns, and return its SHA-256.
+
+    Raises:
+        TypeError: a leaf that is neither a tensor nor a JSON value.
+        OSError, SafetensorError: the file can't be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    save_file(tensors, file, metadata={"tree": json.dumps(_describe(tree, tensors))})
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
+    return sha256(file)
+
+
+def sha256(file: str | os.PathLike) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_tree(file: str | os.PathLike) -> Any:
+    """Read what :func:`save_tree` wrote; tensors on the CPU.
+
+    Raises:
+        InputError: a file that is broken or no such tree.
+    """
+    try:
+        with safe_open(file, framework="pt") as stored:
+            description = json.loads((stored.metadata() or {})["tree"])
+            return _rebuild(description, stored)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{Path(file).name} is no whole state of a run ({one_line(error)}): take an older one") from error
+
+
+def load_tensors(target: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+    """Copy saved tensors into live ones, in place, whatever their layout, device and sharding.
+
+    Raises:
+        InputError: other names or shapes.
+    """
+    differing = sorted(set(target) ^ set(saved)) or [
+        name for name, tensor in target.items() if local(tensor).shape != saved[name].shape
+    ]
+    if differing:
+        raise InputError(f"the saved {what} is of another model (see {differing[0]}): resume with the settings of that run")
+    with torch.no_grad():
+        for name, tensor in target.items():
+            local(tensor).copy_(saved[name])
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load a state dict whose tensors lost their layout and sharding, and give them those of their parameters."""
+    try:
+        optimizer.load_state_dict(copy_tree(saved))  # it keeps what it is given, and would change it
+    except (KeyError, ValueError) as error:
+        raise InputError(f"the saved optimizer is another ({one_line(error)}): resume with the settings of that run") from error
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape == local(parameter).shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype)
+                local(state[name]).copy_(value)
+
+
+def _describe(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON for the tree; tensors are collected on the way. Containers become [kind, items], since JSON has one kind of key."""
+    if isinstance(tree, Tensor):
+        key = str(len(tensors))
+        # A copy: safetensors refuses strides and shared memory.
+        tensors[key] = copy_tree(tree)
+        return ["tensor", key]
+    if isinstance(tree, Mapping):
+        return ["dict", [[key, _describe(value, tensors)] for key, value in tree.items()]]
+    if isinstance(tree, (list, tuple)):
+        return ["tuple" if isinstance(tree, tuple) else "list", [_describe(value, tensors) for value in tree]]
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return ["value", tree]
+    raise TypeError(f"a {type(tree).__name__} is no state that can be saved")
+
+
+def _rebuild(description: Any, stored) -> Any:
+    kind, content = description
+    if kind == "tensor":
+        return stored.get_tensor(content)
+    if kind == "dict":
+        return {key: _rebuild(value, stored) for key, value in content}
+    if kind in ("list", "tuple"):
+        values = [_rebuild(value, stored) for value in content]
+        return tuple(values) if kind == "tuple" else values
+    return content
