@@ -21,6 +21,7 @@ from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
@@ -369,6 +370,10 @@ def main(argv: list[str]) -> None:
     lengths = [n * sgld.num_steps for n in train.sample_steps if n * sgld.num_steps > sgld.denoise_steps]
     if not lengths:
         raise InputError(f"no train.sample_steps is longer than sgld.denoise_steps {sgld.denoise_steps}: give longer ones")
+    if data.streaming and train.epochs is not None:
+        raise InputError("train.epochs needs to know how many images there are, and data.streaming doesn't: give steps")
+    if data.streaming and train.init == "gaussian":
+        raise InputError("train.init gaussian is fitted to images at hand, and data.streaming has none: use noise")
     splits = load_splits(data)
     num_classes = len(splits.class_names)
     if model.num_classes not in (None, num_classes):
@@ -376,10 +381,7 @@ def main(argv: list[str]) -> None:
     if taken := {"num_classes", "input_size", "class_names", "sgld", "drop_rate", "drop_path_rate"} & set(model.kwargs):
         raise InputError(f"model.kwargs has {', '.join(sorted(taken))}, which other settings give: leave it out")
     together = train.batch_size * world
-    if data.streaming:
-        if train.epochs is not None:
-            raise InputError("train.epochs needs to know how many images there are, and data.streaming doesn't: give steps")
-    elif len(splits.train) < together:
+    if not data.streaming and len(splits.train) < together:
         raise InputError(f"train.batch_size of all processes is {together} with {len(splits.train)} training images: lower it")
     if train.epochs is not None:
         train.steps = max(1, round(train.epochs * len(splits.train) / (together * train.grad_accum)))
@@ -408,8 +410,6 @@ def main(argv: list[str]) -> None:
         )
     if train.ema_decay and sharded:
         raise InputError("train.ema_decay averages whole weights, and FSDP shards them: set it to 0")
-    if train.init == "gaussian" and data.streaming:
-        raise InputError("train.init gaussian is fitted to images at hand, and data.streaming has none: use noise")
 
     def build() -> JEM:
         jem = timm_jem.create_model(
@@ -460,8 +460,8 @@ def main(argv: list[str]) -> None:
                 **train.sched_kwargs,
             },
         )
-    except TypeError as error:
-        raise InputError(f"train.sched_kwargs does not fit {train.sched} ({one_line(error)})") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"train.sched {train.sched} does not fit its settings ({one_line(error)}): mend them") from error
     if train.batch_norm == "train" and main_process:
         warnings.warn(
             "train.batch_norm is 'train': chains move by batch statistics, so the density that is sampled in training is "
@@ -547,7 +547,8 @@ def main(argv: list[str]) -> None:
         write_aside(output_dir / name, lambda path: picture.save(path, "png"))
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({name.split(".")[0].split("_")[0]: [picture]}, step=learner.step)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name.split(".")[0].split("_")[0]: np.asarray(picture)[None]}, learner.step, **layout)
 
     def whole_model() -> JEM:
         """The model to publish, not sharded."""

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import benchmark
+import numpy as np
 import push
 import pytest
 import timm
 import torch
 import train
 import yaml
+from datasets import Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from sklearn.svm import SVC
@@ -22,6 +24,7 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, digits, load_splits, to_pixels
 from timm_jem.evaluation import frechet_distance
+from timm_jem.training import damage
 
 ROOT = Path(__file__).parent.parent
 SHORT = (
@@ -129,6 +132,7 @@ def test_a_second_run_takes_the_next_folder(tmp_path, monkeypatch):
         ("--train.ema_decay 1.5", "ema_decay is 1.5"),
         ("--train.opt_kwargs.colour 3", "colour"),
         ("--train.sched_kwargs.colour 3", "colour"),
+        ("--train.sched wsd", "wsd does not fit"),
         ("--train.ce_auto_augment rnd-m9", "rnd-m9"),
         ("--train.epochs 0", "epochs is 0"),
         ("--train.grad_accum 0", "grad_accum is 0"),
@@ -287,35 +291,45 @@ def test_training_that_can_not_be_mended_stops_with_a_model(tmp_path, monkeypatc
     assert all(parameter.isfinite().all() for parameter in jem.parameters())
     # Asked to go on, it says the same.
     with pytest.raises(InputError, match="has ended: gave up"):
-        train.main(["--resume", "run"])
+        train.main(["--output_dir", "run", "--resume", "auto"])
 
 
-def test_every_option_at_once(tmp_path, monkeypatch):
+def test_every_option_at_once(tmp_path):
     """What timm users expect, on few labels, with all views, trackers and schedules there are."""
-    monkeypatch.chdir(tmp_path)
     flags = (
         "--data.labels_per_class 8 --data.flip true --data.crop_padding 1 --train.ce_auto_augment rand-m5-mstd0.5 "
         "--train.ce_batch_size 12 --train.px_augment flip --train.grad_accum 2 --train.opt adamw "
-        "--train.opt_kwargs.betas [0.9,0.95] --train.sched wsd --train.ema_decay 0.9 --train.mixed_precision bf16 "
-        "--train.objective.label_smoothing 0.1 --model.drop_rate 0.1 --model.kwargs.block_drop_rate 0.1 "
+        "--train.opt_kwargs.betas [0.9,0.95] --train.sched poly --train.warmup_steps 1 --train.ema_decay 0.9 "
+        "--train.objective.label_smoothing 0.1 --model.drop_rate 0.1 "
+        "--model.kwargs.block_drop_rate 0.1 "
         "--train.trackers [tensorboard] --train.epochs 0.1 --train.best_k 1 --train.eval_every 1 --train.sample_every 2 "
         "--train.init gaussian --train.ramp_steps 3 --sgld.pixel_clamp 1 --sgld.grad_clamp 1 --sgld.noise_std 0 "
         "--train.batch_norm train --model.kwargs.norm_layer batchnorm2d --train.restart_prob 0.5 --train.log_every 1"
     )
-    with pytest.warns(UserWarning, match="batch_norm is 'train'"):
-        train.main(shlex.split(f"{SHORT} --output_dir run {flags}"))
-    summary = json.loads(Path("run/summary.json").read_text())
+    done = launch(f"{ROOT}/recipes/train.py {SHORT} --output_dir run {flags}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "train.batch_norm is 'train'" in done.stderr
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == round(0.1 * 1295 / 32)
     (kept,) = summary["best"]
-    assert os.listdir("run/best") == [Path(kept["model"]).name]
-    timm.create_model(f"local-dir:run/{kept['model']}", pretrained=True)
-    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert os.listdir(run / "best") == [Path(kept["model"]).name]
+    timm.create_model(f"local-dir:{run / kept['model']}", pretrained=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert "chain_saturated" in next(line for line in lines if "loss" in line)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator("run/tracking").Reload()
+    events = EventAccumulator(str(run / "tracking")).Reload()
     assert [event.step for event in events.Scalars("val_accuracy")] == list(range(1, summary["steps"] + 1))
     assert "samples" in events.Tags()["images"]
+
+
+def test_bf16(tmp_path):
+    flags = "--train.steps 2 --train.batch_size 4 --sgld.num_steps 1 --sgld.denoise_steps 0 --train.sample_count 4"
+    done = launch(f"{ROOT}/recipes/train.py {SHORT} {flags} --train.mixed_precision bf16 --output_dir run", tmp_path)
+    assert done.returncode == 0, done.stderr
+    jem = timm_jem.from_pretrained(tmp_path / "run" / "model")
+    assert jem.dtype == torch.float32  # the weights are; only the passes are not
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "recipes/configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -330,6 +344,27 @@ def test_a_stream_trains(tmp_path, monkeypatch):
     flags = "--data.dataset train-0.parquet --data.streaming true --data.stream_held_out 40 --model.name wrn_10_1"
     train.main(shlex.split(f"{SHORT} --output_dir run {flags} --train.buffer_size 200 --train.warmup_steps 0"))
     assert json.loads(Path("run/summary.json").read_text())["steps"] == 4
+
+
+def test_an_image_that_breaks_late_is_named_and_nothing_is_lost(tmp_path, monkeypatch):
+    """Images of sets that are not kept in memory are decoded when they come up."""
+    monkeypatch.chdir(tmp_path)
+    rows = digits().select(range(200)).cast_column("image", Image(decode=False))
+    rows.to_parquet("rows.parquet")
+    config = DataConfig("rows.parquet", cache_gib=0.0)
+    order = np.random.default_rng([0, 0]).permutation(len(load_splits(config).train))  # seed 0, epoch 0
+    ((_, numbers),) = load_splits(config).train.parts
+    row = int(numbers[order[3 * 16 + 5]])  # in the fourth batch
+    rows.map(
+        lambda cell, i: {"image": {"bytes": b"no image", "path": None}} if i == row else cell, with_indices=True
+    ).to_parquet("rows.parquet")
+    flags = f"{SHORT} --output_dir run --data.dataset rows.parquet --model.name wrn_10_1 --data.cache_gib 0 "
+    flags += "--train.buffer_size 200 --train.checkpoint_every 1 --train.workers 1"
+    with pytest.raises(InputError, match=f"row {row} of split train has an image that can't be decoded") as error:
+        train.main(shlex.split(flags))
+    assert "\n" not in str(error.value)
+    assert sorted(os.listdir("run/checkpoints")) == ["step_00000002", "step_00000003"]
+    assert damage("run/checkpoints/step_00000003") is None
 
 
 def test_a_full_disk_is_one_line_and_nothing_earlier_is_lost(tmp_path):

@@ -197,3 +197,19 @@ def test_damage_and_other_settings_are_said(tmp_path, reference):
     assert "step_00000060 is passed over: rank_0.safetensors is not what was written" in said
     assert "goes on from run/checkpoints/step_00000055, step 55" in said
     assert "note: train.lr is 0.003 now and was 0.002" in said
+
+
+def test_a_process_that_dies_is_said_in_a_line(tmp_path, reference):
+    processes = start(tmp_path, 2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    while not list(checkpoints.glob("step_*")):
+        assert all(process.poll() is None for process in processes), output(tmp_path)
+        time.sleep(0.005)
+    processes[1].kill()
+    assert processes[0].wait(timeout=120) == 1
+    said = (tmp_path / "output_0.txt").read_text().replace("\r", "\n").splitlines()
+    assert said[-1].startswith("error: another process of this run has ended"), said[-1]
+    assert said[-1].endswith("go on with --resume")
+    assert "Traceback" not in output(tmp_path)
+    whole(tmp_path, 2)
+    assert_same(reference(2), tmp_path / "run")

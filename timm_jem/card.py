@@ -43,8 +43,8 @@ def model_card(
         class_names, num_classes: the classes.
         sgld: settings of the chains.
         provenance: as the training recipe keeps it: ``dataset``, ``command``, ``config``, ``steps``, ``seed``,
-            ``seconds``, ``versions`` and ``results``, each only where it is known. A result has ``name``, ``type``,
-            ``value``, ``split``, ``n`` and ``protocol``.
+            ``seconds``, ``rollbacks``, ``versions`` and ``results``, each only where it is known. A result has ``name``,
+            ``type``, ``value``, ``split``, ``n`` and ``protocol``.
         has_chains: whether published chains go with it.
         pictures: those of ``PICTURES`` that go with it.
     """

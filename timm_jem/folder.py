@@ -60,7 +60,7 @@ def write_folder(
         chains: published chains, or None.
 
     Raises:
-        InputError: a backbone that plain timm would rebuild as another function, or can't rebuild.
+        InputError: a backbone that plain timm would rebuild as another function, or can't rebuild; a full disk.
     """
     target = Path(folder)
     if target.exists() and not target.is_dir():
@@ -100,6 +100,8 @@ def write_folder(
             os.replace(file, target / file.name)
         if chains is None:
             (target / CHAINS_FILE).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the model can't be written to {target} ({one_line(error)}): make room, or give another") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
