@@ -32,6 +32,6 @@ setup(
     extras_require={
         "plots": ["matplotlib"],  # recipes/stability.py
         "trackers": ["tensorboard", "trackio", "wandb"],
-        "test": ["pytest", "torchmetrics>=1.9", "scipy", "ruff", "matplotlib", "tensorboard"],
+        "test": ["pytest", "pytest-xdist", "torchmetrics>=1.9", "scipy", "ruff", "matplotlib", "tensorboard"],
     },
 )

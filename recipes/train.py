@@ -9,14 +9,17 @@ Without a data set and a config, recipes/configs/digits.yaml is used; otherwise 
 """
 
 import json
+import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +29,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, gather_object, set_seed, tqdm
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed, tqdm
 from jsonargparse import ArgumentError, ArgumentParser
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -116,7 +119,8 @@ class TrainConfig:
         workers: processes that decode images, for data sets not kept in memory; None: as the machine's cores allow.
         log_every, sample_every, eval_every: optimiser steps between lines of metrics.jsonl, pictures and validations;
             0: only at the end.
-        checkpoint_every: optimiser steps between checkpoints for --resume; 0: only when stopped by SIGTERM or SIGINT.
+        checkpoint_every: optimiser steps between checkpoints for --resume; 0: only when the last step is done, or when stopped
+            by SIGTERM or SIGINT.
         keep_checkpoints: how many.
         best_k: keep the models of the k best validation accuracies in best/.
         trackers: tensorboard, trackio or wandb.
@@ -161,7 +165,7 @@ class TrainConfig:
     log_every: int = 50
     sample_every: int = 5000
     eval_every: int = 5000
-    checkpoint_every: int = 0
+    checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     best_k: int = 0
     trackers: list[str] = field(default_factory=list)
@@ -314,12 +318,17 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name} is {new!r} now and was {old!r}"]
 
 
+def unchanged(batch: Any) -> Any:
+    """An ImageSet already gives batches."""
+    return batch
+
+
 def batches(data: ImageSet | Subset, workers: int) -> DataLoader:
     """For evaluation, in order."""
     return DataLoader(
         data,
         batch_size=256,
-        collate_fn=lambda batch: batch,  # an ImageSet already gives batches
+        collate_fn=unchanged,
         num_workers=workers if getattr(data, "dataset", data).images is None else 0,
         generator=torch.Generator(),  # a loader draws from the global one otherwise
     )
@@ -349,7 +358,11 @@ def main(argv: list[str]) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # before accelerate asks for it to be installed
         raise InputError("DeepSpeed gives no gradients for images, which SGLD needs: use DDP, or FSDP with fsdp_version: 2")
     accelerator = Accelerator(
-        mixed_precision=train.mixed_precision, log_with=train.trackers or None, project_dir="runs" if train.trackers else None
+        mixed_precision=train.mixed_precision,
+        log_with=train.trackers or None,
+        project_dir="runs" if train.trackers else None,
+        # Others wait while one process draws, saves or uploads.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     refuse_unsupported(accelerator)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -387,11 +400,11 @@ def main(argv: list[str]) -> None:
         train.steps = max(1, round(train.epochs * len(splits.train) / (together * train.grad_accum)))
     if settings.resume and summary_file.is_file():
         summary = json.loads(summary_file.read_text(encoding="utf-8"))
-        if summary["outcome"] != "finished":
+        if summary.get("outcome") == "stopped":
             raise InputError(
                 f"{output_dir} has ended: {summary['explanation']}; without its summary.json it goes on with other settings"
             )
-        if summary["steps"] >= train.steps:
+        if summary.get("steps", 0) >= train.steps:
             accelerator.print(f"{output_dir} is finished: {summary['steps']} steps, see {summary_file}")
             return
     if len(splits.val) < 2:
@@ -445,6 +458,7 @@ def main(argv: list[str]) -> None:
     if train.compile is not None:
         jem.backbone.compile(mode=train.compile)
     prepared, optimizer = accelerator.prepare(jem, optimizer)
+    set_seed(train.seed + rank)  # all were built alike; dropout differs
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -473,8 +487,10 @@ def main(argv: list[str]) -> None:
     chain_rng, noise_rng = (torch.Generator(device).manual_seed(train.seed + 1000 * rank + i) for i in (1, 2))
     init = uniform_noise
     if train.init == "gaussian":
-        everything = torch.cat([images for images, _ in batches(splits.train, workers)])
-        init = ClassGaussians.fit(everything, splits.train.labels, num_classes if conditional else None).to(device)
+        count = min(len(splits.train), int(data.cache_gib * 2**30) // math.prod(splits.image_shape))
+        rows = torch.linspace(0, len(splits.train) - 1, max(count, 2)).long().tolist()  # all, where memory allows
+        images = torch.cat([images for images, _ in batches(Subset(splits.train, rows), workers)])
+        init = ClassGaussians.fit(images, splits.train.labels[rows], num_classes if conditional else None).to(device)
     buffer = ReplayBuffer(
         splits.image_shape,
         init=init,
@@ -572,6 +588,8 @@ def main(argv: list[str]) -> None:
             "scales": dict(guard.scales),
         }
 
+    command = without_flags(argv, "--output_dir", "--resume")
+
     def restore(saved: dict[str, Any]) -> None:
         learner.load_state_dict(saved["learner"])
         stream.load_state_dict(saved["stream"])
@@ -590,8 +608,16 @@ def main(argv: list[str]) -> None:
                 "seconds": seconds,
                 "metrics_bytes": metrics_file.tell() if main_process else 0,
                 "sections": sections,
+                "command": command,
             },
         )
+
+    def keep_listed() -> None:
+        """Remove what is in best/ and no longer one of the best."""
+        listed = {f"step_{int(step):08d}" for _, step in best}
+        for folder in (output_dir / "best").glob("step_*"):
+            if folder.name not in listed:
+                shutil.rmtree(folder)
 
     # Where a run goes on: the newest whole checkpoint, or the one that was asked for.
     found: Path | None = None
@@ -603,8 +629,8 @@ def main(argv: list[str]) -> None:
             found, notes = checkpoints.newest()
             for note in notes:
                 accelerator.print(note)
-        if found is None and settings.resume != "auto":
-            raise InputError(f"{output_dir} has no whole checkpoint: start it anew")
+        if found is None and (settings.resume != "auto" or summary_file.is_file()):
+            raise InputError(f"{output_dir} has no whole checkpoint to go on from: start anew in another output_dir")
     metrics_bytes = 0
     if found is not None:
         files = rank_files(found)
@@ -614,14 +640,14 @@ def main(argv: list[str]) -> None:
         else:
             accelerator.print(
                 f"{found} was written by {len(files)} processes and goes on with {world}: chains are dealt out anew, "
-                "their randomness starts afresh"
+                f"their randomness starts afresh{', and the stream about where it was' * data.streaming}"
             )
             learner.load_state_dicts(
                 len(files), lambda i: load_tree(files[i])["state"]["learner"], train.seed + 1000 * rank + 7919 * learner.step
             )
-            stream.load_state_dict(saved["state"]["stream"])
+            stream.load_state_dict(saved["state"]["stream"], old_world=len(files))
         guard.load_state_dict(saved["guard"])
-        best, seconds = saved["best"], saved["seconds"]
+        best, seconds, command = saved["best"], saved["seconds"], saved["command"]
         metrics_bytes = broadcast_object_list([saved["metrics_bytes"]])[0]
         for line in differences(saved["sections"], sections):
             accelerator.print(f"note: {line}")
@@ -635,10 +661,13 @@ def main(argv: list[str]) -> None:
             output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"output_dir {output_dir} can't be made ({one_line(error)}): give another") from error
+        if found is not None:
+            checkpoints.forget_after(learner.step)
+        keep_listed()
         config.output_dir, config.resume = str(output_dir), None
         write_aside(output_dir / "config.yaml", lambda path: path.write_text(parser.dump(config), encoding="utf-8"))
         metrics_file = (output_dir / "metrics.jsonl").open("ab")
-        metrics_file.truncate(metrics_bytes)  # what came after the checkpoint comes again
+        metrics_file.truncate(min(metrics_bytes, metrics_file.tell()))  # what came after the checkpoint comes again
         metrics_file.seek(0, os.SEEK_END)
         parameters = sum(p.numel() for p in jem.parameters())
         images = "a stream of images" if data.streaming else f"{len(splits.train)} images"
@@ -656,9 +685,7 @@ def main(argv: list[str]) -> None:
         """What the model and its card say of how it came to be."""
         whole.provenance = {
             "dataset": data.dataset,
-            "command": shlex.join(
-                ["accelerate", "launch", "recipes/train.py", *without_flags(argv, "--output_dir", "--resume")]
-            ),
+            "command": shlex.join(["accelerate", "launch", "recipes/train.py", *command]),
             "config": sections,
             "steps": learner.step,
             "seed": train.seed,
@@ -682,24 +709,24 @@ def main(argv: list[str]) -> None:
     def keep_best(val_accuracy: float) -> None:
         """best/ holds the models of the highest validation accuracies so far."""
         nonlocal best
-        ranked = sorted([*best, [val_accuracy, learner.step]], key=lambda entry: (-entry[0], entry[1]))
-        best, dropped = ranked[: train.best_k], ranked[train.best_k :]
+        best = sorted([*best, [val_accuracy, learner.step]], key=lambda entry: (-entry[0], entry[1]))[: train.best_k]
         if [val_accuracy, learner.step] in best:
             whole = whole_model()
             if main_process:
                 describe(whole, [])
                 whole.save_pretrained(output_dir / "best" / f"step_{learner.step:08d}", replay_buffer=False)
-        for _, step in dropped:
-            if main_process and (old := output_dir / "best" / f"step_{step:08d}").is_dir():
-                for file in old.iterdir():
-                    file.unlink()
-                old.rmdir()
+        if main_process:
+            keep_listed()
 
     def roll_back(problem: str) -> bool:
         """To the last good snapshot; False where that was the last time."""
         broke_at, remedy_so_far = learner.step, learner.remedy
+        nonlocal best
         step, saved = guard.last_good()
         restore(saved)
+        best = [entry for entry in best if entry[1] <= step]  # later ones come again
+        if main_process:
+            keep_listed()
         number = len(guard.rollbacks)
         if number == settings.guard.max_rollbacks:
             return False
@@ -731,7 +758,7 @@ def main(argv: list[str]) -> None:
             return every > 0 and step % every == 0
 
         last = step == train.steps
-        look, checkpoint = due(settings.guard.check_every), due(train.checkpoint_every) or (last and train.checkpoint_every > 0)
+        look, checkpoint = due(settings.guard.check_every), due(train.checkpoint_every) or last
         logging, sampling, validating = due(train.log_every) or last, due(train.sample_every), due(train.eval_every)
         pushing = hub.push_to is not None and due(hub.every) and not last
         stop = signals[:1]
@@ -740,7 +767,7 @@ def main(argv: list[str]) -> None:
         if not (look or checkpoint or logging or sampling or validating or pushing or stop):
             continue
         # Nothing is logged, kept or shown of training that broke.
-        problem = guard.problem()
+        problem = guard.problem(early=not look)
         if problem is not None:
             if roll_back(problem):
                 continue
@@ -752,9 +779,9 @@ def main(argv: list[str]) -> None:
         if look:
             guard.close()
         if logging and main_process:
-            means = {name: term.item() for name, term in terms.items()}
-            log({"lr": optimizer.param_groups[0]["lr"], **means})
-            progress.set_postfix({name: f"{means[name]:.3g}" for name in ("loss", "ce", "gap", "gap_xy") if name in means})
+            values = {name: term.item() for name, term in terms.items()}
+            log({"lr": optimizer.param_groups[0]["lr"], **values})
+            progress.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "ce", "gap", "gap_xy") if name in values})
         pause = time.perf_counter()
         if sampling and (main_process or sharded):
             draw_fresh(f"samples_{step:06d}.png")
@@ -784,7 +811,7 @@ def main(argv: list[str]) -> None:
                 progress.write(f"{error}; training goes on")
         elif due(settings.guard.snapshot_every):
             guard.keep(step, state())
-        if stop and not last:
+        if stop:
             if not checkpoint:
                 save_checkpoint()
             progress.close()

@@ -81,6 +81,21 @@ def test_what_is_no_divergence():
     assert start.problem() is None
 
 
+def test_before_a_look_only_what_is_not_finite_counts():
+    guard = healthy()
+    observe(guard, 1, gap=-500.0)
+    assert guard.problem(early=True) is None
+    observe(guard, 1, gap=math.nan)
+    assert guard.problem(early=True) == "gap not finite"
+
+
+def test_other_terms_start_a_new_window():
+    guard = healthy()
+    observe(guard, 4, gap=math.nan)
+    observe(guard, 4, l2=1.0)
+    assert guard.problem() is None
+
+
 def test_limits_are_the_configs():
     guard = healthy(runaway_floor=1.0, runaway_factor=2.0)
     observe(guard, gap=-1.59)

@@ -192,11 +192,11 @@ def test_damage_and_other_settings_are_said(tmp_path, reference):
     (tmp_path / "run" / "summary.json").unlink()
     (file,) = rank_files(tmp_path / "run" / "checkpoints" / "step_00000060")
     file.write_bytes(file.read_bytes()[:-1000])
-    assert finish(start(tmp_path, 1, "--train.lr", "0.003")) == [0]
+    assert finish(start(tmp_path, 1, "--train.lr", "0.004")) == [0]
     said = output(tmp_path)
     assert "step_00000060 is passed over: rank_0.safetensors is not what was written" in said
     assert "goes on from run/checkpoints/step_00000055, step 55" in said
-    assert "note: train.lr is 0.003 now and was 0.002" in said
+    assert "note: train.lr is 0.004 now and was 0.003" in said
 
 
 def test_a_process_that_dies_is_said_in_a_line(tmp_path, reference):

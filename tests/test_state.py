@@ -13,6 +13,7 @@ def tree():
         "weights": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
         "half": torch.tensor([1.5, float("nan"), float("inf")], dtype=torch.bfloat16),
         "bytes": torch.arange(5, dtype=torch.uint8),
+        "dtype": torch.bfloat16,
         "scalar": torch.tensor(7.0),
         "shared": [shared, shared[:2]],
         "pair": (1, 0.1, -float("inf"), None, True, "é"),
@@ -105,6 +106,23 @@ def test_checkpoints_are_rotated_and_the_newest_whole_one_is_found(tmp_path):
     assert [load_tree(file) for file in rank_files(found)] == [{"step": 30}]
     checkpoints.save(30, {"step": 31})  # the same step again
     assert load_tree(rank_files(found)[0]) == {"step": 31}
+
+
+def test_what_a_killed_process_left_is_found_or_removed(tmp_path):
+    checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True), keep=1)
+    checkpoints.save(10, {"a": 10})
+    # Killed within the second save of a step, between the two renames, while another was half written.
+    (tmp_path / "step_00000010").rename(tmp_path / ".old-step_00000010")
+    (tmp_path / ".step_00000020").mkdir()
+    (tmp_path / ".step_00000020" / "rank_0.safetensors").write_bytes(b"half")
+    found, notes = checkpoints.newest()
+    assert (load_tree(rank_files(found)[0]), notes) == ({"a": 10}, [])
+    checkpoints.save(30, {"a": 30})
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000030"]
+    checkpoints.keep = 3
+    checkpoints.save(40, {"a": 40})
+    checkpoints.forget_after(30)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000030"]
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "no file", "no manifest", "bad manifest", "empty manifest"])

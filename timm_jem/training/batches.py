@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from timm_jem.data import Splits, augment, to_pixels
+from timm_jem.errors import InputError
 from timm_jem.sampling import randn
 from timm_jem.streams import open_stream
 from timm_jem.training.learner import Batch
@@ -55,6 +56,7 @@ class Batches:
         workers: int = 0,
     ) -> None:
         self.splits, self.generator, self.px_augment, self.ce_noise = splits, generator, px_augment, ce_noise
+        self.world = world
         self.shared = shared and px_augment == "full"
         place = {"rank": rank, "world": world, "workers": workers}
         labeled = splits.train if splits.labeled is None else splits.labeled
@@ -99,10 +101,27 @@ class Batches:
         """The place of each stream; the randomness is the generator's."""
         return {name: stream.state_dict() for name, stream in self.streams.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``."""
+    def load_state_dict(self, state: dict[str, Any], *, old_world: int | None = None) -> None:
+        """Go on from ``state``.
+
+        Args:
+            state: what ``state_dict`` gave.
+            old_world: how many processes there were then, where they were more or fewer: a streamed set then goes on about
+                where it was, other sets exactly.
+
+        Raises:
+            InputError: a state of other streams.
+        """
+        if set(state) != set(self.streams):
+            raise InputError(
+                f"the saved run drew images for {' and '.join(sorted(state))}, this one for "
+                f"{' and '.join(sorted(self.streams))}: resume with its settings of batches, labels and objective"
+            )
         for name, stream in self.streams.items():
-            stream.load_state_dict(state[name])
+            place = dict(state[name])
+            if old_world is not None and "offset" in place:  # each process's own, in its share
+                place["offset"] = place["offset"] * old_world // self.world
+            stream.load_state_dict(place)
 
     def close(self) -> None:
         """End the processes that decode images."""

@@ -17,7 +17,7 @@ from timm_jem.training.state import save_tree, sha256
 
 __all__ = ["Checkpoints", "damage", "rank_files"]
 
-_NAME = re.compile(r"step_(\d{8})")
+_NAME = re.compile(r"(\.old-)?step_(\d{8})")
 _MANIFEST = "manifest.json"
 
 
@@ -50,8 +50,10 @@ class Checkpoints:
         try:
             with self._together(target):
                 if main:
-                    shutil.rmtree(aside, ignore_errors=True)
-                    aside.mkdir(parents=True)
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    for left_over in self.folder.glob(".step_*"):  # by a process that was killed
+                        shutil.rmtree(left_over)
+                    aside.mkdir()
             digest = ""
             with self._together(target):
                 digest = save_tree(tree, aside / _rank_file(rank))
@@ -63,11 +65,14 @@ class Checkpoints:
                         json.dump(manifest, file)
                         file.flush()
                         os.fsync(file.fileno())
-                    self._remove(target)
+                    if target.exists():
+                        self._hide(target)
                     os.replace(aside, target)
                     _sync_folder(self.folder)
                     for path in self._all()[: -self.keep]:
-                        self._remove(path)
+                        self._hide(path)
+                    for path in self.folder.glob(".old-step_*"):
+                        shutil.rmtree(path)
         except InputError:
             if main:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -78,27 +83,37 @@ class Checkpoints:
         """The newest checkpoint that is whole, or None, and a line for each newer one that is not."""
         found: list = [None, []]
         if self.accelerator.is_main_process:
-            for path in reversed(self._all()):
+            for path in reversed(self._all(hidden=True)):
                 reason = damage(path)
                 if reason is None:
                     found[0] = path
                     break
-                found[1].append(f"checkpoint {path} is passed over: {reason}")
+                if not path.name.startswith("."):
+                    found[1].append(f"checkpoint {path} is passed over: {reason}")
         found = broadcast_object_list(found)
         return found[0], found[1]
 
-    def _all(self) -> list[Path]:
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: a run that goes on from an older one leaves them behind."""
+        if self.accelerator.is_main_process:
+            for path in self._all(hidden=True):
+                if _step(path) > step:
+                    shutil.rmtree(path if path.name.startswith(".") else self._hide(path))
+
+    def _all(self, *, hidden: bool = False) -> list[Path]:
+        """By step; with those that were on their way out, which are whole if a process was killed just then."""
         if not self.folder.is_dir():
             return []
-        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+        paths = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted((path for path in paths if hidden or not path.name.startswith(".")), key=lambda p: (_step(p), p.name))
 
-    def _remove(self, path: Path) -> None:
-        """Out of sight first: what is half removed is no checkpoint."""
-        if path.exists():
-            hidden = path.with_name(f".old-{path.name}")
-            shutil.rmtree(hidden, ignore_errors=True)
-            os.replace(path, hidden)
+    def _hide(self, path: Path) -> Path:
+        """Out of sight before it is removed: what is half removed is no checkpoint."""
+        hidden = path.with_name(f".old-{path.name}")
+        if hidden.exists():
             shutil.rmtree(hidden)
+        os.replace(path, hidden)
+        return hidden
 
     @contextlib.contextmanager
     def _together(self, target: Path):
@@ -130,7 +145,12 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
 
 def rank_files(checkpoint: str | os.PathLike) -> list[Path]:
     """The files of a whole checkpoint, one for each process that wrote it, for :func:`load_tree`."""
-    return [Path(checkpoint) / _rank_file(rank) for rank in range(len(list(Path(checkpoint).glob("rank_*.safetensors"))))]
+    names = json.loads((Path(checkpoint) / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
+    return [Path(checkpoint) / _rank_file(rank) for rank in range(len(names))]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(_NAME.fullmatch(checkpoint.name)[2])
 
 
 def _rank_file(rank: int) -> str:

@@ -89,7 +89,8 @@ class GuardConfig:
             ``runaway_factor`` times its own recent scale (mean over about the last ten looks).
         max_energy: broken where |energy| is above this, whatever its past: float32 logits have no digits left for p(y|x).
         max_chain_rms: broken where chains leave the pixel range [-1, 1] by so much.
-        min_chain_spread: broken where all chains are one image to within this, or don't move at all.
+        min_chain_spread: broken where all chains are one image to within this, pixels.
+        min_chain_moved: broken where an iteration moves chains by less, pixels: where they are stuck in a flat energy.
         max_saturated: broken where so much more of the chains than of the data lies at the pixel clamp.
         ladder: remedies, one more after each rollback; the last one repeats. All are this package's choice.
 
@@ -105,6 +106,7 @@ class GuardConfig:
     max_energy: float = 1e6
     max_chain_rms: float = 3.0
     min_chain_spread: float = 1e-3
+    min_chain_moved: float = 1e-6
     max_saturated: float = 0.5
     ladder: list[Remedy] = field(default_factory=_ladder)
 
@@ -149,11 +151,16 @@ class DivergenceGuard:
 
     def observe(self, terms: Mapping[str, Tensor]) -> None:
         """Note the scalars of one iteration; nothing waits for the device."""
-        self.names = sorted(terms)
+        if sorted(terms) != self.names:  # a run resumed with other terms starts a new window
+            self.names, self.window = sorted(terms), []
         self.window.append(torch.stack([terms[name].detach().float().reshape(()) for name in self.names]))
 
-    def problem(self) -> str | None:
-        """What is wrong with the iterations noted since the last :meth:`close`, in words; or None. Waits for the device."""
+    def problem(self, *, early: bool = False) -> str | None:
+        """What is wrong with the iterations noted since the last :meth:`close`, in words; or None. Waits for the device.
+
+        Args:
+            early: there are fewer iterations than a look takes: only what is not finite counts.
+        """
         if not self.window:
             return None
         values = self._values()
@@ -162,6 +169,8 @@ class DivergenceGuard:
             row = int(np.argmin(finite.all(axis=1)))
             broken = [name for name, ok in zip(self.names, finite[row], strict=True) if not ok]
             return f"{', '.join(broken)} not finite"
+        if early:
+            return None
         config, medians = self.config, self._medians(values)
         for name in _RUNAWAYS:
             if name not in medians:
@@ -175,9 +184,10 @@ class DivergenceGuard:
             return f"chains left the pixel range: root mean square {medians['chain_rms']:.3g}"
         if medians.get("chain_saturated", 0.0) > config.max_saturated:
             return f"chains saturate: {medians['chain_saturated']:.0%} more of them than of the data lies at the pixel clamp"
-        for name, what in (("chain_spread", "all chains are one image"), ("chain_moved", "chains are stuck")):
-            if medians.get(name, math.inf) < config.min_chain_spread:
-                return f"{what}: {name} {medians[name]:.3g}"
+        if medians.get("chain_spread", math.inf) < config.min_chain_spread:
+            return f"all chains are one image: chain_spread {medians['chain_spread']:.3g}"
+        if medians.get("chain_moved", math.inf) < config.min_chain_moved:
+            return f"chains are stuck: chain_moved {medians['chain_moved']:.3g}"
         return None
 
     def close(self) -> None:

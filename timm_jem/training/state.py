@@ -70,7 +70,7 @@ def load_tree(file: str | os.PathLike) -> Any:
         with safe_open(file, framework="pt") as stored:
             description = json.loads((stored.metadata() or {})["tree"])
             return _rebuild(description, stored)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{Path(file).name} is no whole state of a run ({one_line(error)}): take an older one") from error
 
 
@@ -114,6 +114,8 @@ def _describe(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return ["dict", [[key, _describe(value, tensors)] for key, value in tree.items()]]
     if isinstance(tree, (list, tuple)):
         return ["tuple" if isinstance(tree, tuple) else "list", [_describe(value, tensors) for value in tree]]
+    if isinstance(tree, torch.dtype):
+        return ["dtype", str(tree).removeprefix("torch.")]
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return ["value", tree]
     raise TypeError(f"a {type(tree).__name__} is no state that can be saved")
@@ -128,4 +130,6 @@ def _rebuild(description: Any, stored) -> Any:
     if kind in ("list", "tuple"):
         values = [_rebuild(value, stored) for value in content]
         return tuple(values) if kind == "tuple" else values
-    return content
+    if kind == "dtype" and not isinstance(getattr(torch, content), torch.dtype):
+        raise ValueError(f"{content} is no dtype")
+    return getattr(torch, content) if kind == "dtype" else content

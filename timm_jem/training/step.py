@@ -73,9 +73,9 @@ def joint_step(
     Returns:
         Named terms of :func:`timm_jem.joint_loss`, of which ``loss`` has the graph, and, where chains moved, detached
         scalars about them, pixels: ``chain_rms`` (their root mean square), ``chain_moved`` (root mean square of their
-        displacement in this iteration), ``chain_spread`` (mean over pixels of the standard deviation over chains, 0 for
-        one chain), and with a ``pixel_clamp`` ``chain_saturated`` (share of values at 0.999 of the clamp or beyond, less
-        the same share of the images without noise).
+        displacement in this iteration), ``chain_spread`` (mean over pixels of the standard deviation over chains, where
+        there are several), and with a ``pixel_clamp`` ``chain_saturated`` (share of values at 0.999 of the clamp or
+        beyond, less the same share of the images without noise).
 
     Raises:
         InputError: ``w_xy`` > 0 and a buffer without classes, an unknown ``batch_norm``, labels or class frequencies of
@@ -146,8 +146,9 @@ def _chain_terms(start: Tensor, chains: Tensor, images: Tensor, clamp: float | N
     terms = {
         "chain_rms": chains.square().mean().sqrt(),
         "chain_moved": (chains - start).square().mean().sqrt(),
-        "chain_spread": chains.std(0, correction=0).mean(),
     }
+    if len(chains) > 1:
+        terms["chain_spread"] = chains.std(0, correction=0).mean()
     if clamp is not None:
         at_clamp, of_images = ((pixels.detach().abs() >= 0.999 * clamp).float().mean() for pixels in (chains, images))
         terms["chain_saturated"] = at_clamp - of_images
