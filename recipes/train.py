@@ -546,12 +546,10 @@ def main(argv: list[str]) -> None:
             f"{name}_ece": expected_calibration_error(logits.softmax(1), images.labels),
         }
 
-    def draw_fresh(name: str, num_steps: int | None = None) -> None:
+    def draw_fresh(drawn: JEM, name: str) -> None:
         """Fresh chains from noise, none selected, one row for each of the first 20 classes."""
         classes = torch.arange(min(num_classes, 20), device=device)
-        x = learner.averaged.sample(
-            y=classes.repeat_interleave(10), num_steps=num_steps, generator=torch.Generator(device).manual_seed(train.seed)
-        )
+        x = drawn.sample(y=classes.repeat_interleave(10), generator=torch.Generator(device).manual_seed(train.seed))
         if main_process:
             keep_picture(name, image_grid(jem.denormalize(x), 10, splits.class_names[: len(classes)]))
 
@@ -784,7 +782,7 @@ def main(argv: list[str]) -> None:
             progress.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "ce", "gap", "gap_xy") if name in values})
         pause = time.perf_counter()
         if sampling and (main_process or sharded):
-            draw_fresh(f"samples_{step:06d}.png")
+            draw_fresh(learner.averaged, f"samples_{step:06d}.png")
             if main_process:
                 draw_buffer()
         if validating:
@@ -870,10 +868,7 @@ def main(argv: list[str]) -> None:
             )
         ],
     )
-    x = whole.sample(
-        y=torch.arange(min(num_classes, 20)).repeat_interleave(10), generator=torch.Generator(device).manual_seed(train.seed)
-    )
-    keep_picture("samples.png", image_grid(whole.denormalize(x), 10, splits.class_names[:20]))
+    draw_fresh(whole, "samples.png")
     draw_buffer()
     whole.save_pretrained(output_dir / "model")
     write_aside(summary_file, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
