@@ -74,6 +74,18 @@ def test_negatives_of_x_and_of_x_and_y_have_the_same_expected_gradient():
     torch.testing.assert_close(sum(of_xy), of_x)
 
 
+def test_chains_like_the_images_leave_no_gradient():
+    """Whatever the model: where chains have the images' distribution, there is nothing to learn about x."""
+    logits, y, _, _ = batch()
+    y = torch.where(torch.tensor([True, False, True, False, False, True]), y, -1)
+    chains = logits.detach().clone().requires_grad_(True)
+    terms = joint_loss(logits, y, chains, y, ObjectiveConfig(w_ce=0.0, w_x=0.0, w_xy=1.0))
+    terms["loss"].backward()
+    torch.testing.assert_close(logits.grad, -chains.grad)
+    # Of a constant on one class above all: with chains of E(x, y) for images without a label it would grow for ever.
+    torch.testing.assert_close(logits.grad.sum(0) + chains.grad.sum(0), torch.zeros(4, dtype=torch.float64))
+
+
 def test_without_any_label_the_cross_entropy_is_nothing():
     logits, y, _, _ = batch()
     terms = joint_loss(logits, torch.full_like(y, -1))

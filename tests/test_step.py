@@ -229,6 +229,21 @@ def test_conditional_chains_can_be_negatives_of_x():
     assert "gap_xy" not in terms
 
 
+def test_chains_of_images_without_a_label_are_negatives_of_x():
+    jem, buffer, u, y = make(classes=3, restart_prob=0.0)
+    y[[0, 3]] = -1
+    before = buffer.chains.clone()
+    terms = run(jem, buffer, u, y, objective=ObjectiveConfig(w_x=0.0, w_xy=1.0))
+    moved = (buffer.chains != before).flatten(1).any(1)
+    logits, labels = jem(jem.normalize(buffer.chains[moved])), buffer.labels[moved]
+    data = jem(jem.normalize(u))
+    e_data = torch.where(y == -1, -data.logsumexp(1), -data[range(6), y])
+    # Which two of the chains were drawn for images without a label is not told: one choice gives the gap.
+    of_x, of_xy = -logits.logsumexp(1), -logits[range(6), labels]
+    gaps = [e_data.mean() - (of_xy.sum() + (of_x - of_xy)[[i, j]].sum()) / 6 for i in range(6) for j in range(i)]
+    assert min((gap - terms["gap_xy"]).abs() for gap in gaps) < 1e-9
+
+
 def test_cross_entropy_can_have_a_batch_of_its_own():
     for norm in (False, True):
         jem, buffer, u, y = make(norm)

@@ -61,16 +61,16 @@ def joint_loss(
     factorisation log p(x) + log p(y|x) is eq. 8. The L2 term takes the energies of the w_xy term where w_xy > 0, else E(x).
 
     An image without a label (y = −1) takes part in the w_xy term by E(x), not E(x, y): that is maximum likelihood of x
-    where only x is known, and of (x, y) elsewhere. Its negatives are the same. For
-    −∇ log p(x) = ∇E(x) − E_p(x')[∇E(x')], and since E(x) = −log Σ_y exp(−E(x, y)), ∇E(x') = E_p(y'|x')[∇E(x', y')], so
-    that the second term is E_p(x', y')[∇E(x', y')], as in −∇ log p(x, y). The cross-entropy is the mean over the images with
-    a label; it is 0 where none has one.
+    where only x is known, and of (x, y) elsewhere. Its negative must do so as well (y_neg = −1): where chains' classes
+    are given and not the model's own p(y), ∇E(x_neg, y_neg) is no estimate of E_p(x)[∇E(x)], and the energies of images
+    and chains part without end, all images in one class. The cross-entropy is the mean over the images with a label; it
+    is 0 where none has one.
 
     Args:
         logits: f(x_data), shape (B, num_classes).
         y: labels, int64, shape (B,); −1: unknown.
         logits_neg: f(x_neg) of the chains, shape (M, num_classes); None for cross-entropy alone.
-        y_neg: the chains' labels, all known, int64, shape (M,); needed where w_xy > 0.
+        y_neg: the chains' labels, int64, shape (M,); −1: a negative of x alone; needed where w_xy > 0.
         config: see :class:`ObjectiveConfig`.
         logits_ce: for the cross-entropy, where it sees other images or views, shape (N, num_classes); None: ``logits``.
         y_ce: labels for the cross-entropy, int64, shape (N,); −1: unknown; None: ``y``.
@@ -99,12 +99,16 @@ def joint_loss(
         if config.w_xy:
             if y_neg is None:
                 raise InputError("objective w_xy is above 0 and y_neg is missing: give the chains' labels")
-            unknown = y == -1
-            e_data = torch.where(unknown, e_data, energy(logits, y.masked_fill(unknown, 0)))
-            e_neg = energy(logits_neg, y_neg)
+            e_data, e_neg = _energy_where_known(logits, y), _energy_where_known(logits_neg, y_neg)
             terms["gap_xy"] = e_data.mean() - e_neg.mean()
             loss = loss + config.w_xy * terms["gap_xy"]
         if config.energy_l2:
             terms["l2"] = e_data.square().mean() + e_neg.square().mean()
             loss = loss + config.energy_l2 * terms["l2"]
     return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+
+def _energy_where_known(logits: Tensor, y: Tensor) -> Tensor:
+    """E(x, y), or E(x) where y is −1."""
+    unknown = y == -1
+    return torch.where(unknown, energy(logits), energy(logits, y.masked_fill(unknown, 0)))

@@ -39,8 +39,8 @@ def joint_step(
     As many chains as images. A buffer without classes gives chains of E(x). One with classes gives chains of E(x, y),
     with the images' labels, so that the classes' frequencies cancel in the difference, and classes drawn from
     ``class_frequencies`` for images without a label: samples of p(x, y) for ``w_xy``, and of p(y) p(x|y) as negatives of
-    E(x) for ``w_x`` (``class_cond_p_x_sample`` of JEM's released code). Without ``w_x`` and ``w_xy`` it is
-    cross-entropy alone, and no chain moves. Nothing waits for the device.
+    E(x) for ``w_x`` and for images without a label (``class_cond_p_x_sample`` of JEM's released code). Without ``w_x``
+    and ``w_xy`` it is cross-entropy alone, and no chain moves. Nothing waits for the device.
 
     Data and chains go through the network in one forward, or, where a BatchNorm in train mode would mix them, each in its
     own, and only the data's moves the running statistics: evaluation meets images, not chains. ``batch_norm`` says what
@@ -106,7 +106,8 @@ def joint_step(
     buffer.put(slots, u_neg)
     parts = [u, u_neg] if u_ce is None else [u, u_neg, u_ce]
     logits = _logits(model, jem, parts, batch_norm)
-    terms = joint_loss(logits[0], y, logits[1], y_neg, objective, logits_ce=None if u_ce is None else logits[2], y_ce=y_ce)
+    # The chain drawn for an image without a label is a negative of x alone, whatever its class.
+    terms = joint_loss(logits[0], y, logits[1], y, objective, logits_ce=None if u_ce is None else logits[2], y_ce=y_ce)
     return terms | _chain_terms(start, u_neg, clean, sgld_config.pixel_clamp)
 
 
