@@ -611,9 +611,9 @@ def main(argv: list[str]) -> None:
         )
 
     def keep_listed() -> None:
-        """Remove what is in best/ and no longer one of the best."""
+        """Remove what is in best/ and no longer one of the best, and models half written by a process that was killed."""
         listed = {f"step_{int(step):08d}" for _, step in best}
-        for folder in (output_dir / "best").glob("step_*"):
+        for folder in [*(output_dir / "best").glob("*step_*"), *output_dir.glob(".model-*")]:
             if folder.name not in listed:
                 shutil.rmtree(folder)
 

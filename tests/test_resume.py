@@ -85,7 +85,8 @@ def assert_same(run: Path, other: Path) -> None:
     """Weights, optimiser, average, buffers and randomness of every process, metrics, pictures and figures."""
     for name in ("model/model.safetensors", "metrics.jsonl", "samples.png", "samples_000030.png", "buffer.png"):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
-    assert sorted(os.listdir(run / "best")) == sorted(os.listdir(other / "best"))
+    for folder in (".", "best", "checkpoints"):
+        assert sorted(os.listdir(run / folder)) == sorted(os.listdir(other / folder))
     states = [rank_files(folder / "checkpoints" / "step_00000060") for folder in (run, other)]
     assert len(states[0]) == len(states[1]) > 0
     for first, second in zip(*states, strict=True):
@@ -168,6 +169,16 @@ def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(tmp_path, reference, numb
     whole(tmp_path, world)
     assert "is finished: 60 steps" in output(tmp_path)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == content
+
+
+def test_models_half_written_are_removed(tmp_path, reference):
+    shutil.copytree(reference(1), tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    for name in (".model-abc", "best/.step_00000040-abc"):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "config.json").write_text("{")
+    whole(tmp_path, 1)
+    assert_same(reference(1), tmp_path / "run")
 
 
 def test_another_number_of_processes_deals_out_the_chains(tmp_path, reference):
