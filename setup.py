@@ -4,6 +4,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+plots, evaluation, robust = ["matplotlib"], ["torch-fidelity>=0.4.0"], ["pyautoattack==0.2.0"]
 
 setup(
     name="timm_jem",
@@ -30,8 +31,23 @@ setup(
         "scikit-learn",  # its digits are the data set that needs no network
     ],
     extras_require={
-        "plots": ["matplotlib"],  # recipes/stability.py
+        "plots": plots,  # recipes/stability.py
+        "eval": [*plots, *evaluation],  # recipes/evaluate.py
+        "robust": robust,  # AutoAttack
         "trackers": ["tensorboard", "trackio", "wandb"],
-        "test": ["pytest", "pytest-xdist", "torchmetrics>=1.9", "scipy", "ruff", "matplotlib", "tensorboard"],
+        "test": [
+            *plots,
+            *evaluation,
+            *robust,
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "tensorboard",
+            # other implementations of what is measured
+            "foolbox>=3.3.4",
+            "pytorch-ood>=0.4.0",
+            "scipy",
+            "torchmetrics>=1.9",
+        ],
     },
 )

@@ -1,4 +1,4 @@
-"""Speed of a training iteration, as ratios to bare network passes and to a plain set-up, measured in the same run.
+"""Speed of a training iteration and of evaluation, as ratios to bare network passes, measured in the same run.
 
     python recipes/benchmark.py
     python recipes/benchmark.py --mixed_precision bf16
@@ -8,6 +8,7 @@ The iteration is the training recipe's: augmentation apart, all of it, with guar
 passes of an iteration of K SGLD steps are K times forward and input-backward of the chains, then forward and backward of
 data and chains together, at the same precision and memory layout and through the same network, with nothing else: no
 noise, energies, buffer, loss terms or optimiser. The plain set-up is the same iteration in fp32, NCHW and eager mode.
+All out-of-distribution scores of 8-bit images are timed next to one forward and input-backward of the same images.
 """
 
 import contextlib
@@ -26,14 +27,18 @@ from accelerate.utils import tqdm
 from jsonargparse import ArgumentError, ArgumentParser
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
+from timm_jem.evaluation.ood import ood_scores
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_jem
 from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
 from timm_jem.errors import check_whole, one_line
+from timm_jem.images import to_pixels
 from timm_jem.sampling import frozen
 from timm_jem.training import Batch, DivergenceGuard, GuardConfig, Learner
+
+SCORED_AT_ONCE = 256
 
 
 @dataclass
@@ -49,6 +54,7 @@ class BenchmarkConfig:
         mixed_precision: no or bf16.
         channels_last: memory layout.
         compile: torch.compile's mode for the backbone; None: eager.
+        score_images: how many images are scored for out-of-distribution detection in a round; 0: none.
     """
 
     model: str = "wrn_16_2"
@@ -59,10 +65,12 @@ class BenchmarkConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     channels_last: bool = True
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    score_images: int = 512
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch_size", "num_steps", "rounds"):
             check_whole(name, getattr(self, name), 1)
+        check_whole("score_images", self.score_images, 0)
 
 
 class CopiedBytes(TorchDispatchMode):
@@ -146,6 +154,28 @@ def build(config: BenchmarkConfig, accelerator: Accelerator, *, plain: bool):
     return iteration, bare_passes
 
 
+def build_scores(config: BenchmarkConfig, device: torch.device):
+    """All scores of some images, and the bare passes that they need, as functions; fp32."""
+    torch.manual_seed(0)
+    shape = (3, config.image_size, config.image_size)
+    jem = timm_jem.create_model(config.model, num_classes=10, input_size=shape).to(device).eval()
+    jem = jem.to(memory_format=torch.channels_last) if config.channels_last else jem
+    images = torch.randint(256, (config.score_images, *shape), dtype=torch.uint8)
+    ready = [jem.normalize(to_pixels(part.to(device))) for part in images.split(SCORED_AT_ONCE)]
+    ones = torch.ones(SCORED_AT_ONCE, 10, device=device)
+
+    def scores() -> None:
+        ood_scores(jem, images, batch_size=SCORED_AT_ONCE)
+
+    def bare_passes() -> None:
+        with frozen(jem):
+            for part in ready:
+                x = part.clone().requires_grad_(True)
+                torch.autograd.grad(jem.backbone(x), x, ones[: len(x)])
+
+    return scores, bare_passes
+
+
 def seconds(work: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -177,6 +207,8 @@ def main(argv: list[str]) -> None:
     is_plain = not (bf16 or config.channels_last or config.compile)
     if not is_plain:
         work["plain"] = build(config, accelerator, plain=True)[0]
+    if config.score_images:
+        work["scores"], work["bare scores"] = build_scores(config, device)
 
     times: dict[str, list[float]] = {name: [] for name in work}
     for round_ in tqdm(range(-1, config.rounds), desc="timing"):  # round −1 warms up
@@ -200,6 +232,11 @@ def main(argv: list[str]) -> None:
     print(f"overhead {ratio('iteration', 'bare'):.3f}")
     if not is_plain:
         print(f"gain {ratio('plain', 'iteration'):.2f} over fp32, NCHW, eager ({medians['plain']:.3f} s)")
+    if config.score_images:
+        print(
+            f"scores of {config.score_images:,} images: {medians['scores']:.3f} s, {ratio('scores', 'bare scores'):.3f} times "
+            f"their bare passes (fp32, {SCORED_AT_ONCE} at once)"
+        )
     # Counted in eager mode: what is compiled hides its operations.
     plain_iteration, plain_passes = build(config, accelerator, plain=True)
     with FlopCounterMode(display=False) as counter:

@@ -1,5 +1,7 @@
 """Publish a run of recipes/train.py on the Hugging Face Hub: model, card, pictures and chains, in one commit.
 
+What recipes/evaluate.py measured of it, in the run's folder evaluation, goes on the card.
+
 python recipes/push.py runs/digits user/digits-jem
 """
 
@@ -11,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 import timm_jem
 from timm_jem import InputError
 from timm_jem.errors import one_line
+from timm_jem.evaluation.report import REPORT_FILE, fingerprint, read_report
 
 
 def main(argv: list[str]) -> None:
@@ -28,6 +31,14 @@ def main(argv: list[str]) -> None:
     if not (run / "model").is_dir():
         raise InputError(f"{run} has no folder 'model': give the folder of a finished run, such as runs/digits")
     jem = timm_jem.from_pretrained(run / "model")
+    if (run / "evaluation" / REPORT_FILE).is_file():
+        report = read_report(run / "evaluation")
+        if report.subject.get("weights") != fingerprint(jem.state_dict()):
+            raise InputError(f"{run / 'evaluation'} is of other weights than {run / 'model'}: evaluate again, or remove it")
+        measured = report.card_results()
+        kinds = {result["type"] for result in measured}
+        kept = [result for result in jem.provenance.get("results", []) if result["type"] not in kinds]
+        jem.provenance = {**jem.provenance, "results": kept + measured}
     url = jem.push_to_hub(
         settings.repo_id,
         commit_message=f"Push {run.name} using timm_jem",

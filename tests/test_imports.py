@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "data": {"augmentation", "images", "streamed", "errors"},
     "streams": {"augmentation", "data", "errors"},
     "training": {"energy", "sampling", "replay_buffer", "objectives", "model", "data", "streams", "training", "errors"},
-    "evaluation": {"energy", "sampling", "model", "data", "evaluation", "errors"},
+    "evaluation": {"energy", "sampling", "models", "model", "data", "images", "evaluation", "errors"},
     "__init__": {"energy", "sampling", "replay_buffer", "gaussians", "objectives", "chains", "model", "models", "errors"},
 }
 FILES = sorted((ROOT / "timm_jem").rglob("*.py"))

@@ -17,7 +17,7 @@ from timm_jem.errors import InputError, check_number, check_whole, one_line
 from timm_jem.images import ImageSet, open_image, to_pixels
 from timm_jem.streamed import Labelling, StreamedImage, StreamedSet
 
-__all__ = ["DataConfig", "ImageSet", "Splits", "StreamedSet", "augment", "digits", "load_splits", "to_pixels"]
+__all__ = ["DataConfig", "ImageSet", "Splits", "StreamedSet", "augment", "digits", "load_images", "load_splits", "to_pixels"]
 
 _LABEL_COLUMNS = ("label", "fine_label", "labels")
 _TEST_SPLITS = ("test", "validation", "valid", "val")
@@ -196,6 +196,52 @@ def load_splits(config: DataConfig) -> Splits:
         class_frequencies=frequencies / frequencies.sum(),
         labeled=labeled,
     )
+
+
+def load_images(
+    name: str,
+    *,
+    channels: int,
+    size: tuple[int, int],
+    count: int,
+    seed: int = 0,
+    split: str | None = None,
+    image_column: str | None = None,
+    config_name: str | None = None,
+) -> Tensor:
+    """Images of any data set, without labels: what a model of other images is tried on.
+
+    Args:
+        name: as ``DataConfig.dataset``.
+        channels: 1 (grey) or 3 (RGB); images are converted.
+        size: (H, W); images of another size are resized to cover it, and centre-cropped.
+        count: at most so many, chosen by ``seed`` where there are more; in the rows' order.
+        seed: see ``count``.
+        split: None: the first of test, validation, valid, val and train that is there, or else the first.
+        image_column: None: the only image column.
+        config_name: the Hub data set's configuration, where it has several.
+
+    Returns:
+        8-bit images, shape (n, C, H, W).
+
+    Raises:
+        InputError: an unknown data set, split or column, no images, or images that can't be decoded.
+    """
+    if channels not in (1, 3):
+        raise InputError(f"images of {name} have {channels!r} channels asked for: give 1 (grey) or 3 (RGB)")
+    for what, value, least in (("height", size[0], 1), ("width", size[1], 1), ("count", count, 1), ("seed", seed, 0)):
+        check_whole(what, value, least)
+    loaded = _load(name, config_name, split or "test", streaming=False)
+    split = split or next((s for s in (*_TEST_SPLITS, "train") if s in loaded), next(iter(loaded), None))
+    if split not in loaded:
+        raise InputError(f"{name} has no split {split!r}: choose split from {', '.join(loaded)}")
+    data = loaded[split]
+    column = _image_column(data.features, name, image_column, "choose one with image_column")
+    if len(data) == 0:
+        raise InputError(f"split {split} of {name} is empty: choose another")
+    rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:count])
+    unknown = np.full(len(rows), -1)
+    return ImageSet(data.select(rows), column, unknown, channels, tuple(size), f"{name}, split {split}", rows).cache().images
 
 
 def _split_stored(

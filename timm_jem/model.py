@@ -309,6 +309,7 @@ class JEM(nn.Module):
             self.save_pretrained(folder, replay_buffer=replay_buffer)
             shown = [name for name in PICTURES if pictures is not None and (Path(pictures) / name).is_file()]
             for name in shown:
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(Path(pictures) / name, folder / name)
             card = model_card(
                 repo_id=repo_id,

@@ -1,6 +1,12 @@
-"""Figures and pictures of trained models."""
+"""Figures and pictures of trained models.
 
-from timm_jem.evaluation.classification import accuracy, expected_calibration_error, predict
+Each module stands for itself: ``classification``, ``calibration``, ``ood``, ``attacks``, ``refinement``, ``robustness``,
+``generation``, ``extractors``, ``judges``, ``illustrations``, ``intervals``, ``report``, ``pictures`` and, with matplotlib,
+``plots``. recipes/evaluate.py puts them together.
+"""
+
+from timm_jem.evaluation.calibration import expected_calibration_error
+from timm_jem.evaluation.classification import accuracy, predict
 from timm_jem.evaluation.generation import best_num_steps, frechet_distance, thumbnails
 from timm_jem.evaluation.pictures import image_grid
 

@@ -1,4 +1,4 @@
-"""Accuracy and calibration of p(y|x)."""
+"""Logits of a set, and their accuracy."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from timm_jem.data import to_pixels
 from timm_jem.model import JEM
 from timm_jem.sampling import frozen
 
-__all__ = ["accuracy", "expected_calibration_error", "predict"]
+__all__ = ["accuracy", "predict"]
 
 
 @torch.no_grad()
@@ -34,27 +34,8 @@ def predict(jem: JEM, batches: Iterable[tuple[Tensor, Tensor]], *, desc: str = "
     return torch.cat(logits), torch.cat(labels)
 
 
-def accuracy(logits: Tensor, y: Tensor) -> float:
-    """Part of the images whose largest logit is the label's: logits (N, num_classes), labels (N,)."""
-    return (logits.argmax(1) == y).double().mean().item()
-
-
-def expected_calibration_error(probabilities: Tensor, y: Tensor, num_bins: int = 15) -> float:
-    """ECE: Σ_bins (share of images) · |accuracy − mean confidence| over ``num_bins`` equal bins of confidence.
-
-    Source: Guo et al., ICML 2017 (arXiv 1706.04599), eq. 3; 15 bins as there. A confidence on a bin's edge belongs to
-    the bin below.
-
-    Args:
-        probabilities: p(y|x), shape (N, num_classes).
-        y: labels, shape (N,).
-        num_bins: of [0, 1].
-
-    Returns:
-        In [0, 1].
-    """
-    confidence, predicted = probabilities.double().max(1)
-    correct = (predicted == y).double()
-    bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
-    difference = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, correct - confidence)
-    return difference.abs().sum().item() / len(y)
+def accuracy(logits: Tensor, y: Tensor, top: int = 1) -> float:
+    """Part of the images whose label is among the ``top`` largest logits: logits (N, num_classes), labels (N,)."""
+    if top == 1:
+        return (logits.argmax(1) == y).double().mean().item()
+    return (logits.topk(top, dim=1).indices == y[:, None]).any(1).double().mean().item()

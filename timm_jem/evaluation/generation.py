@@ -1,17 +1,27 @@
 """How close drawn images are to real ones, and how long chains should be for that."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import tqdm
 from torch import Tensor
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, check_whole
 from timm_jem.model import JEM
 from timm_jem.sampling import frozen, sgld, uniform_noise
 
-__all__ = ["best_num_steps", "frechet_distance", "thumbnails"]
+__all__ = [
+    "best_num_steps",
+    "chains_by_length",
+    "eight_bit",
+    "frechet_distance",
+    "inception_score",
+    "nearest_neighbours",
+    "sample_quality",
+    "thumbnails",
+]
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -47,6 +57,191 @@ def thumbnails(u: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(u.clamp(-1, 1), size).flatten(1)
 
 
+def eight_bit(u: Tensor) -> Tensor:
+    """Pixels as 8-bit images, uint8, same shape: cut to [-1, 1] and rounded, as what is published or shown is.
+
+    Raises:
+        InputError: a pixel is NaN, which no 8-bit image can say.
+    """
+    if u.isnan().any():
+        broken = int(u.flatten(1).isnan().any(1).sum())
+        raise InputError(f"{broken} of {len(u)} images have pixels that are NaN: their chains ran away, so use fewer steps")
+    return u.clamp(-1, 1).add(1).mul(127.5).round().byte()
+
+
+def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, float]:
+    """Distances of samples to real images in the features of an extractor.
+
+    Args:
+        fake, real: features, shapes (N, D) and (M, D).
+        seed: of KID's subsets.
+
+    Returns:
+        ``frechet``: see :func:`frechet_distance`. It is biased: too large where N or M are not far above D, and with
+        fewer images than dimensions the covariances are not even of full rank.
+        ``kid``, ``kid_std``: squared maximum mean discrepancy of the kernel (x·y / D + 1)³, unbiased, mean and standard
+        deviation over 100 subsets of 1,000 images, or of min(N, M) where that is less (Bińkowski et al., ICLR 2018, arXiv
+        1801.01401, section 4). Subsets that are the whole set are always the same: the deviation is then too small.
+        ``precision``, ``recall``: share of samples within the 3-nearest-neighbour balls of real images, and the reverse
+        (Kynkäänniemi et al., NeurIPS 2019, arXiv 1904.06991, section 2). By torch-fidelity.
+
+    Raises:
+        InputError: fewer than five images, features of different extractors or not finite; torch-fidelity is missing.
+    """
+    if min(len(fake), len(real)) < 5:
+        raise InputError(f"quality of {len(fake)} samples against {len(real)} real images: give five of each at least")
+    if fake.ndim != 2 or fake.shape[1:] != real.shape[1:]:
+        raise InputError(f"features of shapes {tuple(fake.shape)} and {tuple(real.shape)}: give (N, D) and (M, D), of one kind")
+    if not (fake.isfinite().all() and real.isfinite().all()):
+        raise InputError("features are not finite, so they have no precision or recall: mend the extractor or its input")
+    try:
+        from torch_fidelity.metric_kid import kid_features_to_metric
+        from torch_fidelity.metric_prc import prc_features_to_metric
+    except ImportError as error:
+        raise InputError("KID, precision and recall need torch-fidelity: pip install 'timm_jem[eval]'") from error
+    fake, real = fake.double(), real.double()
+    size = min(1000, len(fake), len(real))
+    kid = kid_features_to_metric(
+        fake, real, kid_subsets=100, kid_subset_size=size, kid_kernel="poly", rng_seed=seed, verbose=False
+    )
+    # In parts: all distances of 50,000 real images would be 20 GB.
+    prc = prc_features_to_metric(fake, real, prc_neighborhood=3, save_cpu_ram=True, prc_batch_size=1000, verbose=False)
+    return {
+        "frechet": frechet_distance(fake, real),
+        "kid": kid["kernel_inception_distance_mean"],
+        "kid_std": kid["kernel_inception_distance_std"],
+        "precision": prc["precision"],
+        "recall": prc["recall"],
+    }
+
+
+def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float]:
+    """exp of the mean KL(p(y|x) ‖ p(y)): mean and standard deviation over ten parts, by torch-fidelity.
+
+    Source: Salimans et al., NeurIPS 2016 (arXiv 1606.03498), section 4. Between 1 and the number of classes, but no part
+    of n images can have more than n: it is too small for few images. Name the classifier whose logits these are.
+
+    Args:
+        logits: of the samples, shape (N, num_classes).
+        seed: of the parts.
+
+    Returns:
+        Mean and standard deviation; NaN where a logit is not finite.
+
+    Raises:
+        InputError: fewer than ten samples; torch-fidelity is missing.
+    """
+    if len(logits) < 10:
+        raise InputError(f"an Inception score of {len(logits)} samples in ten parts: give ten at least")
+    try:
+        from torch_fidelity.metric_isc import isc_features_to_metric
+    except ImportError as error:
+        raise InputError("the Inception score needs torch-fidelity: pip install 'timm_jem[eval]'") from error
+    # A probability that underflows in all images would be 0 · log 0 there: NaN.
+    log_p = logits.double().log_softmax(1).clamp(min=-700)
+    found = isc_features_to_metric(log_p, splits=10, shuffle=True, rng_seed=seed)
+    return found["inception_score_mean"], found["inception_score_std"]
+
+
+def nearest_neighbours(images: Tensor, train: Tensor, k: int = 1, *, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    """The ``k`` training images nearest to each image, by the ℓ2 distance of pixels in [0, 1]; 0 for a copy, exactly.
+
+    Args:
+        images, train: uint8, shapes (N, C, H, W) and (M, C, H, W).
+        k: how many, at most M.
+        batch_size: images compared at once with four times as many training images.
+
+    Returns:
+        Distances, nearest first, float64, and rows of ``train``, int64, shapes (N, k).
+
+    Raises:
+        InputError: images that are not 8-bit or of different shapes, or fewer than ``k`` training images.
+    """
+    if images.dtype != torch.uint8 or train.dtype != torch.uint8 or images.shape[1:] != train.shape[1:]:
+        raise InputError(
+            f"neighbours of {images.dtype} {tuple(images.shape)} among {train.dtype} {tuple(train.shape)}: give 8-bit images "
+            "of one shape"
+        )
+    check_whole("k", k, 1)
+    if k > len(train):
+        raise InputError(f"{k} nearest neighbours among {len(train)} training images: give more of them")
+    best = [(torch.empty(len(part), 0).double(), torch.empty(len(part), 0).long()) for part in images.split(batch_size)]
+    for start in tqdm(range(0, len(train), 4 * batch_size), desc="nearest neighbours", leave=False):
+        # Whole numbers in float64: squared distances are exact, where float32 would lose small ones.
+        known = train[start : start + 4 * batch_size].flatten(1).double()
+        for i, part in enumerate(images.split(batch_size)):
+            distances = torch.cat([best[i][0], torch.cdist(part.flatten(1).double(), known).cpu()], 1)
+            rows = torch.cat([best[i][1], (torch.arange(len(known)) + start).expand(len(part), -1)], 1)
+            nearest = distances.topk(min(k, distances.shape[1]), largest=False)
+            best[i] = nearest.values, rows.gather(1, nearest.indices)
+    return torch.cat([values for values, _ in best]) / 255, torch.cat([rows for _, rows in best])
+
+
+def chains_by_length(
+    jem: JEM,
+    lengths: Sequence[int],
+    *,
+    y: Tensor | None = None,
+    n: int | None = None,
+    generator: torch.Generator,
+    batch_size: int = 256,
+    init: Tensor | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """One set of chains, fresh ones unless ``init`` says otherwise, seen at several lengths.
+
+    Each time the last ``jem.sgld.denoise_steps`` steps are noise-free, as in ``jem.sample``, and belong to the view:
+    the chains themselves go on with noise.
+
+    Args:
+        jem: the model; its flags are as they were between two views, too.
+        lengths: numbers of steps, each above ``denoise_steps``.
+        y: classes of chains of E(x, y), int64, shape (N,); None: chains of E(x).
+        n: how many chains; may be left out where ``y`` or ``init`` tells.
+        generator: the only source of randomness.
+        batch_size: chains through the network at once.
+        init: where chains start, pixels in [-1, 1], shape (N, C, H, W); None: uniform noise.
+
+    Yields:
+        A length, in increasing order, and pixels, shape (N, C, H, W), on the model's device.
+
+    Raises:
+        InputError: a length that the noise-free steps use up, or ``n``, ``y`` and ``init`` that disagree or don't tell.
+    """
+    for steps in lengths:
+        check_whole("length of chains", steps, jem.sgld.denoise_steps + 1)
+    counts = {len(told) for told in (y, init) if told is not None} | ({n} if n is not None else set())
+    if len(counts) != 1:
+        raise InputError(f"numbers of chains by n, y and init are {sorted(counts) or 'none'}: give one, or make them agree")
+    check_whole("n", *counts, 1)
+    if init is not None and init.shape[1:] != jem.input_size:
+        raise InputError(f"init has the shape {tuple(init.shape)}: give pixels, (N, {', '.join(map(str, jem.input_size))})")
+    return _views(jem, sorted(lengths), y, *counts, generator, batch_size, init)
+
+
+def _views(
+    jem: JEM,
+    lengths: list[int],
+    y: Tensor | None,
+    n: int,
+    generator: torch.Generator,
+    batch_size: int,
+    init: Tensor | None,
+) -> Iterator[tuple[int, Tensor]]:
+    config, device, done = jem.sgld, jem.mean.device, 0
+    y = None if y is None else y.to(device)
+    u = uniform_noise((n, *jem.input_size), generator=generator, device=device) if init is None else init.to(device)
+    last = config.denoise_steps
+    total = len(lengths) * last + max(lengths, default=last) - last
+    with tqdm(total=total, desc="chains", leave=False) as bar:
+        options = {"y": y, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
+        for steps in lengths:
+            with frozen(jem):
+                u = sgld(jem.pixel_energy, u, config, generator=generator, num_steps=steps - last - done, **options)
+                view = sgld(jem.pixel_energy, u, config, num_steps=last, denoise_steps=last, **options)
+            done = steps - last
+            yield steps, view
+
+
 @torch.no_grad()
 def best_num_steps(
     jem: JEM, real: Tensor, y: Tensor, candidates: Sequence[int], *, generator: torch.Generator, batch_size: int = 256
@@ -68,24 +263,7 @@ def best_num_steps(
         The best of ``candidates``, and the distance of each; NaN for chains that ran away, which are never the best of
         several.
     """
-    config, device = jem.sgld, jem.mean.device
-    real = thumbnails(real.to(device))
-    y = y.to(device)
-    u = uniform_noise((len(y), *jem.input_size), generator=generator, device=device)
-    distances, done = {}, 0
-    with frozen(jem):
-        for steps in sorted(candidates):
-            noisy = steps - config.denoise_steps
-            u = sgld(jem.pixel_energy, u, config, y=y, generator=generator, num_steps=noisy - done, batch_size=batch_size)
-            done = noisy
-            final = sgld(
-                jem.pixel_energy,
-                u,
-                config,
-                y=y,
-                num_steps=config.denoise_steps,
-                denoise_steps=config.denoise_steps,
-                batch_size=batch_size,
-            )
-            distances[steps] = frechet_distance(thumbnails(final), real)
+    real = thumbnails(real.to(jem.mean.device))
+    chains = chains_by_length(jem, candidates, y=y, generator=generator, batch_size=batch_size)
+    distances = {steps: frechet_distance(thumbnails(u), real) for steps, u in chains}
     return min(distances, key=lambda steps: (math.isnan(distances[steps]), distances[steps], steps)), distances

@@ -1,0 +1,205 @@
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import evaluate
+import push
+import pytest
+import timm
+import torch
+import train
+from datasets import ClassLabel
+from PIL import Image as PILImage
+from safetensors.torch import load_file, save_file
+
+import timm_jem
+from timm_jem import InputError
+from timm_jem.data import DataConfig, digits, load_splits, to_pixels
+from timm_jem.evaluation.report import read_report
+
+SMALL = (
+    "--attack_images 20 --attack_steps 3 --auto_attack_images 2 --refinement_images 4 --refinement_steps 2 --eot 2 "
+    "--samples 120 --curve_samples 40 --longest_chain 8 --real_images 200 --ood_images 60 "
+    "--linf_epsilons [0.03,0.1] --l2_epsilons [0.5]"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Twenty steps of training: sure of nothing, but no constant."""
+    folder = tmp_path_factory.mktemp("evaluate") / "digits"
+    train.main(
+        shlex.split(
+            f"--train.steps 20 --train.warmup_steps 2 --train.sample_steps [1,2] --train.sample_count 40 --sgld.num_steps 5 "
+            f"--train.threads 1 --output_dir {folder}"
+        )
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A timm classifier that knows nothing of this package."""
+    folder = tmp_path_factory.mktemp("plain")
+    model = timm.create_model("resnetv2_18", num_classes=10, in_chans=1)
+    model.pretrained_cfg.update(input_size=(1, 8, 8), mean=(0.5,), std=(0.5,))
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, plain):
+    evaluate.main(shlex.split(f"{run} {SMALL} --baseline {plain}"))
+    return run / "evaluation"
+
+
+def test_one_command_gives_the_whole_report(run, evaluated):
+    report = read_report(evaluated)
+    assert {result.section for result in report.results} == {
+        "Classification and calibration",
+        "Out-of-distribution detection",
+        "Robustness",
+        "Generation",
+    }
+    assert all(result.n > 0 and result.protocol for result in report.results)
+    text = (evaluated / "report.md").read_text()
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert {path.name for path in evaluated.glob("*.png")} == set(shown)
+    assert {"samples.png", "distal.png", "counterfactuals.png", "interpolations.png", "reliability.png"} <= set(shown)
+    for file in shown:
+        PILImage.open(evaluated / file).verify()
+    assert not list(run.glob(".evaluation-*"))
+
+
+def test_the_report_says_what_the_run_said(run, evaluated):
+    summary = json.loads((run / "summary.json").read_text())
+    values = {(r.table, r.row, r.column): r for r in read_report(evaluated).results}
+    top = values["p(y|x) of test images", "Accuracy, top-1", "as it is"]
+    assert (top.value, top.n) == (pytest.approx(summary["test_accuracy"]), 359)
+    assert top.low < top.value < top.high
+    ece = values["p(y|x) of test images", "ECE, 15 equal bins, L1", "as it is"]
+    assert ece.value == pytest.approx(summary["test_ece"], abs=1e-6)
+    clean = values["Accuracy under PGD, ℓ∞", "ε = 0/255", ""]
+    jem, test = timm_jem.from_pretrained(run / "model"), load_splits(DataConfig()).test
+    images, y = evaluate.some(test, 20, 0, "")
+    with torch.no_grad():
+        right = jem(jem.normalize(to_pixels(images))).argmax(1) == y
+    assert clean.value == right.double().mean().item()
+
+
+def test_sections_do_not_change_each_other(run, tmp_path):
+    evaluate.main(shlex.split(f"{run} {SMALL} --sections [ood] --output_dir {tmp_path / 'alone'}"))
+    alone = {(r.table, r.row, r.column): r.value for r in read_report(tmp_path / "alone").results}
+    whole = {(r.table, r.row, r.column): r.value for r in read_report(run / "evaluation").results}
+    assert alone
+    assert all(whole[key] == value for key, value in alone.items())
+
+
+def test_any_timm_classifier_is_measured_by_the_same_code(plain, tmp_path):
+    flags = f"--data.dataset digits --sections [classification,ood] --output_dir {tmp_path / 'out'}"
+    evaluate.main(shlex.split(f"{plain} {SMALL} {flags}"))
+    report = read_report(tmp_path / "out")
+    accuracy = next(r for r in report.results if r.row == "Accuracy, top-1")
+    model = timm.create_model(f"local-dir:{plain}", pretrained=True).eval()
+    test = load_splits(DataConfig()).test
+    with torch.no_grad():
+        expected = (model(to_pixels(test.images)).argmax(1) == test.labels).double().mean().item()
+    assert accuracy.value == pytest.approx(expected)
+    assert any("may have been trained on" in warning for warning in report.warnings)
+
+
+def test_models_side_by_side(evaluated, tmp_path, capsys):
+    evaluate.main(shlex.split(f"--compare '[a={evaluated}, a={evaluated}, b={evaluated}]' --output_dir {tmp_path / 'c'}"))
+    text = (tmp_path / "c" / "compare.md").read_text()
+    accuracy = next(r for r in read_report(evaluated).results if r.row == "Accuracy, top-1").value
+    assert f"| Accuracy, top-1, as it is | {accuracy:.3f} ± 0.000 | {accuracy:.3f} |" in text
+    assert {"pgd_linf.png", "pgd_l2.png", "reliability.png", "chain_length.png"} <= {p.name for p in (tmp_path / "c").iterdir()}
+
+
+def test_the_card_says_what_was_measured(hub, run, evaluated):
+    push.main([str(run), "user/evaluated"])
+    files = hub.files("user/evaluated")
+    card = files["README.md"].decode()
+    assert {"evaluation/reliability.png", "evaluation/ood_auroc.png", "evaluation/pgd_linf.png"} <= set(files)
+    assert "Wilson, 95 %" in card
+    assert "Accuracy under AutoAttack, ℓ∞, ε = 8/255" in card
+    assert "AUROC of log p(x) against interpolation" in card
+    report = json.loads((evaluated / "report.json").read_text())
+    (run / "evaluation" / "report.json").write_text(json.dumps({**report, "subject": {**report["subject"], "weights": "x"}}))
+    try:
+        with pytest.raises(InputError, match="other weights"):
+            push.main([str(run), "user/evaluated"])
+    finally:
+        (run / "evaluation" / "report.json").write_text(json.dumps(report))
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python recipes/evaluate\.py (.*?)(?:  +#.*)?$", README, re.MULTILINE))
+def test_the_readmes_commands_are_understood(command):
+    given, settings, _ = evaluate.parse(shlex.split(command))
+    assert given.compare or given.model
+    assert settings.samples == evaluate.PRESETS[settings.preset]["samples"]
+
+
+def digits_folder(folder: Path, rows) -> Path:
+    folder.mkdir()
+    rows.to_parquet(folder / "train-0.parquet")
+    return folder
+
+
+def fails(capsys, command: str) -> str:
+    with pytest.raises(InputError) as error:
+        evaluate.main(shlex.split(command))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(run, plain, tmp_path, capsys):
+    out = f"--output_dir {tmp_path / 'out'} --sections [classification]"
+    assert "which model" in fails(capsys, out)
+    assert "doesn't say what it was trained on" in fails(capsys, f"{plain} {out}")
+    assert "no data set" in fails(capsys, f"{run} {out} --data.dataset ./nowhere")
+    assert "sections" in fails(capsys, f"{run} --sections [all] --output_dir {tmp_path / 'out'}")
+
+    headless = tmp_path / "headless"
+    model = timm.create_model("resnetv2_18", num_classes=0, in_chans=1)
+    model.pretrained_cfg.update(input_size=(1, 8, 8), mean=(0.5,), std=(0.5,))
+    timm.models.save_for_hf(model, headless, safe_serialization=True)
+    assert "no classification head" in fails(capsys, f"{headless} {out} --data.dataset digits")
+
+    seven = digits_folder(tmp_path / "seven", digits().filter(lambda row: row["label"] < 7).cast_column("label", ClassLabel(7)))
+    assert "has 10 classes and" in fails(capsys, f"{run} {out} --data.dataset {seven}")
+    names = ClassLabel(names=["zero", *map(str, range(1, 10))])
+    other = digits_folder(tmp_path / "other", digits().cast_column("label", names))
+    assert "class 0 of" in fails(capsys, f"{run} {out} --data.dataset {other}")
+    one = digits_folder(tmp_path / "one", digits().filter(lambda row: row["label"] == 3))
+    assert "one class" in fails(capsys, f"{run} {out} --data.dataset {one}")
+
+    broken = tmp_path / "broken"
+    shutil.copytree(run / "model", broken)
+    weights = load_file(broken / "model.safetensors")
+    save_file({key: torch.full_like(value, torch.nan) for key, value in weights.items()}, broken / "model.safetensors")
+    assert "not finite" in fails(capsys, f"{broken} {out}")
+
+    fake = tmp_path / "fake.safetensors"
+    save_file({"weight": torch.zeros(3)}, fake)
+    command = f"{run} --output_dir {tmp_path / 'out'} --sections [generation] --extractors [inception:{fake}]"
+    assert "Inception" in fails(capsys, command)
+    assert "ood is empty" in fails(capsys, f"{run} --output_dir {tmp_path / 'out'} --sections [ood] --ood []")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("")
+    assert "other files" in fails(capsys, f"{run} --output_dir {tmp_path / 'taken'}")
+    assert "no report.json" in fails(capsys, f"--compare [{tmp_path}] --output_dir {tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_library_is_named(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    message = fails(capsys, f"{run} --sections [robustness] --output_dir {tmp_path / 'out'}")
+    assert "timm_jem[robust]" in message

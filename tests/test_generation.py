@@ -1,0 +1,256 @@
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import timm_jem
+from timm_jem import InputError, uniform_noise
+from timm_jem.evaluation.generation import (
+    best_num_steps,
+    chains_by_length,
+    eight_bit,
+    frechet_distance,
+    inception_score,
+    nearest_neighbours,
+    sample_quality,
+    thumbnails,
+)
+from timm_jem.images import to_pixels
+from timm_jem.sampling import frozen, sgld
+
+
+def model(**sgld_settings):
+    torch.manual_seed(0)
+    settings = {"noise_std": 0.1, "denoise_steps": 2, **sgld_settings}
+    return timm_jem.create_model(
+        "wrn_10_1", num_classes=10, input_size=(1, 8, 8), drop_rate=0.5, sgld=timm_jem.SGLDConfig(**settings)
+    )
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def features(n, d, seed, scale=1.0, shift=0.0):
+    return torch.randn(n, d, generator=seeded(seed), dtype=torch.float64) * scale + shift
+
+
+def test_kid_is_the_unbiased_mmd_of_the_cubic_kernel():
+    fake, real = features(60, 7, 0), features(60, 7, 1, scale=1.3, shift=0.5)
+    x, y = fake.numpy(), real.numpy()
+    kernel = lambda a, b: np.array([[(p @ q / 7 + 1) ** 3 for q in b] for p in a])  # noqa: E731
+    n, others = 60, ~np.eye(60, dtype=bool)
+    within = (kernel(x, x)[others].sum() + kernel(y, y)[others].sum()) / (n * (n - 1))
+    found = sample_quality(fake, real)
+    assert found["kid"] == pytest.approx(within - 2 * kernel(x, y).mean(), rel=1e-9)
+    assert found["kid_std"] == pytest.approx(0, abs=1e-9)  # each subset is the whole
+    assert found["frechet"] == frechet_distance(fake, real)
+
+
+def test_kid_of_subsets():
+    fake, real = features(40, 3, 0, shift=1), features(300, 3, 1)
+    found = sample_quality(fake, real, seed=3)
+    assert found == sample_quality(fake, real, seed=3)
+    assert found["kid"] != sample_quality(fake, real, seed=4)["kid"]
+    assert found["kid_std"] > 0
+    assert abs(np.mean([sample_quality(features(50, 3, i), features(50, 3, i + 90))["kid"] for i in range(20)])) < 0.2
+
+
+def reference_precision(fake, real, k=3):
+    """Share of ``fake`` inside the ball of at least one of ``real`` that reaches its k-th neighbour."""
+    distance = lambda a, b: np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))  # noqa: E731
+    radii = np.sort(distance(real, real), axis=1)[:, k]
+    return (distance(fake, real) <= radii).any(1).mean()
+
+
+def test_precision_and_recall_equal_numpy():
+    fake, real = features(80, 4, 0, scale=0.6), features(130, 4, 1)
+    found = sample_quality(fake, real)
+    precision, recall = reference_precision(fake.numpy(), real.numpy()), reference_precision(real.numpy(), fake.numpy())
+    assert precision > recall + 0.2
+    assert found["precision"] == pytest.approx(precision, abs=1e-6)
+    assert found["recall"] == pytest.approx(recall, abs=1e-6)
+
+
+def test_samples_of_one_mode_are_precise_and_recall_the_other_one_not():
+    a, b = features(40, 4, 0), features(60, 4, 1, shift=100)
+    found = sample_quality(a, torch.cat([a, b]))
+    assert found["precision"] == 1
+    assert found["recall"] == pytest.approx(0.4)
+    found = sample_quality(torch.cat([a, b]), a)
+    assert found["precision"] == pytest.approx(0.4)
+    assert found["recall"] == 1
+
+
+def test_inception_score_of_known_cases():
+    assert inception_score(torch.zeros(50, 4)) == pytest.approx((1, 0), abs=1e-12)
+    one_class = torch.zeros(50, 4)
+    one_class[:, 2] = 50
+    assert inception_score(one_class)[0] == pytest.approx(1, abs=1e-9)
+    # One part has 1,000 of 10,000: classes are nearly even in it.
+    for sure in (60.0, 5000.0):
+        mean, std = inception_score(sure * torch.eye(5).repeat(2000, 1))
+        assert mean == pytest.approx(5, rel=0.01)
+        assert 0 < std < 0.05
+    assert inception_score(5000 * torch.eye(9)[torch.zeros(30, dtype=torch.long)])[0] == pytest.approx(1, abs=1e-9)
+    assert math.isnan(inception_score(torch.full((20, 3), torch.nan))[0])
+
+
+def test_inception_score_equals_its_formula():
+    row = torch.tensor([[2.0, 0.5, -1.0], [0.0, 3.0, 0.1]], dtype=torch.float64)
+    logits = row.repeat(5000, 1)
+    p = row.softmax(1)
+    expected = (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
+    assert inception_score(logits)[0] == pytest.approx(expected, rel=2e-3)
+
+
+def test_quality_refuses_what_it_cannot_judge():
+    with pytest.raises(InputError, match="five of each"):
+        sample_quality(features(4, 3, 0), features(50, 3, 1))
+    with pytest.raises(InputError, match="of one kind"):
+        sample_quality(features(50, 3, 0), features(50, 4, 1))
+    with pytest.raises(InputError, match="not finite"):
+        sample_quality(features(50, 3, 0).index_fill(0, torch.tensor(3), torch.nan), features(50, 3, 1))
+    with pytest.raises(InputError, match="ten at least"):
+        inception_score(torch.zeros(9, 3))
+
+
+def test_a_missing_torch_fidelity_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    for name in ("metric_kid", "metric_prc", "metric_isc"):
+        monkeypatch.setitem(sys.modules, f"torch_fidelity.{name}", None)
+    with pytest.raises(InputError, match=r"timm_jem\[eval\]"):
+        sample_quality(features(50, 3, 0), features(50, 3, 1))
+    with pytest.raises(InputError, match=r"timm_jem\[eval\]"):
+        inception_score(torch.zeros(50, 3))
+
+
+def test_eight_bit():
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(eight_bit(to_pixels(levels)), levels)
+    assert eight_bit(torch.tensor([[-9.0, -1, 0.001, 1, torch.inf]])).tolist() == [[0, 0, 128, 255, 255]]
+    u = torch.zeros(3, 1, 2, 2)
+    u[1, 0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match="1 of 3 images"):
+        eight_bit(u)
+
+
+def test_nearest_neighbours_equal_numpy():
+    images, train = (torch.randint(256, (n, 3, 4, 4), generator=seeded(n), dtype=torch.uint8) for n in (13, 70))
+    a, b = images.flatten(1).numpy().astype(float) / 255, train.flatten(1).numpy().astype(float) / 255
+    expected = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
+    distances, rows = nearest_neighbours(images, train, k=3, batch_size=5)
+    assert distances.shape == rows.shape == (13, 3)
+    np.testing.assert_allclose(distances, np.sort(expected, axis=1)[:, :3], rtol=1e-12)
+    np.testing.assert_array_equal(rows, np.argsort(expected, axis=1)[:, :3])
+
+
+def test_copies_have_a_distance_of_exactly_zero():
+    """float32 would put an image and its copy 10⁻² apart, where one pixel changed by 1 is 4 · 10⁻³."""
+    train = torch.randint(256, (40, 3, 32, 32), generator=seeded(), dtype=torch.uint8)
+    images = train[[31, 7]].clone()
+    images[1, 0, 0, 0] ^= 1
+    distances, rows = nearest_neighbours(images, train)
+    assert rows.tolist() == [[31], [7]]
+    assert distances.tolist() == [[0], [1 / 255]]
+
+
+def test_nearest_neighbours_refuse_other_images():
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    for bad in (images.float(), images[:, :, :3], images[:0]):
+        with pytest.raises(InputError):
+            nearest_neighbours(images, bad)
+    with pytest.raises(InputError, match="3 nearest"):
+        nearest_neighbours(images, images, k=3)
+
+
+def test_chains_seen_at_a_length_are_those_that_sample_draws():
+    jem, y = model(noise_std=0.0), torch.arange(6)
+    lengths = [9, 3, 5]
+    found = dict(chains_by_length(jem, lengths, y=y, generator=seeded(), batch_size=4))
+    assert list(found) == [3, 5, 9]
+    for steps, u in found.items():
+        drawn = jem.sample(y=y, num_steps=steps, generator=seeded(), batch_size=4)
+        assert torch.equal(jem.normalize(u), drawn)
+
+
+def test_the_first_view_of_noisy_chains_is_what_sample_draws_and_the_last_goes_on_from_noisy_ones():
+    jem, y = model(), torch.arange(6)
+    found = dict(chains_by_length(jem, [4, 7], y=y, generator=seeded()))
+    assert torch.equal(jem.normalize(found[4]), jem.sample(y=y, num_steps=4, generator=seeded()))
+    # Noise-free steps draw nothing: 7 steps with one stream of noise are those after 4 - 2 noisy ones.
+    assert torch.equal(jem.normalize(found[7]), jem.sample(y=y, num_steps=7, generator=seeded()))
+
+
+def test_chains_of_x_and_from_given_images():
+    jem, init = model(), torch.rand(5, 1, 8, 8, generator=seeded(5)) * 2 - 1
+    (steps, u), *rest = chains_by_length(jem, [6], n=5, generator=seeded())
+    assert (steps, rest) == (6, [])
+    assert torch.equal(jem.normalize(u), jem.sample(5, num_steps=6, generator=seeded()))
+    kept = init.clone()
+    ((_, u),) = chains_by_length(jem, [6], init=init, generator=seeded())
+    assert torch.equal(init, kept)
+    expected = jem.sample(init=jem.normalize(init), num_steps=6, generator=seeded())
+    torch.testing.assert_close(jem.normalize(u), expected)
+
+
+def test_chains_by_length_leave_the_model_alone():
+    jem = model().train()
+    jem.backbone.get_classifier().weight.requires_grad_(False)
+    before = [(m.training, [p.requires_grad for p in m.parameters()]) for m in jem.modules()]
+    state = {key: value.clone() for key, value in jem.state_dict().items()}
+    for _ in chains_by_length(jem, [3, 4], n=2, generator=seeded()):
+        assert [(m.training, [p.requires_grad for p in m.parameters()]) for m in jem.modules()] == before
+    assert all(p.grad is None for p in jem.parameters())
+    assert all(torch.equal(value, state[key]) for key, value in jem.state_dict().items())
+
+
+def test_bad_chains_are_refused_before_the_first_step():
+    jem, y = model(), torch.arange(4)
+    with pytest.raises(InputError, match="at least 3"):
+        chains_by_length(jem, [2, 9], y=y, generator=seeded())
+    with pytest.raises(InputError, match="none"):
+        chains_by_length(jem, [9], generator=seeded())
+    with pytest.raises(InputError, match="make them agree"):
+        chains_by_length(jem, [9], y=y, n=5, generator=seeded())
+    with pytest.raises(InputError, match="init"):
+        chains_by_length(jem, [9], init=torch.zeros(4, 3, 8, 8), generator=seeded())
+
+
+def test_best_num_steps_is_what_its_steps_are_written_out():
+    """The loop as recipes/train.py has always had it."""
+    jem, y = model(), torch.arange(40) % 10
+    real = torch.rand(60, 1, 8, 8, generator=seeded(1)) * 2 - 1
+    generator, config = seeded(), jem.sgld
+    u, done, expected = uniform_noise((40, 1, 8, 8), generator=generator), 0, {}
+    with frozen(jem):
+        for steps in (3, 5, 8):
+            noisy = steps - 2
+            u = sgld(jem.pixel_energy, u, config, y=y, generator=generator, num_steps=noisy - done, batch_size=256)
+            done = noisy
+            final = sgld(jem.pixel_energy, u, config, y=y, num_steps=2, denoise_steps=2, batch_size=256)
+            expected[steps] = frechet_distance(thumbnails(final), thumbnails(real))
+    best, distances = best_num_steps(jem, real, y, [5, 3, 8], generator=seeded())
+    assert distances == expected
+    assert best == min(expected, key=expected.get)
+
+
+class Well(torch.nn.Module):
+    """E(x) = ½ |x|², up to log 2."""
+
+    num_classes = 2
+
+    def forward(self, x):
+        return (-0.5 * x.square().sum((1, 2, 3)))[:, None].expand(-1, 2)
+
+
+def test_chains_that_run_away_are_never_the_best():
+    config = timm_jem.SGLDConfig(step_size=1e9, noise_std=0.0)
+    jem = timm_jem.JEM(Well(), data_config={"input_size": (1, 2, 2), "mean": (0.5,), "std": (0.5,)}, sgld=config)
+    real, y = torch.rand(30, 1, 2, 2, generator=seeded(1)) * 2 - 1, torch.zeros(20, dtype=torch.long)
+    best, distances = best_num_steps(jem, real, y, [1, 9], generator=seeded())
+    assert best == 1
+    assert math.isnan(distances[9])
+    assert math.isfinite(distances[1])

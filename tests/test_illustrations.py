@@ -1,0 +1,206 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import timm_jem
+from timm_jem import InputError, SGLDConfig
+from timm_jem.data import DataConfig, load_splits, to_pixels
+from timm_jem.evaluation.illustrations import counterfactuals, distal_adversarials, interpolation_paths
+
+SHAPE = (1, 4, 4)
+
+
+class Wells(nn.Module):
+    """E(x, y) = ½ · sharpness · |x − m_y|², in pixels: mean and std of ½ leave them alone."""
+
+    num_classes = 3
+
+    def __init__(self, sharpness=1.0):
+        super().__init__()
+        self.sharpness = sharpness
+        centres = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+        self.centres = nn.Parameter(centres)
+
+    def forward(self, x):
+        return -0.5 * self.sharpness * (x[:, None] - self.centres).square().flatten(2).sum(2)
+
+
+class Linear(nn.Module):
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, math.prod(SHAPE), generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.w.T
+
+
+def wrapped(backbone, **sgld):
+    data_config = {"input_size": SHAPE, "mean": (0.5,), "std": (0.5,)}
+    return timm_jem.JEM(backbone, data_config=data_config, sgld=SGLDConfig(**sgld))
+
+
+@pytest.fixture
+def u():
+    return torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(2)) * 1.6 - 0.8
+
+
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+# Steps of 1 and 5 would swing without end: (1 + weight) · 5 is above 2.
+@pytest.mark.parametrize("step_size", [0.3, 1.0, 5.0])
+@pytest.mark.parametrize("weight", [0.0, 0.05, 0.5, 4.0])
+def test_counterfactuals_of_a_quadratic_energy(u, weight, step_size):
+    jem = wrapped(Wells(), step_size=step_size)
+    found = counterfactuals(jem, u, Y, weight=weight)
+    centres = jem.backbone.centres.detach()[Y]
+    expected = (centres + weight * u) / (1 + weight)
+    torch.testing.assert_close(found.u, expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(found.distance, (expected - u).flatten(1).norm(dim=1), atol=1e-2, rtol=0)
+    torch.testing.assert_close(found.energy_before, 0.5 * (u - centres).square().flatten(1).sum(1))
+    with torch.no_grad():
+        logits = jem.backbone(found.u)
+    torch.testing.assert_close(found.energy, -logits.gather(1, Y[:, None]).squeeze(1))
+    torch.testing.assert_close(found.energy_x, -logits.logsumexp(1))
+    torch.testing.assert_close(found.probability, logits.softmax(1).gather(1, Y[:, None]).squeeze(1))
+
+
+def test_counterfactuals_stay_pixels(u):
+    jem = wrapped(Wells())
+    with torch.no_grad():
+        jem.backbone.centres.mul_(10)
+    found = counterfactuals(jem, u, Y, weight=0.0)
+    torch.testing.assert_close(found.u, jem.backbone.centres.detach()[Y].clamp(-1, 1), atol=1e-3, rtol=0)
+
+
+def test_no_step_of_counterfactuals_goes_up(u):
+    jem = wrapped(Wells(sharpness=30.0))  # SGLD's own step is 15 times too long
+    keep = (0, 1, 2, 5, 10, 50, 200)
+    found = counterfactuals(jem, u, Y, weight=0.5, keep=keep)
+    assert found.frames.shape == (6, len(keep), *SHAPE)
+    assert torch.equal(found.frames[:, 0], u)
+    assert torch.equal(found.frames[:, -1], found.u)
+    own = jem.backbone.centres.detach()[Y][:, None]
+    cost = 15 * (found.frames - own).square().flatten(2).sum(2) + 0.25 * (found.frames - u[:, None]).square().flatten(2).sum(2)
+    assert (cost.diff(dim=1) <= 1e-5).all()
+    assert (cost[:, -1] < cost[:, 0]).all()
+    assert counterfactuals(jem, u, Y).frames.shape == (6, 0, *SHAPE)
+
+
+def test_what_is_given_is_not_changed_and_nothing_depends_on_batches(u):
+    jem = timm_jem.create_model("wrn_10_1", num_classes=10, input_size=(1, 8, 8), norm_layer="batchnorm2d", drop_rate=0.5)
+    jem.train()
+    jem.backbone.get_classifier().weight.requires_grad_(False)
+    trainable = [p.requires_grad for p in jem.parameters()]
+    before = {name: value.clone() for name, value in jem.state_dict().items()}
+    images = to_pixels(load_splits(DataConfig()).test.images[:7])
+    kept, y = images.clone(), torch.arange(7)
+
+    def all_three(batch_size):
+        found = counterfactuals(jem, images, y, steps=5, keep=(2,), batch_size=batch_size)
+        distal = distal_adversarials(jem, y, generator=torch.Generator().manual_seed(3), steps=5, batch_size=batch_size)
+        return [*vars(found).values(), *distal, *interpolation_paths(jem, images, images.flip(0), batch_size=batch_size)]
+
+    random_state = torch.get_rng_state()
+    with torch.inference_mode():
+        together = all_three(256)
+    with torch.no_grad():
+        for a, b in zip(together, all_three(3), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert torch.equal(images, kept)
+    assert all(module.training for module in jem.modules())
+    assert [p.requires_grad for p in jem.parameters()] == trainable
+    assert all(p.grad is None for p in jem.parameters())
+    for name, value in jem.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_distal_adversarials_of_a_linear_classifier():
+    jem, y = wrapped(Linear()), torch.tensor([0, 1, 2, 2])
+
+    def draw(**options):
+        return distal_adversarials(jem, y, generator=torch.Generator().manual_seed(0), **options)
+
+    noise = timm_jem.uniform_noise((4, *SHAPE), generator=torch.Generator().manual_seed(0))
+    small = 1e-3
+    moved, p = draw(steps=1, step_size=small, confidence=1.0)
+    # Up the slope of log p: w_y − Σ_k p(k|x) w_k, of length `small`; noise near the edge of [-1, 1] would be cut.
+    w = jem.backbone.w.detach()
+    slope = w[y] - jem.backbone(noise).detach().softmax(1) @ w
+    expected = noise + (small * slope / slope.norm(dim=1, keepdim=True)).view_as(noise)
+    torch.testing.assert_close(moved, expected.clamp(-1, 1), atol=1e-7, rtol=0)
+    assert torch.allclose(p, jem.backbone(moved).detach().softmax(1).gather(1, y[:, None]).squeeze(1))
+
+    u, p = draw()
+    assert ((p >= 0.9) & (p < 0.99)).all()  # stopped at once when sure
+    assert (u.abs() <= 1).all()
+    assert torch.equal(jem.backbone(u).argmax(1), y)
+
+
+def test_each_distal_adversarial_stops_by_itself():
+    jem = wrapped(Linear())
+    starts = timm_jem.uniform_noise((64, *SHAPE), generator=torch.Generator().manual_seed(0))
+    first = jem.backbone(starts).detach().softmax(1)[:, 0]
+    u, _ = distal_adversarials(jem, torch.zeros(64, dtype=torch.long), generator=torch.Generator().manual_seed(0))
+    sure = first >= 0.9
+    assert 0 < sure.sum() < 64
+    assert torch.equal(u[sure], starts[sure])
+    assert (u[~sure] != starts[~sure]).flatten(1).any(1).all()
+    unfinished = distal_adversarials(
+        jem, torch.zeros(64, dtype=torch.long), generator=torch.Generator().manual_seed(0), steps=1, step_size=1e-4
+    )[1]
+    assert torch.equal(unfinished >= 0.9, sure)  # and those that never were say so
+
+
+def test_a_broken_model_stays_visible(u):
+    jem = wrapped(Linear())
+    with torch.no_grad():
+        jem.backbone.w.fill_(math.nan)
+    assert distal_adversarials(jem, Y, steps=2)[1].isnan().all()
+    assert counterfactuals(jem, u, Y, steps=2).energy.isnan().all()
+
+
+def test_energies_along_lines_are_those_of_the_model():
+    jem = timm_jem.create_model("wrn_10_1", num_classes=10, input_size=(1, 8, 8)).eval()
+    images = to_pixels(load_splits(DataConfig()).test.images[:6])
+    a, b = images[:3], images[3:]
+    paths, energies = interpolation_paths(jem, a, b)
+    assert paths.shape == (3, 7, 1, 8, 8)
+    assert torch.equal(paths[:, 0], a)
+    assert torch.equal(paths[:, -1], b)
+    torch.testing.assert_close(paths[:, 3], (a + b) / 2)
+    torch.testing.assert_close(paths.diff(dim=1), ((b - a) / 6)[:, None].expand(-1, 6, -1, -1, -1))
+    with torch.no_grad():
+        expected = jem.energy(jem.normalize(paths.flatten(0, 1))).view(3, 7)
+    torch.testing.assert_close(energies, expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda jem, u: distal_adversarials(jem, torch.tensor([0, 3])), "0 to 2"),
+        (lambda jem, u: distal_adversarials(jem, torch.tensor([-1])), "0 to 2"),
+        (lambda jem, u: distal_adversarials(jem, torch.tensor([0.5])), "int64"),
+        (lambda jem, u: distal_adversarials(jem, torch.tensor([], dtype=torch.long)), "at least one"),
+        (lambda jem, u: distal_adversarials(jem, Y, confidence=1.5), "confidence"),
+        (lambda jem, u: distal_adversarials(jem, Y, step_size=0), "step_size"),
+        (lambda jem, u: counterfactuals(jem, u, Y[:5]), "a class an image"),
+        (lambda jem, u: counterfactuals(jem, u * 3, Y), "cut them"),
+        (lambda jem, u: counterfactuals(jem, u * math.nan, Y), "cut them"),
+        (lambda jem, u: counterfactuals(jem, u.expand(-1, 3, -1, -1), Y), "1, H, W"),
+        (lambda jem, u: counterfactuals(jem, u.byte(), Y), "to_pixels"),
+        (lambda jem, u: counterfactuals(jem, u, Y, weight=-1), "weight"),
+        (lambda jem, u: counterfactuals(jem, u, Y, steps=5, keep=(9,)), "keep earlier ones"),
+        (lambda jem, u: interpolation_paths(jem, u, u[:5]), "pairs"),
+        (lambda jem, u: interpolation_paths(jem, u, u, 1), "at least 2"),
+    ],
+)
+def test_bad_input_is_said_in_a_line(u, call, message):
+    with pytest.raises(InputError, match=message) as error:
+        call(wrapped(Wells()), u)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,184 @@
+import pytest
+import torch
+from torch import nn
+
+import timm_jem
+from timm_jem import InputError, SGLDConfig
+from timm_jem.evaluation.attacks import PGDConfig, margin, pgd, pixel_classifier
+from timm_jem.evaluation.refinement import RefinementConfig, refined_classifier
+
+STILL = SGLDConfig(step_size=0.3, noise_std=0.0)
+NOISY = SGLDConfig(step_size=0.3, noise_std=0.1)
+BOTH = ("identity", "through")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def jem():
+    """A smooth model in float64, of odd mean and std, in train mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3)).double()
+    network.num_classes = 3
+    return timm_jem.JEM(network, data_config={"input_size": (1, 2, 2), "mean": (0.3,), "std": (0.6,)}).train()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(5, 1, 2, 2, generator=seeded(1), dtype=torch.float64)
+
+
+def gradient(classifier, images, column):
+    x = images.clone().requires_grad_(True)
+    return torch.autograd.grad(classifier(x)[:, column].sum(), x)[0]
+
+
+def test_the_gradient_through_all_steps_equals_finite_differences(jem, images):
+    classifier = refined_classifier(jem, RefinementConfig(4, sgld=STILL), generator=seeded(), gradient="through")
+    for column in range(3):
+        found = gradient(classifier, images, column)
+        for row in range(4):
+            step = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+            step.flatten()[row] = 1e-6
+            expected = (classifier(images + step) - classifier(images - step))[:, column] / 2e-6
+            torch.testing.assert_close(found.flatten(1)[:, row], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_gradient_past_the_steps_is_that_at_the_refined_image(jem, images):
+    classifier = refined_classifier(jem, RefinementConfig(4, sgld=STILL), generator=seeded(), gradient="identity")
+    jem.eval()
+    refined = timm_jem.sampling.sgld(jem.pixel_energy, 2 * images - 1, STILL, num_steps=4)
+    plain = pixel_classifier(jem)
+    for column in range(3):
+        expected = gradient(lambda x: plain(x).log_softmax(1), (refined + 1) / 2, column)
+        torch.testing.assert_close(gradient(classifier, images, column), expected, rtol=1e-9, atol=1e-12)
+        through = refined_classifier(jem, RefinementConfig(4, sgld=STILL), generator=seeded())
+        assert not torch.allclose(gradient(through, images, column), expected, rtol=0.05)
+
+
+@pytest.mark.parametrize("chains", [1, 3])
+def test_values_are_equal_with_and_without_a_gradient(jem, images, chains):
+    def value(which, x):
+        return refined_classifier(jem, RefinementConfig(4, chains, sgld=NOISY), generator=seeded(), gradient=which)(x)
+
+    with torch.no_grad():
+        expected = value("through", images)
+    for which in BOTH:
+        assert torch.equal(value(which, images), expected)
+        assert torch.equal(value(which, images.clone().requires_grad_(True)), expected)
+        with torch.inference_mode():
+            assert torch.equal(value(which, images.clone()), expected)
+    torch.testing.assert_close(expected.exp().sum(1), torch.ones(5, dtype=torch.float64))
+
+
+def test_probabilities_are_averaged_over_chains(jem, images):
+    one = refined_classifier(jem, RefinementConfig(2, sgld=NOISY), generator=seeded())
+    three = refined_classifier(jem, RefinementConfig(2, chains=3, sgld=NOISY), generator=seeded())
+    parts = [one(images).exp() for _ in range(3)]
+    assert not torch.allclose(parts[0], parts[1])  # new noise in every call
+    torch.testing.assert_close(three(images).exp(), sum(parts) / 3)
+
+
+def test_steps_are_those_of_the_model_unless_told(jem, images):
+    jem.sgld = STILL
+    assert torch.equal(
+        refined_classifier(jem, RefinementConfig(2), generator=None)(images),
+        refined_classifier(jem, RefinementConfig(2, sgld=STILL), generator=None)(images),
+    )
+    far = refined_classifier(jem, RefinementConfig(40, sgld=STILL), generator=None)(images)
+    jem.eval()
+    refined = timm_jem.sampling.sgld(jem.pixel_energy, 2 * images - 1, STILL, num_steps=40)
+    torch.testing.assert_close(far, jem(jem.normalize(refined)).log_softmax(1))
+
+
+@pytest.mark.parametrize("which", BOTH)
+def test_attacks_leave_the_model_as_it_was(jem, images, which):
+    classifier = refined_classifier(jem, RefinementConfig(2, sgld=NOISY), generator=seeded(), gradient=which)
+    state = torch.random.get_rng_state()
+    with torch.inference_mode():
+        broken = pgd(classifier, images, torch.tensor([0, 1, 2, 0, 1]), PGDConfig(steps=2, eot=2), generator=seeded())
+    assert (broken - images).abs().max() <= 8 / 255 + 1e-6
+    assert all(module.training for module in jem.modules())
+    assert all(p.requires_grad and p.grad is None for p in jem.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class Coupled(nn.Module):
+    """The class is the side of the first pixel, and the energy draws it to the second one."""
+
+    num_classes = 2
+
+    def forward(self, x):
+        first, second = x.flatten(1).T
+        near = -2 * (first - second).square()
+        return torch.stack([near - first, near + first], 1)
+
+
+def test_an_attacker_who_sees_the_steps_does_better():
+    jem = timm_jem.JEM(Coupled(), data_config={"input_size": (1, 1, 2), "mean": (0.5,), "std": (0.5,)})
+    config = RefinementConfig(10, sgld=SGLDConfig(step_size=0.1, noise_std=0.0))
+    images = torch.tensor([[0.7, 0.7], [0.6, 0.6], [0.65, 0.6], [0.8, 0.55]]).reshape(-1, 1, 1, 2)
+    y = torch.ones(4, dtype=torch.long)
+    margins, moved = {}, {}
+    for which in BOTH:
+        classifier = refined_classifier(jem, config, generator=None, gradient=which)
+        broken = pgd(classifier, images, y, PGDConfig("l2", 0.1, steps=20), generator=seeded())
+        margins[which] = margin(classifier(broken), y)
+        moved[which] = (broken - images).abs().mean(0).flatten()
+    assert (margins["through"] > margins["identity"]).all()
+    assert moved["identity"][1] < 0.2 * moved["identity"][0]  # it hardly knows of the second pixel
+    assert moved["through"][1] > 0.5 * moved["through"][0]
+
+
+class Attention(nn.Module):
+    """Fused attention, which has no second derivative."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        tokens = self.embed(x.reshape(len(x), 1, -1, 4)).expand(-1, 2, -1, -1)
+        return self.head(nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).mean((1, 2)))
+
+
+def test_a_backbone_without_second_derivatives():
+    jem = timm_jem.JEM(Attention(), data_config={"input_size": (1, 4, 4), "mean": (0.5,), "std": (0.5,)})
+    x = torch.rand(3, 1, 4, 4, generator=seeded()).requires_grad_(True)
+    with pytest.raises(InputError, match=r"set_fused_attn\(False\)") as error:
+        refined_classifier(jem, RefinementConfig(2, sgld=STILL), generator=None, gradient="through")
+    assert "\n" not in str(error.value)
+    values = refined_classifier(jem, RefinementConfig(2, sgld=STILL), generator=None, gradient="identity")(x)
+    assert torch.autograd.grad(values[:, 0].sum(), x)[0].abs().sum() > 0
+    assert all(p.requires_grad and p.grad is None for p in jem.parameters())
+
+
+class Linear(nn.Module):
+    """One class: a linear energy has a second derivative of zero, and PyTorch no graph for it."""
+
+    num_classes = 1
+
+    def forward(self, x):
+        return x.sum((1, 2, 3))[:, None]
+
+
+def test_a_linear_energy_moves_all_images_alike(images):
+    jem = timm_jem.JEM(Linear(), data_config={"input_size": (1, 2, 2), "mean": (0.5,), "std": (0.5,)})
+    classifier = refined_classifier(jem, RefinementConfig(2, sgld=STILL), generator=None, gradient="through")
+    assert torch.equal(classifier(images.requires_grad_(True)), torch.zeros(5, 1))
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"chains": 0}, {"steps": 1.5}])
+def test_bad_settings(bad):
+    with pytest.raises(InputError, match=next(iter(bad))):
+        RefinementConfig(**bad)
+
+
+def test_another_gradient_is_refused(jem):
+    with pytest.raises(InputError, match="'bpda'"):
+        refined_classifier(jem, RefinementConfig(), generator=None, gradient="bpda")

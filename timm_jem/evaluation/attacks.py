@@ -1,0 +1,334 @@
+"""Attacks on classifiers of images in [0, 1]: PGD, and AutoAttack by pyautoattack.
+
+Here alone images are in [0, 1], so that ε = 8/255 is eight grey levels, as the literature has it; a classifier maps such
+images, float, shape (N, C, H, W), to logits. :func:`pixel_classifier` is the only place where they become a model's input.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate.utils import tqdm
+from torch import Tensor, nn
+
+from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.model import JEM
+from timm_jem.sampling import frozen, randn, uniform_noise
+
+__all__ = ["Classifier", "PGDConfig", "auto_attack", "check_attackable", "check_logits", "margin", "pgd", "pixel_classifier"]
+
+Classifier = Callable[[Tensor], Tensor]
+
+
+def pixel_classifier(jem: JEM) -> Classifier:
+    """The classifier p(y|x) on images in [0, 1]: logits of ``jem.normalize(2 · images − 1)``, in eval mode.
+
+    Half-precision logits become float32; a gradient reaches the images, and no parameter.
+    """
+
+    def classify(images: Tensor) -> Tensor:
+        with frozen(jem):
+            logits = jem(jem.normalize(2 * images.to(jem.mean.device) - 1))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    return classify
+
+
+@dataclass(frozen=True)
+class PGDConfig:
+    """Projected gradient descent on the cross-entropy (Madry et al., ICLR 2018, arXiv 1706.06083, section 2.1).
+
+    Attributes:
+        norm: linf or l2.
+        eps: radius of the ball, in [0, 1] pixel units; 8/255 is the usual one for ℓ∞ and CIFAR-10.
+        steps: gradient steps (Madry et al.: 7 to 100).
+        step_size: None: 2.5 · eps / steps, so that a chain can reach the ball's edge from any start in it (as the same
+            authors' public challenge has it).
+        restarts: random starts; an image counts as broken if one of them breaks it.
+        eot: forward passes whose mean gradient makes a step, against classifiers that draw noise (expectation over
+            transformation: Athalye et al., ICML 2018, arXiv 1802.00420, section 4.2).
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    norm: Literal["linf", "l2"] = "linf"
+    eps: float = 8 / 255
+    steps: int = 40
+    step_size: float | None = None
+    restarts: int = 1
+    eot: int = 1
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise InputError(f"norm of an attack is {self.norm!r}: give linf or l2")
+        check_number("eps of an attack", self.eps, least=0)
+        if self.step_size is not None:
+            check_number("step_size of an attack", self.step_size, above=0)
+        for name in ("steps", "restarts", "eot"):
+            check_whole(f"{name} of an attack", getattr(self, name), 1)
+
+
+def check_attackable(images: Tensor, y: Tensor) -> None:
+    """Raise an InputError unless ``images`` are floats in [0, 1], shape (N, C, H, W), and each has a label, shape (N,)."""
+    if images.dtype not in (torch.float32, torch.float64) or images.ndim != 4:
+        raise InputError(
+            f"images to attack are {images.dtype} of shape {tuple(images.shape)}: give float32, (N, C, H, W), in [0, 1], "
+            "i.e. 8-bit images divided by 255"
+        )
+    if y.shape != images.shape[:1] or len(y) == 0:
+        raise InputError(f"{len(images)} images to attack and labels of shape {tuple(y.shape)}: give a label an image")
+    if y.dtype != torch.int64 or y.min() < 0:
+        raise InputError(f"labels of images to attack are {y.dtype}, the least is {y.min().item()}: give int64, at least 0")
+    if not (images.min() >= 0 and images.max() <= 1):  # NaN included
+        low, high = images.min().item(), images.max().item()
+        raise InputError(f"images to attack lie in [{low:g}, {high:g}]: give [0, 1], i.e. 8-bit images divided by 255")
+
+
+def check_logits(logits: Tensor) -> Tensor:
+    """``logits``, or an InputError if they are not finite: NaN would compare as neither right nor wrong."""
+    if not logits.isfinite().all():
+        raise InputError("the attacked classifier gives logits that are not finite: it can't be judged by attacks")
+    return logits
+
+
+@torch.no_grad()
+def _first_logits(classifier: Classifier, images: Tensor, y: Tensor) -> Tensor:
+    """Of two images: they tell where the classifier works, and how many classes it has."""
+    logits = check_logits(classifier(images[:2]))
+    if y.max() >= logits.shape[1]:
+        raise InputError(f"a label of the images to attack is {y.max().item()}: the classifier has {logits.shape[1]} classes")
+    return logits
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{j ≠ y} f_j − f_y, shape (N,): above 0 where the classifier is wrong."""
+    others = logits.scatter(1, y[:, None], -math.inf)
+    return others.amax(1) - logits.gather(1, y[:, None]).squeeze(1)
+
+
+def pgd(
+    classifier: Classifier,
+    images: Tensor,
+    y: Tensor,
+    config: PGDConfig,
+    *,
+    generator: torch.Generator | None,
+    batch_size: int = 256,
+    desc: str = "PGD",
+) -> Tensor:
+    """The images of the ball that fool ``classifier`` most, of all that the attack comes by.
+
+    Every restart begins at a random point of the ball. Of every image the iterate with the largest :func:`margin` (its
+    mean over ``eot`` draws) is kept, the image itself and all restarts included. Works under ``no_grad`` and
+    ``inference_mode``, and leaves no gradient on parameters.
+
+    Args:
+        classifier: maps images in [0, 1], (B, C, H, W), to logits, (B, num_classes), on its own device; in eval mode.
+        images: float32 or float64, in [0, 1], shape (N, C, H, W).
+        y: their labels, int64, shape (N,).
+        config: see :class:`PGDConfig`.
+        generator: the only source of randomness of the attack; None: PyTorch's global one.
+        batch_size: images at once; a classifier without noise gives the same for any.
+        desc: of the progress bar.
+
+    Returns:
+        Shape of ``images``, on their device; none further than ``eps`` from its image, and all in [0, 1].
+
+    Raises:
+        InputError: images outside [0, 1], labels that don't fit, or logits or gradients that are not finite.
+    """
+    check_attackable(images, y)
+    check_whole("batch_size", batch_size, 1)
+    with torch.inference_mode(False), torch.enable_grad():
+        images, y = images.detach().clone(), y.clone()
+        if config.eps == 0:
+            return images
+        device = _first_logits(classifier, images, y).device
+        best, margins = images.clone(), [-math.inf] * math.ceil(len(images) / batch_size)
+        work = [(restart, part) for restart in range(config.restarts) for part in range(len(margins))]
+        for restart, part in tqdm(work, desc=desc, leave=False):
+            if part == 0:  # noise of all images at once: the same for any batch_size
+                starts = _start(images, config, generator)
+            rows = slice(part * batch_size, (part + 1) * batch_size)
+            x, labels, kept = images[rows].to(device), y[rows].to(device), best[rows].to(device)
+            if restart == 0:
+                margins[part] = _margins(classifier, x, labels, config.eot)
+            point = _project(starts[rows].to(device), x, config)
+            for step in range(config.steps + 1):
+                if step < config.steps:
+                    gradient, now = _ascent(classifier, point, labels, config.eot)
+                else:
+                    gradient, now = None, _margins(classifier, point, labels, config.eot)
+                better = now > margins[part]
+                kept = torch.where(better[:, None, None, None], point, kept)
+                margins[part] = torch.where(better, now, margins[part])
+                if gradient is not None:
+                    point = _project(point + _step(gradient, config), x, config)
+            best[rows] = kept.to(best.device)
+    return best
+
+
+def _start(images: Tensor, config: PGDConfig, generator: torch.Generator | None) -> Tensor:
+    """A random point of each ball: uniform for ℓ∞; for ℓ2 of uniform direction and of the radius that makes it uniform."""
+    options = {"generator": generator, "device": images.device, "dtype": images.dtype}
+    if config.norm == "linf":
+        return images + config.eps * uniform_noise(images.shape, **options)
+    noise = randn(images.shape, **options)
+    radius = ((uniform_noise((len(images), 1, 1, 1), **options) + 1) / 2) ** (1 / images[0].numel())
+    return images + config.eps * radius * noise / _norm(noise)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+def _step(gradient: Tensor, config: PGDConfig) -> Tensor:
+    size = 2.5 * config.eps / config.steps if config.step_size is None else config.step_size
+    if config.norm == "linf":
+        return size * gradient.sign()
+    # A confident classifier's gradient is so small that its squares are 0: make the largest entry 1 first.
+    peak = gradient.abs().amax((1, 2, 3), keepdim=True)
+    gradient = gradient / torch.where(peak > 0, peak, 1)
+    return size * gradient / _norm(gradient).clamp_min(1)
+
+
+def _project(point: Tensor, images: Tensor, config: PGDConfig) -> Tensor:
+    """Into the ball and into [0, 1]. Cutting to [0, 1] never leads out of a ball whose centre is in it."""
+    away = point - images
+    if config.norm == "linf":
+        away = away.clamp(-config.eps, config.eps)
+    else:
+        away = away * (config.eps / _norm(away).clamp_min(config.eps))
+    return (images + away).clamp(0, 1).detach()
+
+
+def _ascent(classifier: Classifier, point: Tensor, y: Tensor, eot: int) -> tuple[Tensor, Tensor]:
+    """The gradient of the cross-entropy and the margin, means over ``eot`` passes."""
+    gradients, margins = 0, 0
+    for _ in range(eot):
+        x = point.clone().requires_grad_(True)
+        logits = check_logits(classifier(x))
+        loss = nn.functional.cross_entropy(logits, y, reduction="sum")
+        # A classifier whose gradient is cut off has none: an attacker sees zeros.
+        gradient = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
+        gradients = gradients + (torch.zeros_like(x) if gradient is None else gradient)
+        margins = margins + margin(logits.detach(), y)
+    if not gradients.isfinite().all():
+        raise InputError("the attacked classifier has a gradient that is not finite: PGD can't follow it")
+    return gradients / eot, margins / eot
+
+
+@torch.no_grad()
+def _margins(classifier: Classifier, point: Tensor, y: Tensor, eot: int) -> Tensor:
+    return sum(margin(check_logits(classifier(point)), y) for _ in range(eot)) / eot
+
+
+_ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+
+
+def _auto_attacks(version: str, num_classes: int) -> list[str]:
+    """Those of ``version`` that exist: the DLR loss needs three classes, the targeted one four (Croce & Hein, section 4)."""
+    if version == "rand":
+        return ["apgd-ce", "apgd-dlr"] if num_classes > 2 else ["apgd-ce"]
+    dlr = {2: [], 3: ["apgd-dlr"]}.get(num_classes, ["apgd-t"])
+    return ["apgd-ce", *dlr, "fab-t", "square"]
+
+
+def auto_attack(
+    classifier: Classifier,
+    images: Tensor,
+    y: Tensor,
+    *,
+    norm: Literal["linf", "l2"],
+    eps: float,
+    version: Literal["standard", "rand"] = "standard",
+    attacks: Sequence[str] | None = None,
+    n_iter: int | None = None,
+    n_queries: int | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Tensor:
+    """AutoAttack (Croce & Hein, ICML 2020, arXiv 2003.01690) by pyautoattack.
+
+    PyTorch's global generator, which the library seeds, is put back, and so is Python's trace function, which it removes.
+
+    Args:
+        classifier: as :func:`pgd`'s. A module is frozen meanwhile: FAB would leave gradients on its parameters.
+        images, y: as :func:`pgd`'s. The attack is in float32.
+        norm, eps: the ball, in [0, 1] pixel units.
+        version: standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square, the targeted ones with up to nine targets;
+            rand, for classifiers that draw noise: APGD-CE and APGD-DLR with expectation over 20 draws. Targeted DLR is
+            undefined with three classes, where the untargeted one takes its place, and both are with two.
+        attacks: instead of the version's: names of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square".
+        n_iter: of APGD and FAB; None: 100, the published number. Fewer is no AutoAttack to report.
+        n_queries: of Square, per image; None: 5000, the published number.
+        seed: of the attack.
+        batch_size: images at once.
+
+    Returns:
+        Shape of ``images``, on their device; those that no attack broke are unchanged.
+
+    Raises:
+        InputError: pyautoattack is missing, an attack that doesn't exist for so few classes or pixels; or as :func:`pgd`.
+    """
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError as error:
+        raise InputError("AutoAttack needs pyautoattack: pip install 'timm_jem[robust]'") from error
+    if norm not in ("linf", "l2"):
+        raise InputError(f"norm of an attack is {norm!r}: give linf or l2")
+    if version not in ("standard", "rand"):
+        raise InputError(f"version of AutoAttack is {version!r}: give standard or rand")
+    check_attackable(images, y)
+    check_number("eps of an attack", eps, least=0)
+    check_whole("batch_size", batch_size, 1)
+    for name, number in (("n_iter", n_iter), ("n_queries", n_queries)):
+        if number is not None:
+            check_whole(f"{name} of AutoAttack", number, 1)
+    if isinstance(attacks, str) or (attacks is not None and (len(attacks) == 0 or not set(attacks) <= set(_ATTACKS))):
+        raise InputError(f"attacks of AutoAttack are {attacks!r}: give a list of {', '.join(_ATTACKS)}")
+    freezing = frozen(classifier) if isinstance(classifier, nn.Module) else contextlib.nullcontext()
+    tracer = sys.gettrace()
+    try:
+        with freezing, torch.inference_mode(False), torch.random.fork_rng():
+            start, y = images.detach().float().contiguous().clone(), y.clone()
+            if eps == 0:
+                return start.to(images.dtype)
+            logits = _first_logits(classifier, start, y)
+            num_classes = logits.shape[1]
+            names = _auto_attacks(version, num_classes) if attacks is None else list(attacks)
+            for name, least in (("apgd-dlr", 3), ("apgd-t", 4)):
+                if name in names and num_classes < least:
+                    raise InputError(f"{name} needs {least} classes, and the classifier has {num_classes}: leave it out")
+            if norm == "l2" and "square" in names and min(start.shape[2:]) < 5:
+                raise InputError(f"square under l2 needs 5 x 5 pixels, and images have {tuple(start.shape[2:])}: leave it out")
+            attack = AutoAttack(
+                lambda x: check_logits(classifier(x)),
+                norm={"linf": "Linf", "l2": "L2"}[norm],
+                eps=eps,
+                seed=seed,
+                device=logits.device,
+                version=version,
+            )
+            attack.attacks_to_run = names
+            attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, num_classes - 1)
+            attack.apgd_targeted.eot_iter = attack.apgd.eot_iter
+            if n_iter is not None:
+                # What its constructor makes of the number of iterations (Croce & Hein, section 3).
+                for apgd in (attack.apgd, attack.apgd_targeted):
+                    apgd.n_iter = apgd.n_iter_orig = n_iter
+                    apgd.n_iter_2 = max(int(0.22 * n_iter), 1)
+                    apgd.n_iter_min = max(int(0.06 * n_iter), 1)
+                    apgd.size_decr = max(int(0.03 * n_iter), 1)
+                attack.fab.n_iter = n_iter
+            if n_queries is not None:
+                attack.square.n_queries = n_queries
+            broken, _ = attack.run_standard_evaluation(start, y, batch_size=batch_size)
+    finally:
+        sys.settrace(tracer)
+    return broken.detach().to(images.dtype)

@@ -1,0 +1,242 @@
+"""What a model believes, as pictures: images that it is sure of, least changes between classes, and lines of energy."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import tqdm
+from torch import Tensor
+
+from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.model import JEM
+from timm_jem.sampling import frozen, uniform_noise
+
+__all__ = ["Counterfactuals", "counterfactuals", "distal_adversarials", "interpolation_paths"]
+
+
+def distal_adversarials(
+    jem: JEM,
+    y: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    steps: int = 500,
+    step_size: float | None = None,
+    confidence: float = 0.9,
+    batch_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Images from uniform noise of which the classifier is sure: p(y|x) of at least ``confidence``.
+
+    Each goes up the slope of log p(y|x), not of p(x), within [-1, 1], and stops when the classifier is sure. Source: JEM
+    (arXiv 1912.03263), section 5.4 and figure 6, with p = 0.9, after Schott et al. (arXiv 1805.09190): there, what makes a
+    plain classifier sure still looks like noise, and what makes a joint energy model sure like an image. Whether that is so
+    of a model is for its pictures and energies to say. The steps are ours.
+
+    Args:
+        jem: the model, or any wrapped classifier; its flags are left as they were.
+        y: the classes, int64, shape (N,).
+        generator: the only source of randomness (None: PyTorch's global one). The same seed gives the same images,
+            whatever ``batch_size``.
+        steps: the most steps.
+        step_size: ℓ2 length of a step in pixels in [-1, 1]; None: 0.01 · √(C·H·W), which is 0.01 a pixel on average.
+        confidence: where an image stops.
+        batch_size: images through the network at once.
+
+    Returns:
+        Pixels in [-1, 1], shape (N, C, H, W), and their p(y|x), shape (N,), on the CPU. An image whose p(y|x) is below
+        ``confidence`` was not finished after all steps.
+
+    Raises:
+        InputError: classes that the model doesn't have, none, or a setting out of range.
+    """
+    check_whole("steps of distal adversarials", steps, 1)
+    check_number("confidence of distal adversarials", confidence, above=0, most=1)
+    check_whole("batch_size", batch_size, 1)
+    size = 0.01 * math.sqrt(math.prod(jem.input_size)) if step_size is None else step_size
+    check_number("step_size of distal adversarials", size, above=0)
+    _check_labels(jem, y)
+    device = jem.mean.device
+    noise = uniform_noise((len(y), *jem.input_size), generator=generator, device=device)
+    images, probabilities = [], []
+    with torch.inference_mode(False), torch.enable_grad(), frozen(jem):
+        batches = list(zip(noise.split(batch_size), y.split(batch_size), strict=True))
+        for u, labels in tqdm(batches, desc="distal adversarials", leave=False):
+            u, own = u.clone(), labels.clone().to(device)[:, None]
+            for step in range(steps + 1):
+                u = u.detach().requires_grad_(True)
+                log_p = jem(jem.normalize(u)).float().log_softmax(1).gather(1, own).squeeze(1)
+                sure = log_p.detach().exp() >= confidence
+                if step == steps or sure.all():
+                    break
+                slope = torch.autograd.grad(log_p.sum(), u)[0]
+                # Nowhere to go where the slope is exactly zero.
+                norm = slope.flatten(1).norm(dim=1).clamp_min(torch.finfo(slope.dtype).tiny)
+                move = size * (slope / norm[:, None, None, None])
+                u = torch.where(sure[:, None, None, None], u, (u + move).clamp(-1, 1))
+            images.append(u.detach().cpu())
+            probabilities.append(log_p.detach().exp().cpu())
+    return torch.cat(images), torch.cat(probabilities)
+
+
+@dataclass(frozen=True)
+class Counterfactuals:
+    """Images changed to other classes, all on the CPU.
+
+    Attributes:
+        u: pixels in [-1, 1], shape (N, C, H, W).
+        energy: E(u, y) under the new class, shape (N,); ``energy_before``: that of the images they came from.
+        energy_x: E(u), shape (N,).
+        probability: p(y|u), shape (N,).
+        distance: ‖u − u₀‖₂ in pixels in [-1, 1], shape (N,).
+        frames: pixels on the way, shape (N, len(keep), C, H, W).
+    """
+
+    u: Tensor
+    energy: Tensor
+    energy_before: Tensor
+    energy_x: Tensor
+    probability: Tensor
+    distance: Tensor
+    frames: Tensor
+
+
+def counterfactuals(
+    jem: JEM,
+    u: Tensor,
+    y: Tensor,
+    *,
+    weight: float = 0.05,
+    steps: int = 200,
+    step_size: float | None = None,
+    keep: Sequence[int] = (),
+    batch_size: int = 256,
+) -> Counterfactuals:
+    """The least change of images to other classes under the joint energy: argmin_v E(v, y) + weight/2 · ‖v − u‖².
+
+    Wachter et al. (arXiv 1711.00399) weigh a prediction's loss against a distance; here −log p(v, y) takes the loss's
+    place, so that the result is the most likely image under p(v, y) · N(v; u, I/weight): close to ``u`` and like the class,
+    instead of what fools the classifier soonest. It is SGLD (JEM, arXiv 1912.03263, eq. 3) without noise on that sum, within
+    [-1, 1]. A step that would raise an image's sum is not taken, and that image's steps are halved: SGLD's own step is too
+    long to settle by itself. The minimum is a local one.
+
+    Args:
+        jem: the model; its flags are left as they were.
+        u: pixels in [-1, 1], shape (N, C, H, W).
+        y: the classes to change to, int64, shape (N,).
+        weight: price of distance, in nats per squared pixel; the default is ours.
+        steps: of gradient descent, those not taken included.
+        step_size: factor of the gradient at first; None: the model's own SGLD step.
+        keep: numbers of steps after which the images are kept too, 0 being ``u`` itself.
+        batch_size: images through the network at once.
+
+    Raises:
+        InputError: images that aren't pixels, labels that don't fit, or a setting out of range.
+    """
+    check_number("weight of counterfactuals", weight, least=0)
+    check_whole("steps of counterfactuals", steps, 1)
+    check_whole("batch_size", batch_size, 1)
+    size = jem.sgld.step_size if step_size is None else step_size
+    check_number("step_size of counterfactuals", size, above=0)
+    for step in keep:
+        check_whole("a step to keep", step, 0)
+    if max(keep, default=0) > steps:
+        raise InputError(f"step {max(keep)} of counterfactuals is to be kept and there are {steps}: keep earlier ones")
+    _check_pixels(jem, u)
+    if not u.abs().max() <= 1 + 1e-4:  # NaN, too
+        raise InputError(f"images to change have pixels of up to {u.abs().max():.3g}: cut them, u.clamp(-1, 1)")
+    _check_labels(jem, y)
+    if y.shape != u.shape[:1]:
+        raise InputError(f"{len(u)} images and {len(y)} classes to change to: give a class an image")
+    found = []
+    with torch.inference_mode(False), torch.enable_grad(), frozen(jem):
+        batches = list(zip(u.split(batch_size), y.split(batch_size), strict=True))
+        for images, labels in tqdm(batches, desc="counterfactuals", leave=False):
+            start = images.detach().clone().to(jem.mean.device)
+            found.append(_descend(jem, start, labels.clone().to(start.device), weight, steps, size, keep))
+    return Counterfactuals(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
+
+
+def _descend(
+    jem: JEM, start: Tensor, y: Tensor, weight: float, steps: int, step_size: float, keep: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """The fields of :class:`Counterfactuals` of one batch."""
+
+    def cost_and_slope(v: Tensor) -> tuple[Tensor, Tensor]:
+        v = v.detach().requires_grad_(True)
+        cost = jem.pixel_energy(v, y) + weight / 2 * (v - start).square().flatten(1).sum(1)
+        return cost.detach(), torch.autograd.grad(cost.sum(), v)[0]
+
+    v, size = start.clamp(-1, 1), torch.full((len(start), 1, 1, 1), step_size, device=start.device, dtype=start.dtype)
+    cost, slope = cost_and_slope(v)
+    frames = {0: v.cpu()}
+    for step in range(1, steps + 1):
+        next_v = (v - size * slope).clamp(-1, 1)
+        next_cost, next_slope = cost_and_slope(next_v)
+        better = next_cost <= cost
+        mask = better[:, None, None, None]
+        v, slope, cost = (
+            torch.where(mask, next_v, v),
+            torch.where(mask, next_slope, slope),
+            torch.where(better, next_cost, cost),
+        )
+        size = torch.where(mask, size, size / 2)
+        if step in keep:
+            frames[step] = v.cpu()
+    with torch.no_grad():
+        logits = jem(jem.normalize(v)).float()
+        own = y[:, None]
+        return (
+            v,
+            -logits.gather(1, own).squeeze(1),
+            jem.pixel_energy(start, y),
+            -logits.logsumexp(1),
+            logits.softmax(1).gather(1, own).squeeze(1),
+            (v - start).flatten(1).norm(dim=1),
+            torch.stack([frames[step] for step in keep], 1) if keep else v.cpu()[:, None][:, :0],
+        )
+
+
+@torch.no_grad()
+def interpolation_paths(jem: JEM, a: Tensor, b: Tensor, num: int = 7, *, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    """Straight lines from images to others, and E(x) along them (JEM, arXiv 1912.03263, eq. 7).
+
+    Args:
+        jem: the model; its flags are left as they were.
+        a, b: pixels in [-1, 1], shapes (N, C, H, W).
+        num: images on a line, both ends included.
+        batch_size: images through the network at once.
+
+    Returns:
+        Pixels, shape (N, num, C, H, W), and energies in nats, shape (N, num), on the CPU.
+
+    Raises:
+        InputError: images that aren't pixels, or not pairs of them, or fewer than 2 a line.
+    """
+    check_whole("images on a line", num, 2)
+    check_whole("batch_size", batch_size, 1)
+    _check_pixels(jem, a)
+    _check_pixels(jem, b)
+    if a.shape != b.shape:
+        raise InputError(f"lines from images of shape {tuple(a.shape)} to {tuple(b.shape)}: give pairs")
+    t = torch.linspace(0, 1, num)[None, :, None, None, None]
+    paths = (1 - t) * a.cpu()[:, None] + t * b.cpu()[:, None]
+    with frozen(jem):
+        batches = tqdm(paths.flatten(0, 1).split(batch_size), desc="lines between images", leave=False)
+        energies = torch.cat([jem.pixel_energy(part.to(jem.mean.device)).float().cpu() for part in batches])
+    return paths, energies.view(len(a), num)
+
+
+def _check_labels(jem: JEM, y: Tensor) -> None:
+    if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool or len(y) == 0:
+        raise InputError(f"classes have shape {tuple(y.shape)} and dtype {y.dtype}: give int64, shape (N,), at least one")
+    if y.min() < 0 or y.max() >= jem.num_classes:
+        raise InputError(f"classes go from {y.min()} to {y.max()}: this model has 0 to {jem.num_classes - 1}")
+
+
+def _check_pixels(jem: JEM, u: Tensor) -> None:
+    channels = jem.input_size[0]  # others would be broadcast
+    if u.ndim != 4 or u.shape[1] != channels or not u.is_floating_point() or len(u) == 0:
+        raise InputError(
+            f"images have shape {tuple(u.shape)} and dtype {u.dtype}: give pixels in [-1, 1], shape (N, {channels}, H, W), at "
+            "least one; timm_jem.images.to_pixels makes them of 8-bit images"
+        )

@@ -1,0 +1,72 @@
+"""An independent classifier that reads samples."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.svm import SVC
+from torch import Tensor
+
+from timm_jem.errors import InputError
+from timm_jem.images import to_pixels
+
+__all__ = ["Judge", "fit_judge"]
+
+_SIDE = 16
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A support vector classifier on pixels.
+
+    Attributes:
+        name: what it is, and what it was fitted to.
+        classifier: scikit-learn's.
+    """
+
+    name: str
+    classifier: Any
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Classes of 8-bit images, uint8, shape (N, C, H, W): int64, shape (N,).
+
+        Raises:
+            InputError: images that are not 8-bit.
+        """
+        return torch.from_numpy(self.classifier.predict(_pixels(images))).long()
+
+    def accuracy(self, images: Tensor, y: Tensor) -> float:
+        """Share of the images that it reads as their labels, shape (N,); errors as :meth:`predict`."""
+        return (self.predict(images) == y.cpu()).double().mean().item()
+
+
+def fit_judge(images: Tensor, y: Tensor, *, max_images: int = 5000, seed: int = 0) -> Judge:
+    """scikit-learn's SVC with C = 10 and else its defaults, on pixels in [-1, 1] averaged to 16×16 at most.
+
+    Args:
+        images: 8-bit training images, uint8, shape (N, C, H, W).
+        y: their labels, shape (N,).
+        max_images: at most so many, chosen by ``seed``.
+        seed: of the choice.
+
+    Raises:
+        InputError: images that are not 8-bit, or of fewer than two classes; a label below 0, i.e. unknown.
+    """
+    y = y.cpu()
+    if (y < 0).any():
+        raise InputError(f"{int((y < 0).sum())} of {len(y)} images for a judge have no label: leave them out")
+    rows = np.random.default_rng(seed).permutation(len(y))[:max_images]
+    if len(y[rows].unique()) < 2:
+        raise InputError(f"a judge needs images of two classes at least, and has {len(rows)} of {len(y[rows].unique())}")
+    sides = "×".join(str(min(side, _SIDE)) for side in images.shape[2:])
+    name = f"a support vector classifier (C = 10) on {sides} pixels of {len(rows):,} training images"
+    return Judge(name, SVC(C=10).fit(_pixels(images[rows]), y[rows].numpy()))
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    if images.dtype != torch.uint8:
+        raise InputError(f"a judge of {images.dtype} images: give 8-bit ones, uint8, as generation.eight_bit makes them")
+    u = to_pixels(images.cpu())
+    return F.adaptive_avg_pool2d(u, [min(side, _SIDE) for side in u.shape[2:]]).flatten(1).numpy()

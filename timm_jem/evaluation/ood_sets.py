@@ -1,0 +1,70 @@
+"""Out-of-distribution sets that need no download."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from timm_jem.errors import InputError, check_whole
+
+__all__ = ["constant_images", "interpolations", "uniform_images"]
+
+
+def interpolations(images: Tensor, labels: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """The means of two images of different classes: between the modes of the data.
+
+    JEM (arXiv 1912.03263, section 5.3, "CIFAR-10 Interp"): its released code averages two test images as well, but adds
+    noise to them, and takes pairs of the same class too.
+
+    Args:
+        images: 8-bit images in distribution, shape (N, C, H, W).
+        labels: their classes, integers, shape (N,).
+        n: how many; each image is the first of a pair once before it is again. The second is any of another class.
+        generator: on the CPU; the only source of randomness.
+
+    Returns:
+        uint8, shape (n, C, H, W); halves are rounded to the even level, so that the mean stays.
+
+    Raises:
+        InputError: images that are not 8-bit, other shapes, or images of one class.
+    """
+    check_whole("n", n, 1)
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise InputError(f"images have dtype {images.dtype} and shape {tuple(images.shape)}: give uint8 (N, C, H, W)")
+    if labels.shape != images.shape[:1]:
+        raise InputError(f"{len(images)} images and labels of shape {tuple(labels.shape)}: give one label an image")
+    classes, label, count = labels.unique(return_inverse=True, return_counts=True)
+    if len(classes) < 2:
+        raise InputError(f"interpolations need images of two classes, and these have {len(classes)}: give more images")
+    order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(-(-n // len(images)))])
+    first = order[:n].to(label.device)
+    # Others of image i: all rows sorted by class, without the block of its own class.
+    start, size = (count.cumsum(0) - count)[label[first]], count[label[first]]
+    draws = torch.rand(n, generator=generator, dtype=torch.float64).to(label.device)
+    other = (draws * (len(images) - size)).long()
+    second = label.argsort(stable=True)[other + size * (other >= start)]
+    return torch.lerp(images[first].float(), images[second].float(), 0.5).round().to(torch.uint8)
+
+
+def uniform_images(n: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Images whose levels are all independent, uniform in 0..255: what JEM's chains start from, in 8 bits.
+
+    Args:
+        n: how many.
+        shape: (C, H, W).
+        generator: on the CPU; the only source of randomness.
+
+    Returns:
+        uint8, shape (n, C, H, W).
+    """
+    check_whole("n", n, 1)
+    return torch.randint(256, (n, *shape), generator=generator, dtype=torch.uint8)
+
+
+def constant_images(n: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Images of one colour, each channel uniform in 0..255; arguments and result as :func:`uniform_images`'.
+
+    Smooth images get high densities from likelihood models (Serrà et al., ICLR 2020, arXiv 1909.11480; constant images
+    are their limit).
+    """
+    return uniform_images(n, (shape[0], 1, 1), generator).expand(n, *shape).contiguous()

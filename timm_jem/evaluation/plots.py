@@ -1,0 +1,268 @@
+"""Plots of what was measured. Each takes plain data by name, so that one model and several look alike."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from timm_jem.errors import InputError
+
+try:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
+except ImportError as error:
+    raise InputError("plots need matplotlib: pip install 'timm_jem[eval]'") from error
+
+__all__ = ["accuracy_curves", "auroc_table", "quality_curves", "reliability_diagram", "save_figure", "score_histograms"]
+
+# Okabe & Ito's, which colour-blind readers can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_DPI = 120
+# Where values are further apart than this factor, a linear axis hides the small ones.
+_LOG_FROM = 30
+
+
+def _style(i: int) -> dict[str, str]:
+    return {"color": _COLOURS[i % len(_COLOURS)], "linestyle": ("-", "--", ":")[i // len(_COLOURS) % 3]}
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    axes = figure.subplots(rows, columns, **options)
+    for axis in np.atleast_1d(axes).flat:
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _check_some(what: str, data: Mapping) -> None:
+    if not data or not all(data.values()):
+        raise InputError(f"there is nothing to draw as {what}: give one entry at least, none of them empty")
+
+
+def reliability_diagram(bins: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Accuracy against confidence, and the share of images at each confidence below (Guo et al., arXiv 1706.04599, fig. 1).
+
+    Args:
+        bins: by name: ``confidence``, ``accuracy``, ``share`` of each of the equal bins of [0, 1], NaN where a bin is empty
+            (it is left out), ``ece``, and, if known, ``n``, the number of images.
+
+    Raises:
+        InputError: nothing to draw.
+    """
+    _check_some("a reliability diagram", bins)
+    figure, (above, below) = _figure(5.2, 5.6, 2, 1, sharex=True, height_ratios=[3, 1])
+    above.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="calibrated")
+    # On the axes' own scale, clear of the diagonal.
+    above.text(0.03, 0.9, "underconfident:\nmore often right than it says", color="grey", fontsize=8, va="top")
+    above.text(0.3, 0.2, "overconfident", color="grey", fontsize=8, va="top")
+    for i, (name, curve) in enumerate(bins.items()):
+        share = np.asarray(curve["share"], dtype=float)
+        there = share > 0
+        confidence, accuracy = (np.asarray(curve[key], dtype=float)[there] for key in ("confidence", "accuracy"))
+        label = f"{name}: ECE {curve['ece']:.3f}" + (f" (n = {curve['n']:,})" if "n" in curve else "")
+        above.plot(confidence, accuracy, **_style(i), linewidth=1, alpha=0.35)
+        # Bins of few images say little, and are small.
+        above.scatter(confidence, accuracy, s=8 + 200 * share[there], color=_style(i)["color"], label=label, clip_on=False)
+        below.stairs(share, np.linspace(0, 1, len(share) + 1), **_style(i), linewidth=1.4)
+    above.set(ylabel="accuracy", title="Accuracy against confidence", xlim=(0, 1), ylim=(0, 1))
+    below.set(xlabel="confidence, max p(y|x)", ylabel="share of images", ylim=(0, 1))
+    below.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    legend = figure.legend(loc="outside lower center", frameon=False, ncols=1, title="area of a dot: share of the images")
+    legend.set_alignment("left")
+    for handle in legend.legend_handles[1:]:
+        handle.set_sizes([40])
+    return figure
+
+
+def score_histograms(
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    in_name: str,
+    *,
+    xlabel: str = "score; higher: more like the training data",
+) -> Figure:
+    """A panel for each score: the in-distribution set filled, the others outlined.
+
+    The bins of a panel are shared, and span the middle 99 % of every set, so that a few far outliers don't hide the rest and
+    a large set doesn't push a small one out; the panel says how many values fall outside.
+
+    Args:
+        scores: by score and set, values of shape (N,), of any scale.
+        in_name: the set that is in distribution.
+        xlabel: what the values mean; energies are lower for what is likelier.
+
+    Raises:
+        InputError: nothing to draw, no set of that name, or values that are not finite.
+    """
+    _check_some("histograms", scores)
+    for score, sets in scores.items():
+        if in_name not in sets:
+            raise InputError(f"{score} of {', '.join(sets)}: there is no set {in_name}, the one in distribution")
+        for name, values in sets.items():
+            if len(values) == 0 or not np.isfinite(values).all():
+                raise InputError(f"{score} of {name} is empty or not finite: the model is broken, or there are no images")
+    columns = 2 if len(scores) > 1 else 1
+    rows = -(-len(scores) // columns)
+    figure, axes = _figure(5 * columns if columns > 1 else 6, 3 * rows if rows > 1 else 3.6, rows, columns, squeeze=False)
+    for axis in axes.flat[len(scores) :]:
+        axis.set_axis_off()
+    for axis, (score, sets) in zip(axes.flat, scores.items(), strict=False):
+        sets = {name: np.asarray(values, dtype=float) for name, values in sets.items()}
+        low = min(np.quantile(values, 0.005) for values in sets.values())
+        high = max(np.quantile(values, 0.995) for values in sets.values())
+        if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):  # all the same, up to rounding
+            width = 0.5 * max(1.0, 1e-6 * abs(low))
+            low, high = low - width, high + width
+        edges = np.linspace(low, high, 51)
+        for i, (name, values) in enumerate(sets.items()):
+            inside = name == in_name
+            axis.hist(
+                values,
+                bins=edges,
+                weights=np.full(len(values), 1 / len(values)),
+                histtype="stepfilled" if inside else "step",
+                **_style(i),
+                alpha=0.45 if inside else 1.0,
+                linewidth=1.4,
+                label=f"{name} (n = {len(values):,})",
+            )
+        outside = sum(int(((values < low) | (values > high)).sum()) for values in sets.values())
+        axis.set_title(score + (f"   ({outside:,} of the values lie outside)" if outside else ""), fontsize=10)
+        axis.set(ylabel="share of the set", xlabel=xlabel)
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+        axis.locator_params(axis="x", nbins=5)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(2 * columns, len(labels)), frameon=False)
+    return figure
+
+
+def auroc_table(auroc: Mapping[str, Mapping[str, float]]) -> Figure:
+    """AUROC of each score (columns) against each set (rows): white at chance, purple above, orange below.
+
+    Args:
+        auroc: by set and score, in [0, 1]; the same scores for every set.
+
+    Raises:
+        InputError: nothing to draw, or sets with other scores.
+    """
+    _check_some("a table of AUROC", auroc)
+    sets, scores = list(auroc), list(next(iter(auroc.values())))
+    if any(list(of_set) != scores for of_set in auroc.values()):
+        raise InputError(f"AUROC of other scores than {', '.join(scores)} for some sets: give the same ones")
+    values = np.array([[auroc[name][score] for score in scores] for name in sets])
+    figure, axis = _figure(max(6.0, 1.6 + 1.5 * len(scores)), 1.6 + 0.5 * len(sets))
+    axis.grid(visible=False)
+    axis.spines[:].set_visible(False)
+    axis.imshow(values, cmap="PuOr", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        axis.text(column, row, f"{value:.3f}", ha="center", va="center", color="white" if abs(value - 0.5) > 0.32 else "black")
+    axis.set_xticks(range(len(scores)), [score.replace(" = ", "\n= ") for score in scores])
+    axis.set_yticks(range(len(sets)), sets)
+    axis.set(xlabel="score", ylabel="set")
+    axis.set_title("AUROC, test images against each set (1: told apart, 0.5: chance)", fontsize=11)
+    return figure
+
+
+def accuracy_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]],
+    norm: str,
+    title: str,
+    *,
+    band: str = "interval",
+) -> Figure:
+    """Accuracy against the size of attacks.
+
+    Args:
+        curves: by name: radii in [0, 1] pixel units, accuracies, and the lower and upper ends of their intervals.
+        norm: linf (drawn in 255ths) or l2.
+        title: of the plot.
+        band: what lies between the lower and upper ends, e.g. "95 % interval".
+
+    Raises:
+        InputError: nothing to draw, or another norm.
+    """
+    _check_some("accuracy", curves)
+    if norm not in ("linf", "l2"):
+        raise InputError(f"norm is {norm!r}: give linf or l2")
+    figure, axis = _figure(5.6, 4)
+    unit = 255 if norm == "linf" else 1
+    for i, (name, (epsilons, accuracies, lows, highs)) in enumerate(curves.items()):
+        x = np.asarray(epsilons, dtype=float) * unit
+        axis.plot(x, accuracies, marker="o", markersize=4, **_style(i), label=name, clip_on=False)
+        axis.fill_between(x, lows, highs, color=_style(i)["color"], alpha=0.15, linewidth=0)
+    axis.set(
+        xlabel="ε of the attack in ℓ∞, in 1/255 of the pixel range"
+        if norm == "linf"
+        else "ε of the attack in ℓ2, pixels in [0, 1]",
+        ylabel="accuracy",
+        title=title,
+        ylim=(0, 1),
+    )
+    axis.set_xlim(left=0)
+    handles, _ = axis.get_legend_handles_labels()
+    axis.legend(handles=[*handles, Patch(color="grey", alpha=0.3, linewidth=0, label=f"shaded: {band}")], framealpha=0.8)
+    return figure
+
+
+def quality_curves(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    ylabel: str,
+    *,
+    floor: float | None = None,
+    marks: Mapping[str, int] | None = None,
+) -> Figure:
+    """A distance of samples against the number of SGLD steps, which is logarithmic; so is the distance where it varies much.
+
+    Args:
+        curves: by name: numbers of steps, in increasing order, and distances, lower = better.
+        ylabel: the distance, and in which features.
+        floor: the distance of real images, or None.
+        marks: by name, the length that the model itself uses: a ring on its curve.
+
+    Raises:
+        InputError: nothing to draw, or a mark of no curve.
+    """
+    _check_some("quality", curves)
+    marks = dict(marks or {})
+    if lost := [name for name in marks if name not in curves]:
+        raise InputError(f"marks of {', '.join(lost)}, which have no curve: give those of {', '.join(curves)}")
+    figure, axis = _figure(5.8, 4.2)
+    for i, (name, (steps, values)) in enumerate(curves.items()):
+        label = name if name not in marks else f"{name} (ring: the model's own {marks[name]:,} steps)"
+        axis.plot(steps, values, marker="o", markersize=4, **_style(i), label=label)
+        if name in marks:
+            at = np.interp(np.log(marks[name]), np.log(steps), values)
+            ring = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8}
+            axis.plot([marks[name]], [at], color=_style(i)["color"], linestyle="none", **ring)
+    if floor is not None:
+        axis.axhline(floor, color="grey", linestyle="--", linewidth=1, label="real test images")
+    axis.set_xscale("log")
+    ticks: list[int] = []
+    for step in sorted({step for steps, _ in curves.values() for step in steps}):
+        if not ticks or step >= 1.3 * ticks[-1]:
+            ticks.append(step)
+    axis.set_xticks(ticks, [f"{step:,}" for step in ticks], rotation=60 if len(ticks) > 6 else 0)
+    drawn = np.concatenate([np.asarray(values, dtype=float) for _, values in curves.values()])
+    drawn = np.append(drawn, [] if floor is None else floor)
+    if (drawn > 0).all() and drawn.max() > _LOG_FROM * drawn.min():
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        ylabel += " (log scale)"
+    elif not (drawn < 0).any():
+        axis.set_ylim(bottom=0)
+    axis.tick_params(which="minor", bottom=False, labelbottom=False)
+    axis.set(
+        xlabel="SGLD steps from noise (log scale)", ylabel=ylabel, title="Fresh chains against their length (lower is better)"
+    )
+    figure.legend(loc="outside lower center", frameon=False)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """As PNG, without the version that would make the same plot another file; the same data gives the same bytes."""
+    figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})

@@ -1,0 +1,309 @@
+"""What was measured, with how many images, which seed and which protocol: as JSON, as Markdown, and side by side."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_jem.errors import InputError, one_line
+
+__all__ = ["REPORT_FILE", "Report", "Result", "check_output_dir", "comparison", "fingerprint", "read_report", "write_files"]
+
+REPORT_FILE = "report.json"
+FORMAT_VERSION = 1
+_OURS = (REPORT_FILE, "report.md", "compare.json", "compare.md")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number. ``table``, ``row`` and ``column`` are its name: reports are compared by them.
+
+    Attributes:
+        section: of the report.
+        table, row, column: where it stands; the column is "" in tables of one column.
+        value: as measured; NaN where it is undefined.
+        n: how many images it is of.
+        protocol: how it was measured, one line, without ``n`` and ``seed``.
+        seed: of everything random in it; None: nothing is.
+        low, high: confidence interval, or None.
+        interval: how that was found, e.g. "Wilson, 95 %".
+        type, title: on a model card: the Hub's name of the metric and the result's own; None: not on cards.
+        split: of the data set.
+    """
+
+    section: str
+    table: str
+    row: str
+    column: str
+    value: float
+    n: int
+    protocol: str
+    seed: int | None = None
+    low: float | None = None
+    high: float | None = None
+    interval: str | None = None
+    type: str | None = None
+    title: str | None = None
+    split: str = "test"
+
+
+@dataclass
+class Report:
+    """All of one evaluation.
+
+    Attributes:
+        subject: what was evaluated, on what, by which command and settings, versions, seconds: JSON data.
+        results: the numbers, in the report's order.
+        curves: data of plots that :func:`comparison` overlays, by the plot's name; JSON data.
+        warnings: what a reader must know before believing the numbers.
+        notes: what is said beneath a table: (section, table or None, text).
+        pictures: (section, file name, caption).
+    """
+
+    subject: dict[str, Any]
+    results: list[Result] = field(default_factory=list)
+    curves: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[tuple[str, str | None, str]] = field(default_factory=list)
+    pictures: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def as_json(self) -> str:
+        """The whole, as JSON; NaN stays NaN, as Python writes it."""
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
+
+    def as_markdown(self) -> str:
+        """For a reader: tables, protocols beneath them, and pictures."""
+        subject = self.subject
+        lines = [f"# Evaluation of {subject['name']}", ""]
+        lines += [f"- **{key}**: {value}" for key, value in subject.get("headline", {}).items()]
+        lines += ["", f"```bash\n{subject['command']}\n```" if "command" in subject else "", ""]
+        if self.warnings:
+            lines += ["**Warnings**", "", *(f"- {warning}" for warning in self.warnings), ""]
+        for section in _in_order(
+            [result.section for result in self.results]
+            + [picture[0] for picture in self.pictures]
+            + [note[0] for note in self.notes]
+        ):
+            lines += [f"## {section}", ""]
+            of_section = [result for result in self.results if result.section == section]
+            for table in _in_order([result.table for result in of_section]):
+                of_table = [result for result in of_section if result.table == table]
+                lines += [f"### {table}", "", *_table(of_table), ""]
+                lines += [f"{_protocols(of_table)}", ""]
+                lines += [text + "\n" for where, name, text in self.notes if (where, name) == (section, table)]
+            lines += [text + "\n" for where, name, text in self.notes if (where, name) == (section, None)]
+            for where, file, caption in self.pictures:
+                if where == section:
+                    lines += [f"![{caption}]({file})", "", f"*{caption}*", ""]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def card_results(self) -> list[dict[str, Any]]:
+        """The results that go on a model card, as :func:`timm_jem.card.model_card` takes them."""
+        return [
+            {
+                "name": result.title,
+                "type": result.type,
+                "value": result.value,
+                "split": result.split,
+                "n": result.n,
+                "protocol": result.protocol + _interval(result),
+            }
+            for result in self.results
+            if result.title is not None and math.isfinite(result.value)
+        ]
+
+
+def _interval(result: Result) -> str:
+    seed = "" if result.seed is None else f"; seed {result.seed}"
+    return f"{seed}; {result.interval} [{result.low:.4f}, {result.high:.4f}]" if result.interval else seed
+
+
+def _in_order(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"  # NaN is "nan"
+
+
+def _table(results: Sequence[Result]) -> list[str]:
+    cells = {(result.row, result.column): result for result in results}
+    columns = _in_order([result.column for result in results])
+    lines = ["| | " + " | ".join(column or "value" for column in columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for row in _in_order([result.row for result in results]):
+        shown = []
+        for column in columns:
+            result = cells.get((row, column))
+            interval = f" [{_number(result.low)}, {_number(result.high)}]" if result and result.interval else ""
+            shown.append(f"{_number(result.value)}{interval}" if result else "")
+        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _protocols(results: Sequence[Result]) -> str:
+    """Each way to measure, and the rows or columns it was used for where there are several."""
+    ways: dict[str, list[Result]] = {}
+    for result in results:
+        seed = "" if result.seed is None else f", seed {result.seed}"
+        interval = f"; [intervals]: {result.interval}" if result.interval else ""
+        ways.setdefault(f"{result.protocol}; n = {result.n:,}{seed}{interval}.", []).append(result)
+    if len(ways) == 1:
+        return next(iter(ways))
+    columns = [_in_order([result.column for result in alike]) for alike in ways.values()]
+    by_column = len({column for names in columns for column in names}) == sum(map(len, columns))
+    lines = []
+    for way, alike in ways.items():
+        names = [result.column for result in alike] if by_column else [result.row for result in alike]
+        lines.append(f"- *{'; '.join(_in_order(names))}*: {way}")
+    return "\n".join(lines)
+
+
+def read_report(path: str | os.PathLike) -> Report:
+    """The report in a folder, or a report.json; JSON only.
+
+    Raises:
+        InputError: none there, or not one of this version's.
+    """
+    file = Path(path)
+    file = file / REPORT_FILE if file.is_dir() else file
+    if not file.is_file():
+        raise InputError(f"{path} has no {REPORT_FILE}: give folders that recipes/evaluate.py wrote")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data.pop("format_version") != FORMAT_VERSION:
+            raise InputError(f"{file} is of another version: evaluate that model again")
+        names = {f.name for f in fields(Result)}
+        results = [Result(**{key: value for key, value in result.items() if key in names}) for result in data.pop("results")]
+        pairs = {key: [tuple(entry) for entry in data.pop(key)] for key in ("notes", "pictures")}
+        return Report(results=results, **pairs, **data)
+    except InputError:
+        raise
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{file} is no report ({type(error).__name__}: {one_line(error)}): evaluate that model again"
+        ) from error
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a state dict: names, types, shapes and bytes. A report holds that of the model it is about."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str, Any]]]:
+    """One table of several models: rows are results, columns models.
+
+    A model with several reports, e.g. of several seeds, is shown as mean ± standard deviation over them.
+
+    Args:
+        reports: by the models' names.
+
+    Returns:
+        Markdown, and the same as JSON data: section, table, row, column, and of each model the values.
+    """
+    keys = _in_order([_key(result) for group in reports.values() for report in group for result in report.results])
+    values: dict[tuple, dict[str, list[float]]] = {key: {} for key in keys}
+    for name, group in reports.items():
+        for report in group:
+            for result in report.results:
+                values[_key(result)].setdefault(name, []).append(result.value)
+    lines = ["# Models side by side", ""]
+    for name, group in reports.items():
+        runs = f", {len(group)} runs: mean ± standard deviation" if len(group) > 1 else ""
+        lines.append(f"- **{name}**: {'; '.join(_in_order([report.subject['name'] for report in group]))}{runs}")
+    lines += _differences(reports)
+    for section in _in_order([key[0] for key in keys]):
+        lines += ["", f"## {section}", ""]
+        for table in _in_order([key[1] for key in keys if key[0] == section]):
+            lines += ["", f"### {table}", "", "| | " + " | ".join(reports) + " |", "| --- |" + " --- |" * len(reports)]
+            for key in keys:
+                if key[:2] == (section, table):
+                    cells = [_mean(values[key].get(name, [])) for name in reports]
+                    lines.append(f"| {', '.join(filter(None, key[2:]))} | " + " | ".join(cells) + " |")
+    data = [
+        {"section": key[0], "table": key[1], "row": key[2], "column": key[3], "values": of_models}
+        for key, of_models in values.items()
+    ]
+    return "\n".join(lines).rstrip() + "\n", data
+
+
+def _key(result: Result) -> tuple[str, str, str, str]:
+    return result.section, result.table, result.row, result.column
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    if len(values) == 1:
+        return _number(values[0])
+    return f"{_number(statistics.fmean(values))} ± {_number(statistics.stdev(values))}"
+
+
+def _differences(reports: dict[str, Sequence[Report]]) -> list[str]:
+    """Warn where numbers of the same name were not measured alike."""
+    every = [report for group in reports.values() for report in group]
+    lines = [
+        f"- **Not alike**: {what} differ between these reports ({', '.join(sorted(found))})"
+        for what, key in (("data sets", "data"), ("presets", "preset"))
+        if len(found := {str(report.subject.get(key)) for report in every}) > 1
+    ]
+    ways: dict[tuple, set[tuple]] = {}
+    for report in every:
+        for result in report.results:
+            ways.setdefault(_key(result), set()).add((result.protocol, result.n))
+    unlike = _in_order([f"{key[1]}" for key, found in ways.items() if len(found) > 1])
+    return lines + ([f"- **Measured differently** (protocol or n): {', '.join(unlike)}"] if unlike else [])
+
+
+def check_output_dir(path: str | os.PathLike, overwrite: bool) -> Path:
+    """A folder for a report: new, empty, or, with ``overwrite``, of an earlier one.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file: give a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not any((folder / name).is_file() for name in _OURS):
+            raise InputError(f"output_dir {folder} holds other files: give a new folder")
+        if not overwrite:
+            raise InputError(f"output_dir {folder} holds a report: give a new folder, or --overwrite true")
+    return folder
+
+
+def write_files(folder: Path, write) -> None:
+    """``write(temporary folder)``, then move its files to ``folder``: all of them are there, or none.
+
+    Raises:
+        InputError: the folder can't be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"output_dir {folder} can't be made ({one_line(error)}): give another") from error
+    try:
+        write(aside)
+        folder.mkdir(exist_ok=True)
+        # The report itself last: where it is, all of its pictures are.
+        for file in sorted(aside.iterdir(), key=lambda file: file.name in _OURS):
+            os.replace(file, folder / file.name)
+    except OSError as error:
+        raise InputError(f"the report can't be written to {folder} ({one_line(error)}): make room, or give another") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
