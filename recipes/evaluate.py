@@ -202,7 +202,6 @@ class Evaluation:
 
     settings: EvaluationConfig
     jem: JEM
-    splits: Splits
     test: Tensor
     y: Tensor
     val: Tensor
@@ -231,6 +230,13 @@ class Evaluation:
         value = correct.double().mean().item()
         self.add(section, table, row, value, len(correct), protocol, column, low=low, high=high, interval=WILSON, **more)
 
+    def curve(self, section: str, table: str, correct: dict[float, Tensor], norm: str, protocol: str, **more) -> tuple:
+        """Proportions by the size of an attack; and sizes, values and interval ends for their plot."""
+        for epsilon, right in correct.items():
+            self.share(section, table, sized(norm, epsilon), right, protocol, seed=self.settings.seed, split=self.split, **more)
+        added = self.report.results[-len(correct) :]
+        return list(correct), *([getattr(result, key) for result in added] for key in ("value", "low", "high"))
+
     def picture(self, section: str, file: str, picture: Any, caption: str) -> None:
         self.pictures[file] = picture
         self.report.pictures.append((section, file, caption))
@@ -240,16 +246,16 @@ WILSON = "Wilson, 95 %"
 BOOTSTRAP = "bootstrap over images, 95 %"
 
 
-def load_model(name: str) -> tuple[JEM, str]:
-    """A run, a saved folder, a Hub name or timm:NAME; and what to call it."""
+def load_model(name: str) -> JEM:
+    """A run, a saved folder, a Hub name or timm:NAME."""
     if name.startswith("timm:"):
-        return timm_jem.create_model(name.removeprefix("timm:"), pretrained=True), name
+        return timm_jem.create_model(name.removeprefix("timm:"), pretrained=True)
     path = Path(name)
     if path.is_dir() and (path / "model").is_dir():
         path = path / "model"
     elif path.is_dir() and (path / "config.yaml").is_file() and not (path / "config.json").is_file():
         raise InputError(f"{name} is a run without a model: wait for its end, or give one of its best/ models")
-    return timm_jem.from_pretrained(path if path.is_dir() else name), name
+    return timm_jem.from_pretrained(path if path.is_dir() else name)
 
 
 def data_config(jem: JEM, name: str, given: DataConfig | None) -> tuple[DataConfig, bool]:
@@ -413,8 +419,11 @@ def out_of_distribution(e: Evaluation) -> None:
 # --- Robustness ------------------------------------------------------------------------------------------------------
 
 
-def in_255ths(epsilon: float) -> str:
-    return f"ε = {epsilon * 255:g}/255"
+NORMS = {"linf": "ℓ∞", "l2": "ℓ2"}
+
+
+def sized(norm: str, epsilon: float) -> str:
+    return f"ε = {epsilon * 255:g}/255" if norm == "linf" else f"ε = {epsilon:g}"
 
 
 def robustness(e: Evaluation) -> None:
@@ -424,34 +433,23 @@ def robustness(e: Evaluation) -> None:
     classifier = pixel_classifier(e.jem)
     plain = {"split": e.split, "seed": s.seed}
     sizes = {"linf": (s.linf_epsilons, s.linf_epsilon), "l2": (s.l2_epsilons, s.l2_epsilon)}
-    names = {"linf": "ℓ∞", "l2": "ℓ2"}
     for norm, (epsilons, _) in sizes.items():
         config = PGDConfig(norm, steps=s.attack_steps, restarts=s.attack_restarts)
-        options = {"generator": e.generator(), "batch_size": s.batch_size, "desc": f"PGD {names[norm]}"}
+        options = {"generator": e.generator(), "batch_size": s.batch_size, "desc": f"PGD {NORMS[norm]}"}
         correct = robust_correct(classifier, images, y, config, [0.0, *sorted(epsilons)], **options)
         way = f"PGD, {config.steps} steps of 2.5 ε / {config.steps}, {config.restarts} random restarts, [0, 1] pixel units"
-        table = f"Accuracy under PGD, {names[norm]}"
-        for epsilon, right in correct.items():
-            row = in_255ths(epsilon) if norm == "linf" else f"ε = {epsilon:g}"
-            e.share(section, table, row, right, way, **plain)
-        lows, highs = zip(*(wilson_interval(int(right.sum()), len(right)) for right in correct.values()), strict=True)
-        accuracies = [right.double().mean().item() for right in correct.values()]
-        curve = {"PGD": (list(correct), accuracies, list(lows), list(highs))}
+        table = f"Accuracy under PGD, {NORMS[norm]}"
+        curve = {"PGD": e.curve(section, table, correct, norm, way)}
         e.report.curves[f"accuracy under PGD, {norm}"] = curve
         caption = f"Accuracy of {len(y)} test images under PGD of growing size, with 95 % intervals."
-        e.picture(
-            section,
-            f"pgd_{norm}.png",
-            plots.accuracy_curves(curve, norm, f"Accuracy under PGD, {names[norm]}", band=WILSON),
-            caption,
-        )
+        e.picture(section, f"pgd_{norm}.png", plots.accuracy_curves(curve, norm, table, band=WILSON), caption)
 
     if s.auto_attack_images:
         few, few_y = images[: s.auto_attack_images], y[: s.auto_attack_images]
         for norm, (_, epsilon) in sizes.items():
             broken = auto_attack(classifier, few, few_y, norm=norm, eps=epsilon, seed=s.seed, batch_size=s.batch_size)
             right = is_correct(classifier, broken, few_y, s.batch_size)
-            row = f"ℓ∞, {in_255ths(epsilon)}" if norm == "linf" else f"ℓ2, ε = {epsilon:g}"
+            row = f"{NORMS[norm]}, {sized(norm, epsilon)}"
             way = "AutoAttack, version standard (Croce & Hein 2020), by pyautoattack 0.2.0"
             more = {"type": "accuracy", "title": f"Accuracy under AutoAttack, {row}", **plain}
             e.share(section, "Accuracy under AutoAttack", row, right, way, **more)
@@ -464,7 +462,7 @@ def robustness(e: Evaluation) -> None:
             config = PGDConfig(norm, epsilon, steps=s.attack_steps, restarts=s.attack_restarts)
             options = {"generator": e.generator(1), "batch_size": s.batch_size}
             right = transfer_correct(surrogate, classifier, images, y, config, **options)
-            row = f"ℓ∞, {in_255ths(epsilon)}" if norm == "linf" else f"ℓ2, ε = {epsilon:g}"
+            row = f"{NORMS[norm]}, {sized(norm, epsilon)}"
             way = f"PGD, {config.steps} steps, made on {Path(s.baseline).name}"
             e.share(section, "Accuracy under transferred attacks", row, right, way, **plain)
     few = min(len(y), 100)
@@ -472,7 +470,7 @@ def robustness(e: Evaluation) -> None:
     options = {"generator": e.generator(2), "batch_size": s.batch_size, "surrogate": surrogate}
     checks = sanity_checks(classifier, images[:few], y[:few], config, **options)
     for check in checks:
-        way = "checks of Carlini et al. 2019 and Athalye et al. 2018, PGD ℓ∞ at " + in_255ths(s.linf_epsilon)
+        way = "checks of Carlini et al. 2019 and Athalye et al. 2018, PGD ℓ∞ at " + sized("linf", s.linf_epsilon)
         row = f"{check.name}: {'passed' if check.passed else 'FAILED'}"
         e.add(section, "Sanity of the attacks", row, check.value, few, way, "measured", **plain)
         e.add(section, "Sanity of the attacks", row, check.limit, few, way, "at most", **plain)
@@ -501,11 +499,7 @@ def refinement(e: Evaluation, images: Tensor, y: Tensor) -> None:
         options = {"generator": e.generator(4), "batch_size": s.batch_size, "stochastic": True, "desc": column}
         correct = robust_correct(classifier, images, y, attack, epsilons, **options)
         way = f"{k} SGLD steps on E(x) before classifying; PGD, {s.attack_steps} steps, {what}, mean of {s.eot} noise draws; "
-        for epsilon, right in correct.items():
-            where = in_255ths(epsilon)
-            e.share(section, table, where, right, way + "judged with new noise", column, seed=s.seed, split=e.split)
-        lows, highs = zip(*(wilson_interval(int(right.sum()), len(right)) for right in correct.values()), strict=True)
-        curves[column] = (epsilons, [right.double().mean().item() for right in correct.values()], list(lows), list(highs))
+        curves[column] = e.curve(section, table, correct, "linf", way + "judged with new noise", column=column)
     picture = plots.accuracy_curves(curves, "linf", f"SGLD refinement (JEM-{k}) under two attacks", band=WILSON)
     e.picture(
         section, "refinement.png", picture, "One defence under two attacks: what it is worth is the lower of the two values."
@@ -527,8 +521,10 @@ def generation(e: Evaluation) -> None:
         buffered = jem.chains.images[: s.samples]
         sets["replay buffer"] = (buffered, "chains of the training's replay buffer, not fresh samples", None)
     sets["real test images"] = (e.test[: s.samples], "what real images score", s.seed)
+    real_features = []
     for extractor in e.extractors:
         real = extract(extractor, e.train, batch_size=s.batch_size, desc="features of training images")
+        real_features.append(real)
         table = f"Samples against {len(real):,} training images, in {extractor.name}"
         for row, (images, how, seed) in sets.items():
             features = extract(extractor, images, batch_size=s.batch_size, desc=f"features of {row}")
@@ -546,7 +542,7 @@ def generation(e: Evaluation) -> None:
                 mean, _ = inception_score(scores, seed=s.seed)
                 e.add(section, table, row, mean, len(images), f"{how}; 10 splits", "IS", seed=seed)
     judged(e, sets)
-    lengths(e)
+    lengths(e, real_features[0])
     neighbours(e, fresh)
     shown = min(jem.num_classes, 20)
     rows = torch.cat([torch.nonzero(classes == label).flatten()[:10] for label in range(shown)])
@@ -563,12 +559,11 @@ def judged(e: Evaluation, sets: dict[str, tuple[Tensor, str, int | None]]) -> No
         judge = fit_judge(e.train[e.train_y >= 0], e.train_y[e.train_y >= 0], seed=s.seed)
         name, read = judge.name, judge.predict
     else:
-        name, classify = Path(s.judge).name, pixel_classifier(e.judge_model)
+        name = Path(s.judge).name
 
         def read(images: Tensor) -> Tensor:
-            parts = images.split(s.batch_size)
-            with torch.no_grad():
-                return torch.cat([classify(part.float() / 255).argmax(1).cpu() for part in parts])
+            nothing = torch.full((len(images),), -1)
+            return predict(e.judge_model, in_batches(images, nothing, s.batch_size), desc="judging")[0].argmax(1)
 
     table = "Read as asked by an independent classifier"
     way = f"by {name}"
@@ -584,15 +579,14 @@ def judged(e: Evaluation, sets: dict[str, tuple[Tensor, str, int | None]]) -> No
         e.share(section, table, row, read(images) == asked, f"{how}; {way}", seed=seed, split=e.split)
 
 
-def lengths(e: Evaluation) -> None:
-    """Quality against the number of SGLD steps, far beyond the length chains were made for."""
+def lengths(e: Evaluation, real: Tensor) -> None:
+    """Distance to ``real``, training images' features, against SGLD steps, far beyond the length chains were made for."""
     section, s, jem = "Generation", e.settings, e.jem
     own, k = jem.sgld.sample_steps or jem.sgld.num_steps, jem.sgld.num_steps
     candidates = {k, own} | {k * 2**i for i in range(20)} | {s.longest_chain}
     steps = sorted(n for n in candidates if jem.sgld.denoise_steps < n <= max(s.longest_chain, own))
     classes = torch.arange(s.curve_samples) % jem.num_classes
     extractor = e.extractors[0]
-    real = extract(extractor, e.train, batch_size=s.batch_size, desc="features of training images")
     found = {}
     for n, u in chains_by_length(jem, steps, y=classes, generator=e.generator(1), batch_size=s.batch_size):
         found[n] = frechet_distance(extract(extractor, eight_bit(u).cpu(), batch_size=s.batch_size), real)
@@ -661,7 +655,7 @@ def paper_pictures(e: Evaluation) -> None:
         of_row = slice(i * len(targets), (i + 1) * len(targets))
         cells += [pixels[row][None], changed.u[of_row]]
         captions += ["test image"] + [
-            f"E {a:.1f}  d {d:.1f}" for a, d in zip(changed.energy[of_row], changed.distance[of_row], strict=False)
+            f"E {a:.1f}  d {d:.1f}" for a, d in zip(changed.energy[of_row], changed.distance[of_row], strict=True)
         ]
     columns = ["from", *(f"to {e.class_names[label]}" for label in targets)]
     grid = image_grid(torch.cat(cells), len(columns), captions=captions, column_names=columns)
@@ -681,8 +675,8 @@ def prepare(settings: EvaluationConfig, name: str, data: DataConfig | None, argv
         need("pyautoattack", "AutoAttack", "pip install 'timm_jem[robust]', or set auto_attack_images to 0")
     if "generation" in settings.sections:
         need("torch_fidelity", "the generation section", "pip install 'timm_jem[eval]'")
-    jem, _ = load_model(name)
-    others = [None if other is None else load_model(other)[0] for other in (settings.baseline, settings.judge)]
+    jem = load_model(name)
+    others = [None if other is None else load_model(other) for other in (settings.baseline, settings.judge)]
     config, alike = data_config(jem, name, data)
     splits = load_splits(config)
     check_classes(jem, splits, name, config.dataset)
@@ -693,7 +687,8 @@ def prepare(settings: EvaluationConfig, name: str, data: DataConfig | None, argv
     baseline, judge_model = (other if other is None else other.to(device) for other in others)
     test, y = some(splits.test, settings.test_images, settings.seed, "test images")
     val, val_y = some(splits.val, settings.test_images, settings.seed, "held-out images")
-    train, train_y = some(splits.train, settings.real_images, settings.seed, "training images")
+    wanted = settings.real_images if "generation" in settings.sections else 0
+    train, train_y = some(splits.train, wanted, settings.seed, "training images") if wanted else (test[:0], y[:0])
     if len(y.unique()) < 2:
         raise InputError(f"the {len(y)} test images of {config.dataset} are of one class: give a set of several")
     with torch.no_grad(), frozen(jem):
@@ -757,7 +752,6 @@ def prepare(settings: EvaluationConfig, name: str, data: DataConfig | None, argv
     return Evaluation(
         settings=settings,
         jem=jem,
-        splits=splits,
         test=test,
         y=y,
         val=val,
@@ -819,7 +813,7 @@ def compare(entries: list[str], output_dir: str | None, overwrite: bool) -> None
 def overlays(reports: dict[str, list[Report]]) -> dict[str, tuple[Any, str]]:
     """The curves of all models in one plot each; of several runs of a model, the mean and the range."""
     pictures = {}
-    for norm, shown in (("linf", "ℓ∞"), ("l2", "ℓ2")):
+    for norm, shown in NORMS.items():
         curves = {}
         for name, group in reports.items():
             found = [r.curves[key]["PGD"] for r in group if (key := f"accuracy under PGD, {norm}") in r.curves]
@@ -831,24 +825,20 @@ def overlays(reports: dict[str, list[Report]]) -> dict[str, tuple[Any, str]]:
             picture = plots.accuracy_curves(curves, norm, f"Accuracy under PGD, {shown}")
             band = "95 % interval of one run, or range over runs"
             pictures[f"pgd_{norm}.png"] = picture, f"Accuracy under PGD, {shown}; the band is the {band}."
-    bins = {
-        name if len(group) == 1 else f"{name} {i + 1}": report.curves["reliability"]["as it is"]
-        for name, group in reports.items()
-        for i, report in enumerate(group)
-        if "reliability" in report.curves
-    }
-    if bins:
-        pictures["reliability.png"] = (
-            plots.reliability_diagram(bins),
-            "Accuracy against confidence, before temperature scaling.",
-        )
-    quality = {
-        name if len(group) == 1 else f"{name} {i + 1}": report.curves["quality against length"]["fresh chains"]
-        for name, group in reports.items()
-        for i, report in enumerate(group)
-        if "quality against length" in report.curves
-    }
-    if quality:
+
+    def of_runs(plot: str, curve: str) -> dict[str, Any]:
+        """That curve of every run, numbered where a model has several."""
+        return {
+            name if len(group) == 1 else f"{name} {i}": report.curves[plot][curve]
+            for name, group in reports.items()
+            for i, report in enumerate(group, 1)
+            if plot in report.curves
+        }
+
+    if bins := of_runs("reliability", "as it is"):
+        caption = "Accuracy against confidence, before temperature scaling."
+        pictures["reliability.png"] = plots.reliability_diagram(bins), caption
+    if quality := of_runs("quality against length", "fresh chains"):
         picture = plots.quality_curves(quality, "Fréchet distance to training images")
         pictures["chain_length.png"] = picture, "Fréchet distance of fresh chains against their length."
     return pictures

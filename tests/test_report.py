@@ -28,7 +28,6 @@ def test_every_number_states_n_seed_and_protocol():
 
 def test_reports_come_back_as_they_were(tmp_path):
     kept = report(low=0.4, high=0.6, interval="Wilson, 95 %")
-    kept.notes.append(("Robustness", None, "text"))
     kept.pictures.append(("Robustness", "p.png", "A caption."))
     (tmp_path / "report.json").write_text(kept.as_json())
     assert read_report(tmp_path) == kept

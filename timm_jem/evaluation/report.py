@@ -66,7 +66,6 @@ class Report:
         results: the numbers, in the report's order.
         curves: data of plots that :func:`comparison` overlays, by the plot's name; JSON data.
         warnings: what a reader must know before believing the numbers.
-        notes: what is said beneath a table: (section, table or None, text).
         pictures: (section, file name, caption).
     """
 
@@ -74,7 +73,6 @@ class Report:
     results: list[Result] = field(default_factory=list)
     curves: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    notes: list[tuple[str, str | None, str]] = field(default_factory=list)
     pictures: list[tuple[str, str, str]] = field(default_factory=list)
 
     def as_json(self) -> str:
@@ -89,19 +87,14 @@ class Report:
         lines += ["", f"```bash\n{subject['command']}\n```" if "command" in subject else "", ""]
         if self.warnings:
             lines += ["**Warnings**", "", *(f"- {warning}" for warning in self.warnings), ""]
-        for section in _in_order(
-            [result.section for result in self.results]
-            + [picture[0] for picture in self.pictures]
-            + [note[0] for note in self.notes]
-        ):
+        sections = [result.section for result in self.results] + [section for section, _, _ in self.pictures]
+        for section in _in_order(sections):
             lines += [f"## {section}", ""]
             of_section = [result for result in self.results if result.section == section]
             for table in _in_order([result.table for result in of_section]):
                 of_table = [result for result in of_section if result.table == table]
                 lines += [f"### {table}", "", *_table(of_table), ""]
                 lines += [f"{_protocols(of_table)}", ""]
-                lines += [text + "\n" for where, name, text in self.notes if (where, name) == (section, table)]
-            lines += [text + "\n" for where, name, text in self.notes if (where, name) == (section, None)]
             for where, file, caption in self.pictures:
                 if where == section:
                     lines += [f"![{caption}]({file})", "", f"*{caption}*", ""]
@@ -184,8 +177,8 @@ def read_report(path: str | os.PathLike) -> Report:
             raise InputError(f"{file} is of another version: evaluate that model again")
         names = {f.name for f in fields(Result)}
         results = [Result(**{key: value for key, value in result.items() if key in names}) for result in data.pop("results")]
-        pairs = {key: [tuple(entry) for entry in data.pop(key)] for key in ("notes", "pictures")}
-        return Report(results=results, **pairs, **data)
+        pictures = [tuple(entry) for entry in data.pop("pictures")]
+        return Report(results=results, pictures=pictures, **data)
     except InputError:
         raise
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
