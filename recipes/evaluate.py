@@ -717,7 +717,7 @@ def prepare(settings: EvaluationConfig, name: str, data: DataConfig | None, argv
     if "generation" in settings.sections:
         small = jem.input_size[0] * height * width <= 192
         for spec in settings.extractors:
-            spec = spec.replace("auto", "pixels" if small else "thumbnails")
+            spec = ("pixels" if small else "thumbnails") if spec == "auto" else spec
             extractors.append(load_extractor(spec, input_size=jem.input_size, device=device))
         if not extractors:
             raise InputError("extractors is empty: give auto, pixels, thumbnails, inception or timm:NAME")

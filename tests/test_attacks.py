@@ -3,6 +3,7 @@ import sys
 import foolbox
 import pytest
 import torch
+from small_networks import trained_on_digits
 from torch import nn
 
 import timm_jem
@@ -22,17 +23,7 @@ def seeded(seed=0):
 def digits():
     """200 test images in [0, 1], their labels, and a small network that reads them; frozen."""
     splits = load_splits(DataConfig())
-    images, y = splits.train.images.float() / 255, splits.train.labels
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 10))
-    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-    for _ in range(150):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(network(images), y).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    network.eval().requires_grad_(False)
+    network = trained_on_digits(splits, 0)
     test, labels = splits.test.images[:200].float() / 255, splits.test.labels[:200]
     assert (network(test).argmax(1) == labels).float().mean() > 0.9
     return test, labels, network

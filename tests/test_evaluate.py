@@ -190,6 +190,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, plain, tmp_path, capsys):
     save_file({"weight": torch.zeros(3)}, fake)
     command = f"{run} --output_dir {tmp_path / 'out'} --sections [generation] --extractors [inception:{fake}]"
     assert "Inception" in fails(capsys, command)
+    missing = tmp_path / "auto.pth"  # a name that holds "auto" stays what it is
+    command = f"{run} --output_dir {tmp_path / 'out'} --sections [generation] --extractors [inception:{missing}]"
+    assert str(missing) in fails(capsys, command)
     assert "ood is empty" in fails(capsys, f"{run} --output_dir {tmp_path / 'out'} --sections [ood] --ood []")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("")

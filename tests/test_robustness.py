@@ -3,6 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from small_networks import trained_on_digits
 from torch import nn
 
 from timm_jem import InputError
@@ -21,18 +22,7 @@ def seeded(seed=0):
 def digits():
     """100 test images in [0, 1], their labels, and two small networks that read them; frozen."""
     splits = load_splits(DataConfig())
-    images, y = splits.train.images.float() / 255, splits.train.labels
-    networks = []
-    for seed in range(2):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 10))
-        optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-        for _ in range(150):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(images), y).backward()
-            optimizer.step()
-        networks.append(network.eval().requires_grad_(False))
+    networks = [trained_on_digits(splits, seed) for seed in range(2)]
     return splits.test.images[:100].float() / 255, splits.test.labels[:100], *networks
 
 
