@@ -11,11 +11,13 @@ same name as mean and standard deviation.
 """
 
 import json
+import math
 import shlex
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -34,7 +36,7 @@ import timm_jem
 from timm_jem import JEM, InputError
 from timm_jem.data import DataConfig, ImageSet, Splits, load_images, load_splits, to_pixels
 from timm_jem.errors import check_number, check_whole, one_line
-from timm_jem.evaluation.attacks import PGDConfig, auto_attack, pixel_classifier
+from timm_jem.evaluation.attacks import PGDConfig, auto_attack, auto_attack_names, pixel_classifier
 from timm_jem.evaluation.calibration import brier_score, fit_temperature, negative_log_likelihood, reliability
 from timm_jem.evaluation.classification import predict
 from timm_jem.evaluation.extractors import Extractor, classifier_extractor, extract, load_extractor
@@ -450,7 +452,8 @@ def robustness(e: Evaluation) -> None:
             broken = auto_attack(classifier, few, few_y, norm=norm, eps=epsilon, seed=s.seed, batch_size=s.batch_size)
             right = is_correct(classifier, broken, few_y, s.batch_size)
             row = f"{NORMS[norm]}, {sized(norm, epsilon)}"
-            way = "AutoAttack, version standard (Croce & Hein 2020), by pyautoattack 0.2.0"
+            attacks = ", ".join(auto_attack_names("standard", e.jem.num_classes))
+            way = f"AutoAttack, standard ({attacks}; Croce & Hein 2020), by pyautoattack {version('pyautoattack')}"
             more = {"type": "accuracy", "title": f"Accuracy under AutoAttack, {row}", **plain}
             e.share(section, "Accuracy under AutoAttack", row, right, way, **more)
 
@@ -514,6 +517,13 @@ def generation(e: Evaluation) -> None:
     steps = jem.sgld.sample_steps or jem.sgld.num_steps
     classes = torch.arange(s.samples) % jem.num_classes
     x = jem.sample(y=classes, generator=e.generator(), batch_size=s.batch_size)
+    broken = int((~x.flatten(1).isfinite()).any(1).sum())
+    if broken:
+        e.report.warnings.append(
+            f"{broken} of {s.samples} fresh chains are not finite after {steps} steps: the samples have no distances, and this "
+            "section is left out. Take smaller or fewer SGLD steps."
+        )
+        return
     fresh = eight_bit(jem.denormalize(x)).cpu()
     drawn = f"class-conditional chains of {steps} SGLD steps from uniform noise, classes in turn, none left out"
     sets = {f"fresh chains, {steps} steps": (fresh, drawn, s.seed)}
@@ -589,7 +599,9 @@ def lengths(e: Evaluation, real: Tensor) -> None:
     extractor = e.extractors[0]
     found = {}
     for n, u in chains_by_length(jem, steps, y=classes, generator=e.generator(1), batch_size=s.batch_size):
-        found[n] = frechet_distance(extract(extractor, eight_bit(u).cpu(), batch_size=s.batch_size), real)
+        finite = bool(u.isfinite().all())
+        features = extract(extractor, eight_bit(u).cpu(), batch_size=s.batch_size) if finite else None
+        found[n] = frechet_distance(features, real) if finite else math.nan  # chains that ran away
     floor = frechet_distance(extract(extractor, e.test[: s.curve_samples], batch_size=s.batch_size), real)
     table = f"Fréchet distance against chain length, in {extractor.name}"
     for n, value in found.items():

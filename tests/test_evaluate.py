@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import shlex
 import shutil
@@ -199,6 +200,25 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, plain, tmp_path, capsys):
     assert "other files" in fails(capsys, f"{run} --output_dir {tmp_path / 'taken'}")
     assert "no report.json" in fails(capsys, f"--compare [{tmp_path}] --output_dir {tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
+
+
+def test_chains_that_run_away_are_reported_and_the_rest_is_kept(run, tmp_path):
+    shutil.copytree(run / "model", tmp_path / "wild")
+    config = json.loads((tmp_path / "wild" / "config.json").read_text())
+    config["timm_jem"]["sgld"] |= {"noise_std": 3e38, "sample_steps": 1, "denoise_steps": 1}
+    (tmp_path / "wild" / "config.json").write_text(json.dumps(config))
+    command = f"{tmp_path / 'wild'} {SMALL} --sections [classification,generation] --output_dir {tmp_path}"
+    evaluate.main(shlex.split(f"{command}/one"))
+    lengths = [r for r in read_report(tmp_path / "one").results if "chain length" in r.table]
+    assert lengths
+    assert any(math.isnan(r.value) for r in lengths)
+    assert "| nan |" in (tmp_path / "one" / "report.md").read_text()
+    config["timm_jem"]["sgld"]["sample_steps"] = 8
+    (tmp_path / "wild" / "config.json").write_text(json.dumps(config))
+    evaluate.main(shlex.split(f"{command}/two"))
+    report = read_report(tmp_path / "two")
+    assert {r.section for r in report.results} == {"Classification and calibration"}
+    assert any("120 of 120 fresh chains are not finite after 8 steps" in warning for warning in report.warnings)
 
 
 def test_a_missing_library_is_named(run, tmp_path, monkeypatch, capsys):

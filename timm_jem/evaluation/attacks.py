@@ -19,7 +19,17 @@ from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.model import JEM
 from timm_jem.sampling import frozen, randn, uniform_noise
 
-__all__ = ["Classifier", "PGDConfig", "auto_attack", "check_attackable", "check_logits", "margin", "pgd", "pixel_classifier"]
+__all__ = [
+    "Classifier",
+    "PGDConfig",
+    "auto_attack",
+    "auto_attack_names",
+    "check_attackable",
+    "check_logits",
+    "margin",
+    "pgd",
+    "pixel_classifier",
+]
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -231,7 +241,7 @@ def _margins(classifier: Classifier, point: Tensor, y: Tensor, eot: int) -> Tens
 _ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 
 
-def _auto_attacks(version: str, num_classes: int) -> list[str]:
+def auto_attack_names(version: str, num_classes: int) -> list[str]:
     """Those of ``version`` that exist: the DLR loss needs three classes, the targeted one four (Croce & Hein, section 4)."""
     if version == "rand":
         return ["apgd-ce", "apgd-dlr"] if num_classes > 2 else ["apgd-ce"]
@@ -301,7 +311,7 @@ def auto_attack(
                 return start.to(images.dtype)
             logits = _first_logits(classifier, start, y)
             num_classes = logits.shape[1]
-            names = _auto_attacks(version, num_classes) if attacks is None else list(attacks)
+            names = auto_attack_names(version, num_classes) if attacks is None else list(attacks)
             for name, least in (("apgd-dlr", 3), ("apgd-t", 4)):
                 if name in names and num_classes < least:
                     raise InputError(f"{name} needs {least} classes, and the classifier has {num_classes}: leave it out")
