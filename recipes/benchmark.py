@@ -27,13 +27,13 @@ from accelerate.utils import tqdm
 from jsonargparse import ArgumentError, ArgumentParser
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
-from timm_jem.evaluation.ood import ood_scores
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_jem
 from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
 from timm_jem.errors import check_whole, one_line
+from timm_jem.evaluation.ood import ood_scores
 from timm_jem.images import to_pixels
 from timm_jem.sampling import frozen
 from timm_jem.training import Batch, DivergenceGuard, GuardConfig, Learner
