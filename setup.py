@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["timm_jem", "timm_jem.*"]),
-    package_data={"timm_jem": ["card_template.md"]},
+    package_data={"timm_jem.hub": ["card_template.md"]},
     install_requires=[
         "torch>=2.4",
         "torchvision",

@@ -34,8 +34,8 @@ import timm_jem
 from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
 from timm_jem.errors import check_whole, one_line
 from timm_jem.evaluation.ood import ood_scores
-from timm_jem.images import to_pixels
-from timm_jem.sampling import frozen
+from timm_jem.modes import frozen
+from timm_jem.pixels import to_pixels
 from timm_jem.training import Batch, DivergenceGuard, GuardConfig, Learner
 
 SCORED_AT_ONCE = 256

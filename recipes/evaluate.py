@@ -34,7 +34,7 @@ from torch import Tensor
 
 import timm_jem
 from timm_jem import JEM, InputError
-from timm_jem.data import DataConfig, ImageSet, Splits, load_images, load_splits, to_pixels
+from timm_jem.data import DataConfig, ImageSet, Splits, load_images, load_splits
 from timm_jem.errors import check_number, check_whole, one_line
 from timm_jem.evaluation.attacks import PGDConfig, auto_attack, auto_attack_names, pixel_classifier
 from timm_jem.evaluation.calibration import brier_score, fit_temperature, negative_log_likelihood, reliability
@@ -42,7 +42,6 @@ from timm_jem.evaluation.classification import predict
 from timm_jem.evaluation.extractors import Extractor, classifier_extractor, extract, load_extractor
 from timm_jem.evaluation.generation import (
     chains_by_length,
-    eight_bit,
     frechet_distance,
     inception_score,
     nearest_neighbours,
@@ -57,7 +56,8 @@ from timm_jem.evaluation.pictures import image_grid, stack_pictures
 from timm_jem.evaluation.refinement import RefinementConfig, refined_classifier
 from timm_jem.evaluation.report import Report, Result, check_output_dir, comparison, fingerprint, read_report, write_files
 from timm_jem.evaluation.robustness import is_correct, robust_correct, sanity_checks, transfer_correct
-from timm_jem.sampling import frozen
+from timm_jem.modes import frozen
+from timm_jem.pixels import eight_bit, to_pixels
 
 try:
     from timm_jem.evaluation import plots

@@ -14,6 +14,7 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.errors import one_line
 from timm_jem.evaluation.report import REPORT_FILE, fingerprint, read_report
+from timm_jem.hub.card import PICTURES
 
 
 def main(argv: list[str]) -> None:
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
         commit_message=f"Push {run.name} using timm_jem",
         private=settings.private,
         replay_buffer=settings.replay_buffer,
-        pictures=run,
+        pictures={name: run / name for name in PICTURES if (run / name).is_file()},
         overwrite_card=settings.overwrite_card,
     )
     print(f"pushed to {url}")

@@ -37,14 +37,16 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, Subset
 
 import timm_jem
-from timm_jem import JEM, Chains, ClassGaussians, InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
-from timm_jem.data import DataConfig, ImageSet, load_splits, to_pixels
+from timm_jem import JEM, ClassGaussians, InputError, ObjectiveConfig, PublishedChains, ReplayBuffer, SGLDConfig, uniform_noise
+from timm_jem.data import DataConfig, ImageSet, load_splits
+from timm_jem.data.loader import default_workers
 from timm_jem.errors import check_number, check_whole, one_line
 from timm_jem.evaluation import accuracy, best_num_steps, expected_calibration_error, image_grid, predict
-from timm_jem.hub import prepare
+from timm_jem.hub.card import PICTURES
+from timm_jem.hub.repository import make_repository
 from timm_jem.models.names import check_name
-from timm_jem.sampling import frozen
-from timm_jem.streams import default_workers
+from timm_jem.modes import frozen
+from timm_jem.pixels import to_pixels
 from timm_jem.training import (
     Batches,
     Checkpoints,
@@ -654,7 +656,7 @@ def main(argv: list[str]) -> None:
 
     if main_process:
         if hub.push_to is not None:
-            prepare(hub.push_to, private=hub.private)
+            make_repository(hub.push_to, private=hub.private)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -693,10 +695,15 @@ def main(argv: list[str]) -> None:
             "results": results,
         }
         if hub.replay_buffer and energies:
-            whole.chains = Chains.of_pixels(buffer.chains, buffer.labels)
+            whole.chains = PublishedChains.of_pixels(buffer.chains, buffer.labels)
 
     def publish(whole: JEM, message: str) -> None:
-        url = whole.push_to_hub(hub.push_to, commit_message=message, private=hub.private, pictures=output_dir)
+        url = whole.push_to_hub(
+            hub.push_to,
+            commit_message=message,
+            private=hub.private,
+            pictures={name: output_dir / name for name in PICTURES if (output_dir / name).is_file()},
+        )
         progress.write(f"pushed to {url}")
 
     def log(metrics: dict[str, Any]) -> None:

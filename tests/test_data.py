@@ -9,8 +9,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from timm_jem import InputError
-from timm_jem.augmentation import AutoAugment
-from timm_jem.data import DataConfig, StreamedSet, augment, digits, load_images, load_splits, to_pixels
+from timm_jem.data import DataConfig, StreamedSet, digits, load_images, load_splits
+from timm_jem.data.augmentation import AutoAugment, augment
+from timm_jem.pixels import to_pixels
 
 
 @pytest.fixture(autouse=True)

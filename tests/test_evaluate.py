@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import timm_jem
 from timm_jem import InputError
-from timm_jem.data import DataConfig, digits, load_splits, to_pixels
+from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.evaluation.report import read_report
+from timm_jem.pixels import to_pixels
 
 SMALL = (
     "--attack_images 20 --attack_steps 3 --auto_attack_images 2 --refinement_images 4 --refinement_steps 2 --eot 2 "

@@ -6,7 +6,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 import timm_jem
 from timm_jem import InputError
-from timm_jem.data import DataConfig, load_splits, to_pixels
+from timm_jem.data import DataConfig, load_splits
 from timm_jem.evaluation import (
     accuracy,
     best_num_steps,
@@ -16,6 +16,7 @@ from timm_jem.evaluation import (
     predict,
     thumbnails,
 )
+from timm_jem.pixels import to_pixels
 
 
 def test_calibration_error_equals_torchmetrics():

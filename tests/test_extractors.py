@@ -13,7 +13,7 @@ from timm_jem import InputError
 from timm_jem.evaluation import extractors
 from timm_jem.evaluation.extractors import classifier_extractor, extract, load_extractor
 from timm_jem.evaluation.generation import thumbnails
-from timm_jem.images import to_pixels
+from timm_jem.pixels import to_pixels
 
 
 def images(n, *size, seed=0):

@@ -11,7 +11,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import timm_jem
-from timm_jem import Chains, InputError, SGLDConfig, folder
+from timm_jem import InputError, PublishedChains, SGLDConfig
+from timm_jem.hub import folder
 
 
 @pytest.fixture
@@ -305,7 +306,7 @@ def test_models_in_any_dress_are_saved_right(tmp_path, change):
 
 def test_published_chains(jem, tmp_path):
     u = torch.linspace(-1, 1, 30 * 64).view(30, 1, 8, 8)
-    jem.chains = Chains.of_pixels(u, torch.arange(30) * 3 // 30)
+    jem.chains = PublishedChains.of_pixels(u, torch.arange(30) * 3 // 30)
     jem.save_pretrained(tmp_path)
     again = timm_jem.from_pretrained(tmp_path)
     assert (again.chains.images.float() / 127.5 - 1 - u).abs().max() <= 0.5 / 127.5 + 1e-6
@@ -330,13 +331,13 @@ def test_published_chains(jem, tmp_path):
 
 
 def test_chains_of_no_class_and_of_limited_size(jem):
-    jem.chains = Chains.of_pixels(torch.zeros(10, 1, 8, 8), max_bytes=5 * 64)
+    jem.chains = PublishedChains.of_pixels(torch.zeros(10, 1, 8, 8), max_bytes=5 * 64)
     assert len(jem.chains) == 5
     assert jem.sample(3, init="buffer").shape == (3, 1, 8, 8)
     with pytest.raises(InputError, match="no classes"):
         jem.sample(y=[0], init="buffer")
     with pytest.raises(InputError, match="leave the replay buffer out"):
-        Chains.of_pixels(torch.zeros(10, 1, 8, 8), max_bytes=63)
+        PublishedChains.of_pixels(torch.zeros(10, 1, 8, 8), max_bytes=63)
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,15 @@ from timm_jem import InputError, uniform_noise
 from timm_jem.evaluation.generation import (
     best_num_steps,
     chains_by_length,
-    eight_bit,
     frechet_distance,
     inception_score,
     nearest_neighbours,
     sample_quality,
     thumbnails,
 )
-from timm_jem.images import to_pixels
-from timm_jem.sampling import frozen, sgld
+from timm_jem.modes import frozen
+from timm_jem.pixels import eight_bit, to_pixels
+from timm_jem.sampling import sgld
 
 
 def model(**sgld_settings):

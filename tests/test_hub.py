@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 from loopback_hub import Hub
 
 import timm_jem
-from timm_jem import Chains, InputError, SGLDConfig
-from timm_jem import hub as hub_module
-from timm_jem.card import is_generated
+from timm_jem import InputError, PublishedChains, SGLDConfig
+from timm_jem.hub import repository as hub_module
+from timm_jem.hub.card import is_generated
 
 REPO = "user/digits-jem"
 
@@ -23,7 +23,7 @@ def jem():
     torch.manual_seed(0)
     names, sgld = ["a", "b", "c"], SGLDConfig(num_steps=4, noise_std=0.05, sample_steps=9)
     jem = timm_jem.create_model("wrn_10_1", num_classes=3, input_size=(1, 8, 8), class_names=names, sgld=sgld).eval()
-    jem.chains = Chains.of_pixels(torch.rand(30, 1, 8, 8) * 2 - 1, torch.arange(30) % 3)
+    jem.chains = PublishedChains.of_pixels(torch.rand(30, 1, 8, 8) * 2 - 1, torch.arange(30) % 3)
     jem.provenance = {
         "dataset": "digits",
         "command": "accelerate launch recipes/train.py",
@@ -107,10 +107,13 @@ def test_a_plain_timm_repository(hub, tmp_path):
 
 def test_the_card_says_what_is_so_and_no_more(hub, jem, tmp_path):
     (tmp_path / "samples.png").write_bytes(b"picture")
-    (tmp_path / "notes.png").write_bytes(b"not for the card")
-    jem.push_to_hub(REPO, pictures=tmp_path)
+    jem.push_to_hub(REPO, pictures={"samples.png": tmp_path / "samples.png"})
     assert hub.files(REPO)["samples.png"] == b"picture"
-    assert "notes.png" not in hub.files(REPO)
+    with pytest.raises(InputError, match="no card shows a picture 'notes"):
+        jem.push_to_hub(REPO, pictures={"notes.png": tmp_path / "samples.png"})
+    (tmp_path / "link.png").symlink_to(tmp_path / "samples.png")
+    with pytest.raises(InputError, match="not a file of its own"):
+        jem.push_to_hub(REPO, pictures={"samples.png": tmp_path / "link.png"})
     file = tmp_path / "README.md"
     file.write_bytes(hub.files(REPO)["README.md"])
     card = ModelCard.load(file)

@@ -6,8 +6,9 @@ from torch import nn
 
 import timm_jem
 from timm_jem import InputError, SGLDConfig
-from timm_jem.data import DataConfig, load_splits, to_pixels
+from timm_jem.data import DataConfig, load_splits
 from timm_jem.evaluation.illustrations import counterfactuals, distal_adversarials, interpolation_paths
+from timm_jem.pixels import to_pixels
 
 SHAPE = (1, 4, 4)
 

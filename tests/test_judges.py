@@ -5,7 +5,7 @@ from sklearn.svm import SVC
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.evaluation.judges import fit_judge
-from timm_jem.images import to_pixels
+from timm_jem.pixels import to_pixels
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from sklearn.metrics import roc_auc_score
 
 import timm_jem
 from timm_jem import InputError
-from timm_jem.data import DataConfig, load_splits, to_pixels
+from timm_jem.data import DataConfig, load_splits
 from timm_jem.evaluation.ood import SCORES, auroc_interval, ood_metrics, ood_scores, typicality
+from timm_jem.pixels import to_pixels
 
 DENSITY, SOFTMAX, LOGIT, MASS, TYPICALITY = SCORES
 

@@ -23,8 +23,9 @@ from sklearn.svm import SVC
 
 import timm_jem
 from timm_jem import InputError
-from timm_jem.data import DataConfig, digits, load_splits, to_pixels
+from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.evaluation import frechet_distance
+from timm_jem.pixels import to_pixels
 from timm_jem.training import damage
 
 ROOT = Path(__file__).parent.parent
@@ -220,7 +221,7 @@ def test_the_readme_opens_with_two_commands():
 def test_the_readmes_python_runs(hub, tmp_path, monkeypatch, number):
     monkeypatch.chdir(tmp_path)
     jem = timm_jem.create_model("wrn_10_1", num_classes=10, input_size=(1, 8, 8))
-    jem.chains = timm_jem.Chains.of_pixels(torch.zeros(20, 1, 8, 8), torch.arange(20) % 10)
+    jem.chains = timm_jem.PublishedChains.of_pixels(torch.zeros(20, 1, 8, 8), torch.arange(20) % 10)
     jem.push_to_hub("user/digits-jem")
     exec(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number], {})
 

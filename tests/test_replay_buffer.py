@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from timm_jem import InputError, ReplayBuffer, redistribute, uniform_noise
+from timm_jem import InputError, ReplayBuffer, uniform_noise
+from timm_jem.replay_buffer import redistribute
 
 
 def make(**kwargs) -> ReplayBuffer:

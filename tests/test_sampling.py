@@ -5,7 +5,8 @@ import timm
 import torch
 
 from timm_jem import InputError, SGLDConfig, sgld, sgld_step
-from timm_jem.sampling import frozen, uniform_noise
+from timm_jem.modes import frozen
+from timm_jem.sampling import uniform_noise
 
 
 def quadratic(curvature: float):

@@ -9,7 +9,7 @@ from PIL import Image as PILImage
 
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
-from timm_jem.streams import ImageStream, StreamedImages, default_workers, open_stream
+from timm_jem.data.loader import ImageStream, StreamedImages, default_workers, open_stream
 
 SEED = 3
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole
+from timm_jem.pixels import FAR_FROM_PIXELS
+from timm_jem.sampling import draw_classes, randn
 
 __all__ = ["ClassGaussians"]
 
 _CHUNK = 256  # images or chains in float at once
-# Noise leaves [-1, 1] by a little, images in 0..255 by far.
-_FAR_FROM_PIXELS = 20.0
 _MAX_IMAGES = 1000  # of a class, for the principal components
 
 
@@ -63,7 +63,7 @@ class ClassGaussians:
         if not (images.dtype == torch.uint8 or images.is_floating_point()):
             raise InputError(f"images have dtype {images.dtype}: give uint8, or floating-point pixels in [-1, 1]")
         low, high = (float(v) for v in images.aminmax())
-        if images.is_floating_point() and not (low >= -_FAR_FROM_PIXELS and high <= _FAR_FROM_PIXELS):
+        if images.is_floating_point() and not (low >= -FAR_FROM_PIXELS and high <= FAR_FROM_PIXELS):
             raise InputError(f"images hold {low:.3g} to {high:.3g}: give pixels in [-1, 1], e.g. images / 127.5 - 1, or uint8")
         n = len(images)
         if num_classes is None:
@@ -120,17 +120,14 @@ class ClassGaussians:
         if image_shape != fitted:
             raise InputError(f"chains of shape {tuple(image_shape)} from Gaussians of {tuple(fitted)}: fit them to such images")
         home = self.means.device
-        source = home if generator is None else generator.device
         if num_classes == 1:
             y = torch.zeros(n, dtype=torch.long, device=home)
         elif y is None:
-            # An exponential race: the first of arrivals at rates p is class c with probability p[c].
-            times = torch.empty(n, num_classes, device=source).exponential_(generator=generator)
-            y = (self.weights / times.to(home)).argmax(1)
+            y = draw_classes(n, self.weights, generator=generator)
         else:
             y = y.to(home)
-        z = torch.randn(n, self.factors.shape[2], generator=generator, device=source).to(home)
-        u = torch.randn(n, *fitted, generator=generator, device=source).to(home)
+        z = randn((n, self.factors.shape[2]), generator=generator, device=home)
+        u = randn((n, *fitted), generator=generator, device=home)
         for start in range(0, n, _CHUNK):  # so that no more than a chunk's factors are gathered
             part = slice(start, start + _CHUNK)
             c = y[part]

@@ -4,16 +4,15 @@ Nothing here knows networks' heads or buffers: an energy is a function ``energy_
 returns shape (B,), and a chain's state is a plain tensor of pixels.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.errors import check_number, check_whole
 
-__all__ = ["SGLDConfig", "batch_norms", "frozen", "randn", "sgld", "sgld_step", "statistics_kept", "uniform_noise"]
+__all__ = ["SGLDConfig", "draw_classes", "randn", "sgld", "sgld_step", "uniform_noise"]
 
 
 @dataclass(frozen=True)
@@ -76,56 +75,13 @@ def uniform_noise(
     return torch.rand(shape, generator=generator, device=source, dtype=dtype).to(device).mul_(2).sub_(1)
 
 
-@contextlib.contextmanager
-def frozen(model: nn.Module, batch_norm: str = "eval") -> Iterator[nn.Module]:
-    """Within the context ``model`` is in eval mode and needs no parameter gradients; each flag is then restored.
-
-    Args:
-        model: any module.
-        batch_norm: "train": BatchNorm layers in train mode stay in it, and normalise each batch by its own statistics,
-            as the released code of JEM++ (arXiv 2109.09032) does; their running statistics don't move. "eval": they are
-            in eval mode like all others.
-
-    Raises:
-        InputError: another ``batch_norm``.
-    """
-    if batch_norm not in ("eval", "train"):
-        raise InputError(f"batch_norm of frozen is {batch_norm!r}: give 'eval' or 'train'")
-    training = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    mixing = batch_norms(model) if batch_norm == "train" else []
-    try:
-        for module, _ in training:
-            module.training = False
-        for module in mixing:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with statistics_kept(mixing):
-            yield model
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """The BatchNorm layers in train mode: those that mix the images of a batch."""
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-
-
-@contextlib.contextmanager
-def statistics_kept(layers: list[nn.Module]) -> Iterator[None]:
-    """Within the context BatchNorm ``layers`` in train mode normalise batches as ever, but running statistics stay."""
-    tracking = [layer.track_running_stats for layer in layers]
-    try:
-        for layer in layers:
-            layer.track_running_stats = False
-        yield
-    finally:
-        for layer, flag in zip(layers, tracking, strict=True):
-            layer.track_running_stats = flag
+def draw_classes(n: int, weights: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """``n`` classes, int64, shape (n,), drawn by ``weights``, shape (num_classes,), on their device; nothing waits for it."""
+    # An exponential race: the first of arrivals at rates p is class c with probability p[c]. torch.multinomial checks its
+    # input on the host where n is 1.
+    source = weights.device if generator is None else generator.device
+    times = torch.empty(n, len(weights), device=source).exponential_(generator=generator)
+    return (weights / times.to(weights.device)).argmax(1)
 
 
 def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig) -> Tensor:

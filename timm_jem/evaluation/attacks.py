@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.model import JEM
-from timm_jem.sampling import frozen, randn, uniform_noise
+from timm_jem.modes import frozen
+from timm_jem.pixels import from_unit
+from timm_jem.sampling import randn, uniform_noise
 
 __all__ = [
     "Classifier",
@@ -42,7 +44,7 @@ def pixel_classifier(jem: JEM) -> Classifier:
 
     def classify(images: Tensor) -> Tensor:
         with frozen(jem):
-            logits = jem(jem.normalize(2 * images.to(jem.mean.device) - 1))
+            logits = jem(jem.normalize(from_unit(images.to(jem.mean.device))))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     return classify

@@ -6,9 +6,9 @@ import torch
 from accelerate.utils import tqdm
 from torch import Tensor
 
-from timm_jem.data import to_pixels
 from timm_jem.model import JEM
-from timm_jem.sampling import frozen
+from timm_jem.modes import frozen
+from timm_jem.pixels import to_pixels
 
 __all__ = ["accuracy", "predict"]
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from timm_jem.errors import InputError, one_line
 from timm_jem.evaluation.generation import thumbnails
-from timm_jem.images import to_pixels
 from timm_jem.model import JEM
 from timm_jem.models.names import BUILD_ERRORS, check_name
-from timm_jem.sampling import frozen
+from timm_jem.modes import frozen
+from timm_jem.pixels import to_pixels
 
 __all__ = ["Extractor", "classifier_extractor", "extract", "load_extractor"]
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole
 from timm_jem.model import JEM
-from timm_jem.sampling import frozen, sgld, uniform_noise
+from timm_jem.modes import frozen
+from timm_jem.sampling import sgld, uniform_noise
 
 __all__ = [
     "best_num_steps",
     "chains_by_length",
-    "eight_bit",
     "frechet_distance",
     "inception_score",
     "nearest_neighbours",
@@ -55,18 +55,6 @@ def thumbnails(u: Tensor) -> Tensor:
     """Pixels averaged down to 8×8 at most, clamped to [-1, 1], flattened: (N, C, H, W) to (N, C · 64 or less)."""
     size = [min(side, 8) for side in u.shape[-2:]]
     return F.adaptive_avg_pool2d(u.clamp(-1, 1), size).flatten(1)
-
-
-def eight_bit(u: Tensor) -> Tensor:
-    """Pixels as 8-bit images, uint8, same shape: cut to [-1, 1] and rounded, as what is published or shown is.
-
-    Raises:
-        InputError: a pixel is NaN, which no 8-bit image can say.
-    """
-    if u.isnan().any():
-        broken = int(u.flatten(1).isnan().any(1).sum())
-        raise InputError(f"{broken} of {len(u)} images have pixels that are NaN: their chains ran away, so use fewer steps")
-    return u.clamp(-1, 1).add(1).mul(127.5).round().byte()
 
 
 def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, float]:

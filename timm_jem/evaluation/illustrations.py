@@ -10,7 +10,8 @@ from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.model import JEM
-from timm_jem.sampling import frozen, uniform_noise
+from timm_jem.modes import frozen
+from timm_jem.sampling import uniform_noise
 
 __all__ = ["Counterfactuals", "counterfactuals", "distal_adversarials", "interpolation_paths"]
 

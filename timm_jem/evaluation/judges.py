@@ -10,7 +10,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from timm_jem.errors import InputError
-from timm_jem.images import to_pixels
+from timm_jem.pixels import to_pixels
 
 __all__ = ["Judge", "fit_judge"]
 

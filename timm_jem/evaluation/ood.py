@@ -7,11 +7,11 @@ import torch
 from accelerate.utils import tqdm
 from torch import Tensor
 
-from timm_jem.data import to_pixels
 from timm_jem.energy import log_density
 from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.model import JEM
-from timm_jem.sampling import frozen
+from timm_jem.modes import frozen
+from timm_jem.pixels import to_pixels
 
 __all__ = ["SCORES", "auroc_interval", "ood_metrics", "ood_scores", "typicality"]
 

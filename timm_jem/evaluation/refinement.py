@@ -15,7 +15,9 @@ from torch import Tensor
 from timm_jem.errors import InputError, check_whole, one_line
 from timm_jem.evaluation.attacks import Classifier
 from timm_jem.model import JEM
-from timm_jem.sampling import SGLDConfig, frozen, randn, sgld_step
+from timm_jem.modes import frozen
+from timm_jem.pixels import from_unit
+from timm_jem.sampling import SGLDConfig, randn, sgld_step
 
 __all__ = ["RefinementConfig", "refined_classifier"]
 
@@ -84,7 +86,7 @@ def refined_classifier(
     def classify(images: Tensor) -> Tensor:
         attacked = images.requires_grad and torch.is_grad_enabled()
         through = attacked and gradient == "through"
-        start = 2 * images.to(jem.mean.device) - 1
+        start = from_unit(images.to(jem.mean.device))
         with frozen(jem):
             parts = []
             for _ in range(config.chains):

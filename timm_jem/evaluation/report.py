@@ -4,9 +4,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError, one_line
+from timm_jem.files import folder_aside
 
 __all__ = ["REPORT_FILE", "Report", "Result", "check_output_dir", "comparison", "fingerprint", "read_report", "write_files"]
 
@@ -286,17 +285,11 @@ def write_files(folder: Path, write) -> None:
         InputError: the folder can't be written.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"output_dir {folder} can't be made ({one_line(error)}): give another") from error
-    try:
-        write(aside)
-        folder.mkdir(exist_ok=True)
-        # The report itself last: where it is, all of its pictures are.
-        for file in sorted(aside.iterdir(), key=lambda file: file.name in _OURS):
-            os.replace(file, folder / file.name)
+        with folder_aside(folder) as aside:
+            write(aside)
+            folder.mkdir(exist_ok=True)
+            # The report itself last: where it is, all of its pictures are.
+            for file in sorted(aside.iterdir(), key=lambda file: file.name in _OURS):
+                os.replace(file, folder / file.name)
     except OSError as error:
         raise InputError(f"the report can't be written to {folder} ({one_line(error)}): make room, or give another") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

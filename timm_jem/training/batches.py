@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_jem.data import Splits, augment, to_pixels
+from timm_jem.data import Splits
+from timm_jem.data.augmentation import augment
+from timm_jem.data.loader import open_stream
 from timm_jem.errors import InputError
+from timm_jem.pixels import to_pixels
 from timm_jem.sampling import randn
-from timm_jem.streams import open_stream
 from timm_jem.training.learner import Batch
 
 __all__ = ["Batches"]
@@ -32,7 +34,7 @@ class Batches:
         ce_noise: standard deviation of the noise on the images of the cross-entropy, pixels.
         shared: the cross-entropy takes the images for p(x) with the noise that they get later, where it has no images,
             views or noise of its own.
-        seed, rank, world, workers: see :class:`timm_jem.streams.ImageStream`.
+        seed, rank, world, workers: see :class:`timm_jem.data.loader.ImageStream`.
 
     Raises:
         InputError: an unknown augmentation policy, or images that can't be decoded when they come up.

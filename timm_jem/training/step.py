@@ -1,7 +1,6 @@
 """One iteration of joint training, up to the loss."""
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +8,10 @@ from torch import Tensor, nn
 from timm_jem.energy import energy
 from timm_jem.errors import InputError
 from timm_jem.model import JEM
+from timm_jem.modes import batch_norms, frozen, in_eval_mode, statistics_kept
 from timm_jem.objectives import ObjectiveConfig, joint_loss
 from timm_jem.replay_buffer import ReplayBuffer
-from timm_jem.sampling import SGLDConfig, batch_norms, frozen, randn, sgld, statistics_kept
+from timm_jem.sampling import SGLDConfig, draw_classes, randn, sgld
 
 __all__ = ["BATCH_NORM", "joint_step"]
 
@@ -93,7 +93,12 @@ def joint_step(
         return joint_loss(logits, y if y_ce is None else y_ce, config=objective)
     y_neg = None
     if buffer.labels is not None:
-        y_neg = torch.where(y == -1, _draw_classes(len(y), buffer.num_classes, class_frequencies, generator, y.device), y)
+        weights = torch.ones(buffer.num_classes, device=y.device) if class_frequencies is None else class_frequencies
+        if weights.shape != (buffer.num_classes,):
+            raise InputError(
+                f"class_frequencies has shape {tuple(weights.shape)}: give one a class, shape ({buffer.num_classes},)"
+            )
+        y_neg = torch.where(y == -1, draw_classes(len(y), weights.to(y.device), generator=generator), y)
     start, slots = buffer.draw(len(u), y_neg)
     # Outside no_sync, DistributedDataParallel would wait for gradients that sampling never makes.
     with (
@@ -117,30 +122,8 @@ def _logits(model: nn.Module, jem: JEM, parts: list[Tensor], batch_norm: str) ->
         logits = [model(jem.normalize(parts[0]))]
         with statistics_kept(mixing):
             return logits + [model(jem.normalize(part)) for part in parts[1:]]
-    with _in_eval_mode(mixing):
+    with in_eval_mode(mixing):
         return list(model(jem.normalize(torch.cat(parts))).split([len(part) for part in parts]))
-
-
-@contextlib.contextmanager
-def _in_eval_mode(modules: list[nn.Module]) -> Iterator[None]:
-    try:
-        for m in modules:
-            m.training = False
-        yield
-    finally:
-        for m in modules:
-            m.training = True
-
-
-def _draw_classes(n: int, num_classes: int, frequencies: Tensor | None, generator: torch.Generator, device) -> Tensor:
-    if frequencies is None:
-        frequencies = torch.ones(num_classes, device=device)
-    if frequencies.shape != (num_classes,):
-        raise InputError(f"class_frequencies has shape {tuple(frequencies.shape)}: give one a class, shape ({num_classes},)")
-    # An exponential race: the first of arrivals at rates p is class c with probability p[c]. torch.multinomial checks its
-    # input on the host where n is 1.
-    times = torch.empty(n, num_classes, device=generator.device).exponential_(generator=generator)
-    return (frequencies.to(device) / times.to(device)).argmax(1)
 
 
 def _chain_terms(start: Tensor, chains: Tensor, images: Tensor, clamp: float | None) -> dict[str, Tensor]:

@@ -8,8 +8,6 @@ import copy
 import json
 import math
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from timm_jem.chains import CHAINS_FILE, Chains
 from timm_jem.errors import InputError, one_line
+from timm_jem.files import folder_aside
+from timm_jem.hub.published_chains import CHAINS_FILE, PublishedChains
 from timm_jem.models.names import BUILD_ERRORS, check_name
 
 __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "WEIGHTS_FILE", "read_folder", "write_folder"]
@@ -44,7 +43,7 @@ def write_folder(
     *,
     class_names: list[str] | None,
     data_config: dict[str, Any],
-    chains: Chains | None = None,
+    chains: PublishedChains | None = None,
 ) -> None:
     """Write a model that plain timm rebuilds faithfully; or raise, and leave the folder as it was.
 
@@ -77,33 +76,27 @@ def write_folder(
     if class_names is not None:  # they go to the top of the file, once
         backbone.pretrained_cfg = {k: v for k, v in backbone.pretrained_cfg.items() if k != "label_names"}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {target.parent} can't be made ({one_line(error)}): give another") from error
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        try:
-            save_for_hf(
-                backbone,
-                aside,
-                model_config={_KEY: {"format_version": FORMAT_VERSION, **ours}, "label_names": class_names},
-                data_config=data_config,
-                safe_serialization=True,
-            )
-        except (TypeError, ValueError) as error:
-            raise InputError(f"this backbone can't be saved for timm: {one_line(error)}") from error
-        _check_faithful(backbone, aside, tuple(data_config["input_size"]))
-        if chains is not None:
-            chains.save(aside / CHAINS_FILE)
-        target.mkdir(exist_ok=True)
-        for file in aside.iterdir():
-            os.replace(file, target / file.name)
-        if chains is None:
-            (target / CHAINS_FILE).unlink(missing_ok=True)
+        with folder_aside(target) as aside:
+            try:
+                save_for_hf(
+                    backbone,
+                    aside,
+                    model_config={_KEY: {"format_version": FORMAT_VERSION, **ours}, "label_names": class_names},
+                    data_config=data_config,
+                    safe_serialization=True,
+                )
+            except (TypeError, ValueError) as error:
+                raise InputError(f"this backbone can't be saved for timm: {one_line(error)}") from error
+            _check_faithful(backbone, aside, tuple(data_config["input_size"]))
+            if chains is not None:
+                chains.save(aside / CHAINS_FILE)
+            target.mkdir(exist_ok=True)
+            for file in aside.iterdir():
+                os.replace(file, target / file.name)
+            if chains is None:
+                (target / CHAINS_FILE).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"the model can't be written to {target} ({one_line(error)}): make room, or give another") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_faithful(backbone: nn.Module, folder: Path, input_size: tuple[int, int, int]) -> None:

@@ -1,6 +1,5 @@
 """Endless batches of training images, whose place is a number or two: resuming and going back are exact."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
@@ -12,9 +11,11 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from timm_jem.augmentation import AutoAugment
-from timm_jem.data import ImageSet, StreamedImage, StreamedSet
+from timm_jem.data import ImageSet, StreamedSet
+from timm_jem.data.augmentation import AutoAugment
+from timm_jem.data.streamed import StreamedImage
 from timm_jem.errors import InputError, check_whole
+from timm_jem.files import cores
 
 __all__ = ["ImageStream", "StreamedImages", "default_workers", "open_stream"]
 
@@ -188,8 +189,7 @@ def open_stream(
 def default_workers(local_world: int) -> int:
     """Worker processes of each of ``local_world`` training processes that suit this machine's cores: 1 to 8."""
     check_whole("local_world", local_world, 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // local_world - 1))
+    return max(1, min(8, cores() // local_world - 1))
 
 
 def _data_loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:

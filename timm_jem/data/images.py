@@ -1,7 +1,7 @@
 """Images of a data set as 8-bit pixels."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import datasets
 import numpy as np
@@ -15,14 +15,9 @@ from torchvision.transforms.v2 import functional as tvf
 
 from timm_jem.errors import InputError, one_line
 
-__all__ = ["ImageSet", "decode", "open_image", "to_pixels"]
+__all__ = ["ImageSet", "cache_small", "decode", "open_image"]
 
 _MODES = {1: "L", 3: "RGB"}
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """8-bit images to pixels in [-1, 1]: u / 127.5 − 1, float32, same shape."""
-    return images.float().div_(127.5).sub_(1)
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -112,6 +107,14 @@ class ImageSet(torch.utils.data.Dataset):
                 return f"row {numbers[row]} of {name}"
             row -= len(numbers)
         raise IndexError(row)
+
+
+def cache_small(sets: Iterable[ImageSet], gib: float) -> None:
+    """Decode all images of ``sets`` now and keep them, where they take no more than ``gib`` GiB together."""
+    sets = list(sets)
+    if sum(image_set.nbytes for image_set in sets) <= gib * 2**30:
+        for image_set in sets:
+            image_set.cache()
 
 
 def decode(stored: dict | None, channels: int, size: tuple[int, int], what: str) -> Tensor:

@@ -10,15 +10,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_jem.errors import InputError
+from timm_jem.pixels import eight_bit, to_pixels
 
-__all__ = ["CHAINS_FILE", "MAX_CHAINS_BYTES", "Chains"]
+__all__ = ["CHAINS_FILE", "MAX_CHAINS_BYTES", "PublishedChains"]
 
 CHAINS_FILE = "replay_buffer.safetensors"
 MAX_CHAINS_BYTES = 64 * 2**20
 
 
 @dataclass
-class Chains:
+class PublishedChains:
     """Chains that stopped where training ended, for :meth:`timm_jem.JEM.sample` to go on from.
 
     Attributes:
@@ -30,7 +31,7 @@ class Chains:
     labels: Tensor | None = None
 
     @classmethod
-    def of_pixels(cls, u: Tensor, labels: Tensor | None = None, *, max_bytes: int = MAX_CHAINS_BYTES) -> "Chains":
+    def of_pixels(cls, u: Tensor, labels: Tensor | None = None, *, max_bytes: int = MAX_CHAINS_BYTES) -> "PublishedChains":
         """Chains rounded to 8 bits, as many as fit, evenly from all.
 
         Args:
@@ -42,7 +43,7 @@ class Chains:
         if n < 1:
             raise InputError(f"one chain of shape {tuple(u.shape[1:])} is above {max_bytes} bytes: leave the replay buffer out")
         rows = (torch.arange(n) * len(u) // n).to(u.device)
-        images = u[rows].float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
+        images = eight_bit(u[rows]).cpu()
         return cls(images.contiguous(), None if labels is None else labels[rows].long().cpu())
 
     def __len__(self) -> int:
@@ -77,7 +78,7 @@ class Chains:
                         "ask for fewer, or start from noise"
                     )
                 rows[places] = of_class[: len(places)]
-        u = self.images[rows].float().div_(127.5).sub_(1)
+        u = to_pixels(self.images[rows])
         return u, None if self.labels is None else self.labels[rows]
 
     def save(self, file: str | os.PathLike) -> None:
@@ -85,7 +86,7 @@ class Chains:
         save_file({"images": self.images} | ({} if self.labels is None else {"labels": self.labels}), file)
 
     @classmethod
-    def load(cls, file: str | os.PathLike, image_shape: tuple[int, int, int], num_classes: int) -> "Chains":
+    def load(cls, file: str | os.PathLike, image_shape: tuple[int, int, int], num_classes: int) -> "PublishedChains":
         """Read them for a model of these images and classes.
 
         Raises:

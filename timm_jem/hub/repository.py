@@ -21,12 +21,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
-from timm_jem.card import CARD_FILE, is_generated
-from timm_jem.chains import CHAINS_FILE, MAX_CHAINS_BYTES
 from timm_jem.errors import InputError, one_line
-from timm_jem.folder import CONFIG_FILE, WEIGHTS_FILE
+from timm_jem.hub.card import CARD_FILE, is_generated
+from timm_jem.hub.folder import CONFIG_FILE, WEIGHTS_FILE
+from timm_jem.hub.published_chains import CHAINS_FILE, MAX_CHAINS_BYTES
 
-__all__ = ["fetch", "prepare", "push"]
+__all__ = ["fetch", "make_repository", "push"]
 
 _ADVICE = {
     401: "log in with `hf auth login`, or pass token=",
@@ -80,7 +80,7 @@ def fetch(
     return folder
 
 
-def prepare(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+def make_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
     """Make the repository if there is none, and return its full name: finds what would forbid a push before any work.
 
     Raises:
@@ -119,7 +119,7 @@ def push(
     Raises:
         InputError: the Hub says no, or can't be reached.
     """
-    repo_id = prepare(repo_id, private=private, token=token)
+    repo_id = make_repository(repo_id, private=private, token=token)
     api = HfApi(token=token, library_name="timm_jem")
     with _explained(repo_id):
         keep_card = not overwrite_card and _has_someones_card(repo_id, branch, token)

@@ -9,8 +9,8 @@ import numpy as np
 from datasets import IterableDataset
 from torch import Tensor
 
+from timm_jem.data.images import decode
 from timm_jem.errors import InputError
-from timm_jem.images import decode
 
 __all__ = ["Labelling", "StreamedImage", "StreamedSet", "digest"]
 

@@ -77,7 +77,7 @@ def model_card(
     config = provenance.get("config")
     card = ModelCard.from_template(
         data,
-        template_str=resources.files("timm_jem").joinpath("card_template.md").read_text(encoding="utf-8"),
+        template_str=resources.files("timm_jem.hub").joinpath("card_template.md").read_text(encoding="utf-8"),
         name=name,
         repo_id=repo_id,
         architecture=architecture,

@@ -1,0 +1,80 @@
+"""What a timm classifier tells of itself: whether it is one, its images, its classes."""
+
+import warnings
+from typing import Any
+
+from timm.data.model_config import resolve_input_data_config
+from timm.utils import unwrap_model
+from torch import nn
+
+from timm_jem.errors import InputError, one_line
+
+__all__ = ["architecture", "check_classifier", "label_names", "resolve_data_config", "warn_of_zero_head"]
+
+
+def architecture(model: nn.Module) -> str:
+    """timm's name of a model."""
+    return model.pretrained_cfg.get("architecture") or type(model).__name__
+
+
+def check_classifier(model: nn.Module) -> None:
+    """Raise an InputError unless ``model`` is a timm classifier, neither compiled nor wrapped."""
+    if not isinstance(model, nn.Module) or getattr(model, "pretrained_cfg", None) is None:
+        raise InputError(f"{type(model).__name__} is not a timm model: build it with timm.create_model")
+    if unwrap_model(model) is not model:
+        raise InputError(
+            "this model is compiled or wrapped already: wrap the timm model first, then compile or prepare the result"
+        )
+    if getattr(model, "num_classes", 0) < 1:
+        raise InputError(
+            f"{architecture(model)} has no classification head: build it with num_classes=N, or call reset_classifier(N); "
+            "encoders that have none (names ending in _enc) can't be joint energy models"
+        )
+
+
+def resolve_data_config(
+    model: nn.Module,
+    input_size: tuple[int, int, int] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> tuple[dict[str, Any], bool]:
+    """timm's data configuration of a model, and whether it takes images of that size only.
+
+    Args:
+        model: a timm model.
+        input_size: (C, H, W); None: as the model's configuration says.
+        mean, std: normalisation, [0, 1] pixel units; None: as the model's configuration says.
+
+    Raises:
+        InputError: an input size that the model can't take, or a configuration that can't be read.
+    """
+    requested = {"input_size": input_size, "mean": mean, "std": std}
+    try:
+        for key in ("mean", "std"):
+            values = model.pretrained_cfg.get(key)
+            if requested[key] is None and values and len(set(values)) == 1:
+                requested[key] = values[:1]  # the same for any number of channels
+        data_config = resolve_input_data_config(model, {k: v for k, v in requested.items() if v is not None})
+    except (AssertionError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{architecture(model)}: {one_line(error)}") from error
+    fixed = getattr(model, "_traits", {}).get("fixed_input_size", model.pretrained_cfg.get("fixed_input_size", False))
+    return data_config, bool(fixed)
+
+
+def label_names(model: nn.Module) -> list[str] | None:
+    """The names of the classes that the model's configuration has, if any."""
+    names = model.pretrained_cfg.get("label_names")
+    return list(names) if isinstance(names, (list, tuple)) and len(names) == model.num_classes else None
+
+
+def warn_of_zero_head(model: nn.Module, stacklevel: int) -> None:
+    """Warn where the head's weights are all zero: energies are flat in x, and chains can't move."""
+    head = model.get_classifier()
+    heads = head if isinstance(head, (tuple, list)) else (head,)
+    weights = [p for h in heads if isinstance(h, nn.Module) for k, p in h.named_parameters() if k.endswith("weight")]
+    if weights and not any(w.is_meta or bool(w.any()) for w in weights):
+        warnings.warn(
+            f"the head of {architecture(model)} is all zeros, so its energy is flat and chains can't move: "
+            f"call model.reset_classifier({model.num_classes}) before wrap, or load trained weights",
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,144 @@
+"""Three ways to a joint energy model: around a timm model, by timm's name, and from a folder or the Hub."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import resolve_model_input_args
+from torch import nn
+
+from timm_jem.backbone import check_classifier, label_names, resolve_data_config, warn_of_zero_head
+from timm_jem.errors import InputError, one_line
+from timm_jem.hub.folder import read_folder
+from timm_jem.hub.published_chains import CHAINS_FILE
+from timm_jem.hub.repository import fetch
+from timm_jem.model import JEM
+from timm_jem.models.names import BUILD_ERRORS, check_name
+from timm_jem.sampling import SGLDConfig
+
+__all__ = ["create_model", "from_pretrained", "wrap"]
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    input_size: tuple[int, int, int] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    class_names: list[str] | None = None,
+    sgld: SGLDConfig = SGLDConfig(),
+    provenance: dict[str, Any] | None = None,
+) -> JEM:
+    """See a timm classifier as a joint energy model; the model itself is not changed.
+
+    Args:
+        model: any timm classifier.
+        input_size: (C, H, W) of the images it is for; None: as the model's configuration says.
+        mean, std: normalisation, [0, 1] pixel units; None: as the model's configuration says.
+        class_names: names of the classes; None: those that the model's configuration has, if any.
+        sgld, provenance: see :class:`JEM`.
+
+    Raises:
+        InputError: not a timm model, no classification head, or an input size that the model can't take.
+
+    Warns:
+        UserWarning: the head's weights are all zero, so that energies are flat in x and chains can't move.
+    """
+    check_classifier(model)
+    data_config, fixed_input_size = resolve_data_config(model, input_size, mean, std)
+    warn_of_zero_head(model, stacklevel=3)
+    return JEM(
+        model,
+        data_config=data_config,
+        class_names=label_names(model) if class_names is None else class_names,
+        sgld=sgld,
+        provenance=provenance,
+        fixed_input_size=fixed_input_size,
+    )
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    input_size: tuple[int, int, int] | None = None,
+    class_names: list[str] | None = None,
+    sgld: SGLDConfig = SGLDConfig(),
+    **kwargs: Any,
+) -> JEM:
+    """``timm.create_model`` and :func:`wrap` in one.
+
+    Args:
+        name: any name of ``timm.list_models()``, this package's ``wrn_*`` included, or timm's "hf-hub:" and "local-dir:".
+        pretrained: load pretrained weights.
+        input_size: (C, H, W) of the images; sets ``in_chans``, and ``img_size`` where the backbone needs it.
+        class_names, sgld: see :func:`wrap`.
+        **kwargs: to ``timm.create_model``: ``num_classes``, ``drop_rate``, ...
+
+    Raises:
+        InputError: an unknown name (with close matches), or what :func:`wrap` refuses.
+    """
+    check_name(name)
+    arguments = {"model_name": name, **kwargs}
+    if input_size is not None:
+        try:
+            arguments = resolve_model_input_args(name, {"input_size": input_size}, **kwargs)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise InputError(f"{name}: {one_line(error)}") from error
+    try:
+        backbone = timm.create_model(pretrained=pretrained, **arguments)
+    except BUILD_ERRORS as error:
+        raise InputError(f"{name} can't be built with these arguments ({one_line(error)})") from error
+    return wrap(backbone, input_size=input_size, class_names=class_names, sgld=sgld)
+
+
+def from_pretrained(
+    name: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    replay_buffer: bool = True,
+) -> JEM:
+    """Load a joint energy model from a folder or a Hub repository, in eval mode.
+
+    A plain timm repository works as well: it becomes a joint energy model with the paper's sampling settings. Only
+    JSON and safetensors are read, and nothing in them is trusted.
+
+    Args:
+        name: folder written by :meth:`JEM.save_pretrained`, or a Hub repository "user/name".
+        revision, token, cache_dir, local_files_only, force_download: as in ``huggingface_hub.hf_hub_download``.
+        replay_buffer: with published chains, where there are some; they are read when first used.
+
+    Raises:
+        InputError: nothing there, a folder that is no such model, or what the Hub refuses.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = fetch(
+            str(name),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            replay_buffer=replay_buffer,
+        )
+    try:
+        backbone, ours = read_folder(folder)
+        jem = wrap(backbone, sgld=_sgld_config(ours.get("sgld", {})), provenance=ours.get("provenance"))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    if replay_buffer and (folder / CHAINS_FILE).is_file():
+        jem.chains = folder / CHAINS_FILE
+    return jem.eval()
+
+
+def _sgld_config(settings: dict[str, Any]) -> SGLDConfig:
+    try:
+        return SGLDConfig(**settings)
+    except TypeError as error:
+        raise InputError(f"the sgld settings of config.json are not this version's ({one_line(error)})") from error
