@@ -8,7 +8,7 @@ plots, evaluation, robust = ["matplotlib"], ["torch-fidelity>=0.4.0"], ["pyautoa
 
 setup(
     name="timm_jem",
-    version=re.search(r'__version__ = "(.+)"', (here / "timm_jem/__init__.py").read_text(encoding="utf-8"))[1],
+    version=re.search(r'__version__ = "(.+)"', (here / "timm_jem/version.py").read_text(encoding="utf-8"))[1],
     description="Joint energy models on timm backbones: one network that classifies, scores, and draws images",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -36,7 +36,7 @@ from timm_jem.errors import check_whole, one_line
 from timm_jem.evaluation.ood import ood_scores
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
-from timm_jem.training import Batch, DivergenceGuard, GuardConfig, Learner
+from timm_jem.training import Batch, DivergenceGuard, GuardConfig, Learner, MaximumLikelihood
 
 SCORED_AT_ONCE = 256
 
@@ -108,19 +108,10 @@ def build(config: BenchmarkConfig, accelerator: Accelerator, *, plain: bool):
             jem.backbone.compile(mode=config.compile)
     prepared, optimizer = (jem, optimizer) if plain else accelerator.prepare(jem, optimizer)
     rng = torch.Generator(device).manual_seed(0)
-    learner = Learner(
-        accelerator,
-        prepared,
-        jem,
-        optimizer,
-        None,
-        ReplayBuffer(shape, init=uniform_noise, generator=rng, device=device),
-        sgld=SGLDConfig(num_steps=config.num_steps),
-        objective=ObjectiveConfig(),
-        generator=rng,
-        ema=ema,
-    )
-    guard = DivergenceGuard(GuardConfig(), accelerator, 10)
+    buffer = ReplayBuffer(shape, init=uniform_noise, generator=rng, device=device)
+    method = MaximumLikelihood(jem, buffer, sgld=SGLDConfig(num_steps=config.num_steps), objective=ObjectiveConfig())
+    learner = Learner(accelerator, prepared, jem, optimizer, None, method, generator=rng, ema=ema)
+    guard = DivergenceGuard(GuardConfig(), accelerator, 10, method.watched)
     u = uniform_noise((config.batch_size, *shape), generator=rng, device=device)
     y = torch.arange(config.batch_size, device=device) % 10
     log = tempfile.TemporaryFile("w")  # noqa: SIM115

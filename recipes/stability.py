@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import train
 import yaml
 from accelerate.utils import tqdm
 from jsonargparse import ArgumentError, ArgumentParser
@@ -33,8 +32,11 @@ from safetensors import SafetensorError, safe_open
 
 from timm_jem import InputError
 from timm_jem.errors import check_whole, one_line
+from timm_jem.files import cores, replaced_file
+from timm_jem.training import parse_settings
 
-TRAIN = Path(train.__file__)
+TRAIN = Path(__file__).parent / "train.py"
+DIGITS_CONFIG = TRAIN.parent / "configs" / "digits.yaml"
 OWN_FLAGS = ("--output_dir", "--resume", "--train.seed")
 LAST_LINES = 10  # lines of metrics.jsonl whose mean is a run's final energy gap
 
@@ -122,14 +124,13 @@ def plan(config: StabilityConfig, variants: dict[str, list[str]]) -> list[Run]:
         if taken := sorted({word.split("=")[0] for word in flags} & set(OWN_FLAGS)):
             raise InputError(f"variant {name!r} has {', '.join(taken)}, which recipes/stability.py gives itself: leave it out")
         try:
-            settings = train.parse(flags)[2]
+            settings, _ = parse_settings(flags, DIGITS_CONFIG)
         except InputError as error:
             raise InputError(f"variant {name!r}: {error}") from error
         if settings.hub.push_to is not None:
             raise InputError(f"variant {name!r} has hub.push_to: leave it out, and publish one run by recipes/push.py")
         if settings.train.threads is None and config.launch is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            variants[name] = [*flags, "--train.threads", str(max(1, cores // config.jobs))]
+            variants[name] = [*flags, "--train.threads", str(max(1, cores() // config.jobs))]
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     return [
         Run(name, seed, Path(config.output_dir) / slug(name) / f"seed_{seed}", flags)
@@ -383,7 +384,8 @@ def draw_curves(runs: list[Run], figures: list[dict[str, Any]], path: Path) -> N
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=max(4, 1 + 2 * columns), frameon=False)
     figure.suptitle(f"{len(runs)} runs, one line a seed; energy gap = mean E(data) − mean E(chains)")
-    train.write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
+    with replaced_file(path) as aside:
+        figure.savefig(aside, format="png", dpi=110)
 
 
 def run_all(runs: list[Run], command: list[str], jobs: int, ended: Callable[[Run, int, str], str]) -> int | None:
@@ -468,7 +470,8 @@ def main(argv: list[str], script: Path = TRAIN) -> int:
 
     def save() -> None:
         text = json.dumps(record, indent=2) + "\n"
-        train.write_aside(folder / "stability.json", lambda path: path.write_text(text, encoding="utf-8"))
+        with replaced_file(folder / "stability.json") as aside:
+            aside.write_text(text, encoding="utf-8")
 
     def note(run: Run, crash: str | None = None) -> dict[str, Any]:
         """Put the figures of a run on record, with all crashes that it ever had."""
@@ -519,7 +522,8 @@ def main(argv: list[str], script: Path = TRAIN) -> int:
         "all runs that came to an end, finished or given up; a divergence is a rollback or a giving up; the energy gap "
         f"(data − chains) is the mean of a run's last {LAST_LINES} training lines; seconds are the median.\n\n{table(rows)}\n"
     ) + ("\n" + "\n".join(lines) + "\n" if lines else "")
-    train.write_aside(folder / "stability.md", lambda path: path.write_text(text, encoding="utf-8"))
+    with replaced_file(folder / "stability.md") as aside:
+        aside.write_text(text, encoding="utf-8")
     draw_curves(runs, results, folder / "stability.png")
     print(text)
     crashed = sum(row["crashed"] for row in rows.values())

@@ -9,7 +9,7 @@ from timm_jem.training import Batches
 def make(data=None, **settings):
     splits = load_splits(DataConfig(**(data or {})))
     rng = torch.Generator().manual_seed(0)
-    return splits, Batches(splits, 16, generator=rng, **{"seed": 3, **settings})
+    return splits, Batches(splits, 16, generator=rng, **{"seed": 3, "noise": 0.0, **settings})
 
 
 def originals(splits):
@@ -29,10 +29,23 @@ def test_jem_has_one_batch_for_both():
 
 
 def test_views_of_the_same_images_differ_by_their_noise():
-    _, batches = make(shared=False, ce_noise=0.4)
+    _, batches = make(ce_noise=0.4)
     difference = torch.cat([batch.u_ce - batch.u for batch in (next(batches) for _ in range(20))])
     assert difference.std().item() == pytest.approx(0.4, rel=0.02)
     assert next(batches).y_ce is None
+
+
+def test_noise_is_added_to_the_images_and_they_are_kept_without():
+    splits, batches = make(noise=0.3)
+    batch = next(batches)
+    known = originals(splits)
+    assert [known[image] for image in bytes_of(batch.clean)] == batch.y.tolist()
+    assert batch.u_ce is None  # the cross-entropy sees the same noisy images
+    difference = torch.cat([batch.u - batch.clean for batch in (next(batches) for _ in range(20))])
+    assert difference.std().item() == pytest.approx(0.3, rel=0.02)
+    _, batches = make(energies=False, noise=0.3)
+    alone = torch.cat([next(batches).u for _ in range(20)])
+    assert not set(bytes_of(alone)) & set(known)
 
 
 def test_sada_jem_has_batches_of_its_own():
@@ -86,5 +99,5 @@ def test_its_place_is_all_its_state_but_the_generators():
     batches.load_state_dict(place)
     batches.generator.set_state(noise)
     again = next(batches)
-    for name in ("u", "y", "u_ce", "y_ce"):
+    for name in ("u", "y", "u_ce", "y_ce", "clean"):
         assert torch.equal(getattr(again, name), getattr(expected, name))

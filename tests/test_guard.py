@@ -7,14 +7,14 @@ import torch
 from accelerate import Accelerator
 
 from timm_jem import InputError
-from timm_jem.training import DivergenceGuard, GuardConfig, Remedy
+from timm_jem.training import DivergenceGuard, GuardConfig, MaximumLikelihood, Remedy
 
 GOOD = {"loss": 0.5, "ce": 0.4, "gap": -0.3, "energy_data": -3.0, "energy_neg": -2.7, "grad_norm": 1.0}
 GOOD |= {"chain_rms": 0.8, "chain_spread": 0.5, "chain_moved": 0.1}
 
 
 def make(**config) -> DivergenceGuard:
-    return DivergenceGuard(GuardConfig(**config), Accelerator(cpu=True), 10)
+    return DivergenceGuard(GuardConfig(**config), Accelerator(cpu=True), 10, MaximumLikelihood.watched)
 
 
 def observe(guard, n=10, **changed):
@@ -110,7 +110,7 @@ def test_the_older_snapshot_is_taken_where_the_newest_broke_already():
     for step in (0, 100, 200):
         weights.fill_(step)
         guard.keep(step, {"weights": weights})
-    assert [step for step, *_ in guard.snapshots] == [100, 200]
+    assert [snapshot.step for snapshot in guard.snapshots] == [100, 200]
     weights.fill_(math.nan)
     step, state = guard.last_good()
     assert (step, state["weights"].tolist()) == (200, [200.0] * 3)
@@ -119,19 +119,39 @@ def test_the_older_snapshot_is_taken_where_the_newest_broke_already():
     guard.keep(200, {})
     assert guard.last_good()[0] == 200
     guard.keep(300, {}, alone=True)
-    assert [step for step, *_ in guard.snapshots] == [300]
+    assert [snapshot.step for snapshot in guard.snapshots] == [300]
+
+
+def test_scales_go_back_with_the_state():
+    guard = healthy()
+    guard.keep(10, {})
+    before = dict(guard.scales)
+    observe(guard, gap=-5.0)
+    guard.close()
+    assert guard.scales != before
+    guard.last_good()
+    assert guard.scales == before
+
+
+def test_a_method_without_a_cross_entropy_is_watched_as_well():
+    guard = DivergenceGuard(GuardConfig(), Accelerator(cpu=True), 10, ["bce"])
+    for value in (0.7, 0.7, 500.0):
+        assert guard.problem() is None
+        for _ in range(10):
+            guard.observe({"loss": torch.tensor(value), "bce": torch.tensor(value)})
+        if value < 1:
+            guard.close()
+    assert "|bce| ran away" in guard.problem()
 
 
 def test_its_state_goes_on_bit_for_bit():
     guard = healthy()
     observe(guard, 4)
-    guard.rollbacks.append({"step": 7, "reason": "x"})
     other = make()
     other.load_state_dict(guard.state_dict())
     for g in (guard, other):
         observe(g, 6, gap=-12.0)
     assert other.problem() == guard.problem()
-    assert other.rollbacks == guard.rollbacks
     for g in (guard, other):
         g.close()
     assert other.scales == guard.scales
@@ -140,6 +160,8 @@ def test_its_state_goes_on_bit_for_bit():
 def test_remedies_add_up():
     remedy = Remedy(lr=0.5, energy_l2=0.1).then(Remedy(lr=0.5, num_steps=1.5, step_size=0.3, energy_l2=0.1))
     assert remedy == Remedy(lr=0.25, num_steps=1.5, step_size=0.3, energy_l2=0.2)
+    assert Remedy().then(remedy) == remedy  # one that says nothing changes nothing
+    assert str(Remedy()) == "nothing but fresh chains"
     assert str(remedy) == "lr × 0.25, num_steps × 1.5, step_size × 0.3, energy_l2 + 0.2"
 
 

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "errors": set(),
+    "version": set(),
     "files": {"errors"},
     "energy": set(),
     "pixels": {"errors"},
@@ -27,10 +28,10 @@ MAY_IMPORT = {
     "evaluation": {"energy", "files", "pixels", "modes", "sampling", "models", "model", "data", "evaluation", "errors"},
     "training": {
         "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model",
-        "wrap", "data", "evaluation", "training", "errors",
+        "wrap", "data", "evaluation", "training", "version", "errors",
     },
     "__init__": {
-        "energy", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "errors",
+        "energy", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "version", "errors",
     },
 }  # fmt: skip
 FILES = sorted((ROOT / "timm_jem").rglob("*.py"))

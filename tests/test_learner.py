@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import timm_jem
 from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
-from timm_jem.training import Batch, Learner, Remedy, refuse_unsupported
+from timm_jem.training import Batch, Learner, MaximumLikelihood, Remedy, refuse_unsupported
 from timm_jem.training.state import copy_tree
 
 SHAPE, SIZE, STEPS = (1, 8, 8), 6, 20
@@ -45,12 +45,12 @@ def make(share: slice = slice(None), objective=ObjectiveConfig(energy_l2=0.1), s
     rng = torch.Generator().manual_seed(1)
     buffer = ReplayBuffer(SHAPE, init=uniform_noise, generator=rng, capacity=len(chains), restart_prob=0.0)
     buffer.chains.copy_(chains)
-    settings = {"sgld": SGLDConfig(num_steps=3, noise_std=0.0), "data_noise": 0.0, "grad_clip": 1.0, "ema": ema, **settings}
+    grad_clip = settings.pop("grad_clip", 1.0)
+    settings = {"sgld": SGLDConfig(num_steps=3, noise_std=0.0), "objective": objective, **settings}
     generator = torch.Generator().manual_seed(2)
     prepared.train()
-    return Learner(
-        accelerator, prepared, jem, optimizer, scheduler, buffer, objective=objective, generator=generator, **settings
-    )
+    method = MaximumLikelihood(jem, buffer, **settings)
+    return Learner(accelerator, prepared, jem, optimizer, scheduler, method, generator=generator, grad_clip=grad_clip, ema=ema)
 
 
 def train(learner: Learner, steps: int, share: slice = slice(None)) -> None:
@@ -75,7 +75,7 @@ def half_of_the_training(rank: int, port: int, folder: str, shard: bool) -> None
     if shard:
         whole = {name: tensor.full_tensor() for name, tensor in learner.jem.state_dict().items()}
         assert all(isinstance(parameter, DTensor) for parameter in learner.jem.parameters())
-        torch.save({"model": whole, "ema": whole, "buffer": learner.buffer.state_dict()}, f"{folder}/{rank}.pt")
+        torch.save({"model": whole, "ema": whole, "buffer": learner.method.buffer.state_dict()}, f"{folder}/{rank}.pt")
         learner.accelerator.end_training()
         return
     torch.save(copy_tree(learner.state_dict()), f"{folder}/{rank}.pt")
@@ -100,14 +100,13 @@ def test_two_processes_train_as_one_does(tmp_path, shard):
         assert not torch.equal(parameter, start[name])
     # The same chains, in another order of slots.
     together = torch.cat([first["buffer"]["chains"], second["buffer"]["chains"]])
-    torch.testing.assert_close(together, alone.buffer.chains, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together, alone.method.buffer.chains, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", [None, "batchnorm2d"])
 def test_a_snapshot_goes_on_bit_for_bit(norm):
     settings = {
         "sgld": SGLDConfig(num_steps=2, noise_std=0.05),
-        "data_noise": 0.1,
         "model": {"norm_layer": norm, "drop_rate": 0.2},
     }
     learner = make(**settings)
@@ -142,14 +141,18 @@ def test_accumulated_batches_are_one_step():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+def sgld_now(learner):
+    return learner.method.sgld_at(learner.step, learner.remedy)
+
+
 def test_remedies_change_the_next_steps():
     learner = make(ramp_from=1, ramp_steps=2)
-    assert [learner.sgld_now().num_steps, learner.optimizer.param_groups[0]["lr"]] == [1, 0.0]
+    assert [sgld_now(learner).num_steps, learner.optimizer.param_groups[0]["lr"]] == [1, 0.0]
     train(learner, 2)
     assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
     learner.apply(Remedy(lr=0.5, num_steps=1.5, step_size=0.1, energy_l2=1.0), seed=3)
     assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
-    assert (learner.sgld_now().num_steps, learner.sgld_now().step_size) == (5, 0.1)
+    assert (sgld_now(learner).num_steps, sgld_now(learner).step_size) == (5, 0.1)
     learner.apply(Remedy(lr=0.5), seed=4)
     train(learner, 1)
     assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.25 * 1.5e-3)

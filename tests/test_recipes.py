@@ -26,7 +26,8 @@ from timm_jem import InputError
 from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.evaluation import frechet_distance
 from timm_jem.pixels import to_pixels
-from timm_jem.training import damage
+from timm_jem.training import ModelConfig, TrainConfig, damage, parse_settings
+from timm_jem.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 SHORT = (
@@ -93,10 +94,10 @@ def test_a_run_repeats_from_its_own_config(run, tmp_path):
 
 def test_a_second_run_takes_the_next_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train.choose_output_dir(None, "digits") == Path("runs/digits")
+    assert RunFolder.choose(None, "digits", None).path == Path("runs/digits")
     Path("runs/digits").mkdir(parents=True)
-    assert train.choose_output_dir(None, "digits") == Path("runs/digits-2")
-    assert train.choose_output_dir("runs/digits", "digits") == Path("runs/digits")  # empty
+    assert RunFolder.choose(None, "digits", None).path == Path("runs/digits-2")
+    assert RunFolder.choose("runs/digits", "digits", None).path == Path("runs/digits")  # empty
 
 
 @pytest.mark.parametrize(
@@ -170,12 +171,12 @@ def test_errors_reach_the_shell_as_one_line(tmp_path):
 
 
 def test_the_shipped_configs_are_what_they_say():
-    settings = train.parse(["--config", str(ROOT / "recipes/configs/cifar10_jem.yaml")])[2]
-    paper = train.TrainConfig()
+    settings, _ = parse_settings(["--config", str(ROOT / "recipes/configs/cifar10_jem.yaml")])
+    paper = TrainConfig()
     assert settings.train == paper
     assert settings.sgld == timm_jem.SGLDConfig()
-    assert settings.model == train.ModelConfig()
-    digits_ = train.parse([])[2]
+    assert settings.model == ModelConfig()
+    digits_, _ = parse_settings([], train.DIGITS_CONFIG)
     assert digits_.data.dataset == "digits"
     assert digits_.train.data_noise > digits_.sgld.noise_std
 
@@ -321,7 +322,7 @@ def test_every_option_at_once(tmp_path):
     assert "chain_saturated" in next(line for line in lines if "loss" in line)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "tracking")).Reload()
+    events = EventAccumulator(str(run / "timm_jem")).Reload()
     assert [event.step for event in events.Scalars("val_accuracy")] == list(range(1, summary["steps"] + 1))
     assert "samples" in events.Tags()["images"]
 
@@ -340,7 +341,7 @@ def test_configs_parse(config):
         variants = stability.read_variants(str(config), [])
         assert stability.plan(stability.StabilityConfig(seeds=1), variants)
     else:
-        train.parse(["--config", str(config)])
+        parse_settings(["--config", str(config)])
 
 
 def test_a_stream_trains(tmp_path, monkeypatch):
@@ -388,7 +389,7 @@ def test_the_best_are_those_of_the_run_as_it_ended(tmp_path, monkeypatch):
     shutil.rmtree("moved/checkpoints")
     Path("moved/summary.json").write_text('{"outcome": "finished", "steps": 14}')
     with pytest.raises(InputError, match="no whole checkpoint"):
-        train.main(["--output_dir", "moved", "--resume", "auto"])
+        train.main(["--output_dir", "moved", "--resume", "auto", "--train.steps", "20"])
     assert metrics[0] in Path("moved/metrics.jsonl").read_text()
 
 

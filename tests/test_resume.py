@@ -188,7 +188,7 @@ def test_another_number_of_processes_deals_out_the_chains(tmp_path, reference):
     files = rank_files(tmp_path / "run" / "checkpoints" / "step_00000055")
     old = torch.cat([load_tree(file)["state"]["learner"]["buffer"]["chains"] for file in files])
     assert finish(start(tmp_path, 1, "--train.steps", "56", "--train.buffer_size", "400")) == [0], output(tmp_path)
-    assert "was written by 2 processes and goes on with 1" in output(tmp_path)
+    assert "was written with 2 processes and goes on with 1" in output(tmp_path)
     (file,) = rank_files(tmp_path / "run" / "checkpoints" / "step_00000056")
     state = load_tree(file)
     assert state["state"]["learner"]["step"] == 56

@@ -9,9 +9,8 @@ from timm_jem.model import JEM
 from timm_jem.objectives import ObjectiveConfig, joint_loss
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.sampling import SGLDConfig, sgld, sgld_step, uniform_noise
+from timm_jem.version import __version__
 from timm_jem.wrap import create_model, from_pretrained, wrap
-
-__version__ = "0.1.0"
 
 __all__ = [
     "JEM",
@@ -21,6 +20,7 @@ __all__ = [
     "PublishedChains",
     "ReplayBuffer",
     "SGLDConfig",
+    "__version__",
     "create_model",
     "energy",
     "from_pretrained",

@@ -41,6 +41,11 @@ class ObjectiveConfig:
         if self.label_smoothing >= 1:
             raise InputError(f"objective label_smoothing is {self.label_smoothing!r}: give a number below 1")
 
+    @property
+    def needs_chains(self) -> bool:
+        """Whether an energy term counts; otherwise it is cross-entropy alone."""
+        return self.w_x > 0 or self.w_xy > 0
+
 
 def joint_loss(
     logits: Tensor,

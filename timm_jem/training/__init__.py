@@ -1,23 +1,39 @@
-"""What every joint-training loop needs."""
+"""What every joint-training loop needs; recipes/train.py is the conversation of these objects."""
 
-from timm_jem.training.batches import Batches
+from timm_jem.training.batches import Batch, Batches
 from timm_jem.training.checkpoints import Checkpoints, damage, rank_files
-from timm_jem.training.guard import DivergenceGuard, GuardConfig, Remedy
-from timm_jem.training.learner import Batch, Learner, refuse_unsupported
+from timm_jem.training.guard import DivergenceGuard, GuardConfig
+from timm_jem.training.learner import Learner
+from timm_jem.training.method import Drawn, MaximumLikelihood, Method
+from timm_jem.training.plan import check_plan
+from timm_jem.training.processes import open_accelerator, refuse_unsupported
+from timm_jem.training.remedy import Remedy
+from timm_jem.training.run import Rollback, Run
+from timm_jem.training.settings import HubConfig, ModelConfig, Settings, TrainConfig, parse_settings
 from timm_jem.training.state import load_tree, save_tree
-from timm_jem.training.step import joint_step
 
 __all__ = [
     "Batch",
     "Batches",
     "Checkpoints",
     "DivergenceGuard",
+    "Drawn",
     "GuardConfig",
+    "HubConfig",
     "Learner",
+    "MaximumLikelihood",
+    "Method",
+    "ModelConfig",
     "Remedy",
+    "Rollback",
+    "Run",
+    "Settings",
+    "TrainConfig",
+    "check_plan",
     "damage",
-    "joint_step",
     "load_tree",
+    "open_accelerator",
+    "parse_settings",
     "rank_files",
     "refuse_unsupported",
     "save_tree",

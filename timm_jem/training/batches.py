@@ -1,5 +1,6 @@
 """Endless batches of images for the cross-entropy and for p(x), from streams that can be put back to any place."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,27 @@ from timm_jem.data.loader import open_stream
 from timm_jem.errors import InputError
 from timm_jem.pixels import to_pixels
 from timm_jem.sampling import randn
-from timm_jem.training.learner import Batch
 
-__all__ = ["Batches"]
+__all__ = ["Batch", "Batches"]
+
+
+@dataclass
+class Batch:
+    """Images of one iteration, pixels in [-1, 1], with the noise that training adds.
+
+    Attributes:
+        u: for p(x), shape (B, C, H, W).
+        y: their labels, int64, shape (B,); −1: unknown.
+        u_ce, y_ce: for the cross-entropy, where it has views, noise or images of its own, shapes (N, C, H, W) and (N,);
+            None: ``u`` and ``y``.
+        clean: ``u`` without noise, for what tells chains from images; None: ``u``.
+    """
+
+    u: Tensor
+    y: Tensor
+    u_ce: Tensor | None = None
+    y_ce: Tensor | None = None
+    clean: Tensor | None = None
 
 
 class Batches:
@@ -31,9 +50,9 @@ class Batches:
         ce_batch_size: batches of their own for the cross-entropy, of so many images; None: the same images.
         px_augment: how images for p(x) are augmented: "full" (as for the cross-entropy), "flip" or "none".
         ce_auto_augment: timm's policy for the images of the cross-entropy, which then come in batches of their own.
-        ce_noise: standard deviation of the noise on the images of the cross-entropy, pixels.
-        shared: the cross-entropy takes the images for p(x) with the noise that they get later, where it has no images,
-            views or noise of its own.
+        noise: standard deviation of the Gaussian noise on the images for p(x), pixels (JEM, arXiv 1912.03263: 0.03).
+        ce_noise: that on the images of the cross-entropy; None: as ``noise``, and where it has no images or views of its
+            own, the very same images.
         seed, rank, world, workers: see :class:`timm_jem.data.loader.ImageStream`.
 
     Raises:
@@ -50,16 +69,16 @@ class Batches:
         ce_batch_size: int | None = None,
         px_augment: str = "full",
         ce_auto_augment: str | None = None,
-        ce_noise: float = 0.03,
-        shared: bool = True,
+        noise: float = 0.03,
+        ce_noise: float | None = None,
         seed: int,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        self.splits, self.generator, self.px_augment, self.ce_noise = splits, generator, px_augment, ce_noise
-        self.world = world
-        self.shared = shared and px_augment == "full"
+        self.splits, self.generator, self.px_augment, self.world = splits, generator, px_augment, world
+        self.noise, self.ce_noise = noise, noise if ce_noise is None else ce_noise
+        self.shared = ce_noise is None and px_augment == "full"
         place = {"rank": rank, "world": world, "workers": workers}
         labeled = splits.train if splits.labeled is None else splits.labeled
         self.streams = {}
@@ -75,17 +94,16 @@ class Batches:
 
     def __next__(self) -> Batch:
         if "px" not in self.streams:
-            u, y = self._pixels("ce")
-            u = self._augmented(u)
-            return Batch(u, y, self._noisy(u), y)
-        raw, y = self._pixels("px")
-        u = self._augmented(raw, self.px_augment)
+            images, y = self._pixels("ce")
+            return Batch(self._noisy(self._augmented(images), self.ce_noise), y)
+        images, y = self._pixels("px")
+        clean, u_ce, y_ce = self._augmented(images, self.px_augment), None, None
         if "ce" in self.streams:
             u_ce, y_ce = self._pixels("ce")
-            return Batch(u, y, self._noisy(self._augmented(u_ce)), y_ce)
-        if self.shared:
-            return Batch(u, y)
-        return Batch(u, y, self._noisy(u if self.px_augment == "full" else self._augmented(raw)))
+            u_ce = self._noisy(self._augmented(u_ce), self.ce_noise)
+        elif not self.shared:
+            u_ce = self._noisy(clean if self.px_augment == "full" else self._augmented(images), self.ce_noise)
+        return Batch(self._noisy(clean, self.noise), y, u_ce, y_ce, clean)
 
     def _pixels(self, name: str) -> tuple[Tensor, Tensor]:
         images, y = next(self.streams[name])
@@ -96,8 +114,8 @@ class Batches:
         padding, flip = (self.splits.crop_padding if how == "full" else 0), (self.splits.flip and how != "none")
         return augment(u, crop_padding=padding, flip=flip, generator=self.generator)
 
-    def _noisy(self, u: Tensor) -> Tensor:
-        return u + self.ce_noise * randn(u.shape, generator=self.generator, device=u.device) if self.ce_noise else u
+    def _noisy(self, u: Tensor, std: float) -> Tensor:
+        return u + std * randn(u.shape, generator=self.generator, device=u.device, dtype=u.dtype) if std else u
 
     def state_dict(self) -> dict[str, Any]:
         """The place of each stream; the randomness is the generator's."""

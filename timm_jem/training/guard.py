@@ -6,7 +6,7 @@ the device and read once every few iterations, and a run that broke goes on from
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,54 +16,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.training.remedy import Remedy
 from timm_jem.training.state import copy_tree
 
-__all__ = ["DivergenceGuard", "GuardConfig", "Remedy"]
-
-# Energies that sharpen or drift without end; the classifier's loss runs away with them.
-_RUNAWAYS = ("gap", "gap_xy", "energy_data", "energy_neg", "ce")
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """What is changed after a rollback, on top of all earlier remedies.
-
-    The authors' advice against divergence: a lower learning rate, more SGLD steps, an L2 penalty ≈ 0.1 on energies
-    (jem's README and issues 4 and 8 of its repository).
-
-    Attributes:
-        lr: factor of the learning rate.
-        num_steps: factor of the number of SGLD steps K, rounded up.
-        step_size: factor of the SGLD step size.
-        energy_l2: added to the weight of the squared energies.
-
-    Raises:
-        InputError: a value outside its range.
-    """
-
-    lr: float = 0.5
-    num_steps: float = 1.0
-    step_size: float = 1.0
-    energy_l2: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "step_size"):
-            check_number(f"guard ladder {name}", getattr(self, name), above=0, most=1)
-        check_number("guard ladder num_steps", self.num_steps, least=1)
-        check_number("guard ladder energy_l2", self.energy_l2, least=0)
-
-    def then(self, other: "Remedy") -> "Remedy":
-        """Both together."""
-        return Remedy(
-            self.lr * other.lr,
-            self.num_steps * other.num_steps,
-            self.step_size * other.step_size,
-            self.energy_l2 + other.energy_l2,
-        )
-
-    def __str__(self) -> str:
-        parts = [f"{name} × {getattr(self, name):g}" for name in ("lr", "num_steps", "step_size") if getattr(self, name) != 1]
-        return ", ".join(parts + ([f"energy_l2 + {self.energy_l2:g}"] if self.energy_l2 else [])) or "nothing but fresh chains"
+__all__ = ["DivergenceGuard", "GuardConfig"]
 
 
 def _ladder() -> list[Remedy]:
@@ -81,9 +37,9 @@ class GuardConfig:
     """When training counts as broken, and the ladder of remedies.
 
     Attributes:
-        check_every: iterations between looks; the device is waited for only then. A look judges the medians of the
-            iterations since the last one, and any value that is not finite.
-        snapshot_every: iterations between snapshots in host memory, to go back to.
+        check_every: optimiser steps between looks; the device is waited for only then. A look judges the medians of the
+            steps since the last one, and any value that is not finite.
+        snapshot_every: optimiser steps between snapshots in host memory, to go back to.
         max_rollbacks: after so many the run stops, with the last good model.
         runaway_factor, runaway_floor: broken where |gap|, |energy| or cross-entropy is above ``runaway_floor`` nats plus
             ``runaway_factor`` times its own recent scale (mean over about the last ten looks).
@@ -125,6 +81,16 @@ class GuardConfig:
             raise InputError("guard ladder is empty: give one remedy at least, or max_rollbacks 0")
 
 
+@dataclass
+class _Snapshot:
+    """A state to go back to, the recent scales of then, and whether training broke once after it."""
+
+    step: int
+    state: Any
+    scales: dict[str, float]
+    broke: bool = False
+
+
 class DivergenceGuard:
     """Watches the terms of each iteration, and keeps snapshots to go back to.
 
@@ -134,20 +100,16 @@ class DivergenceGuard:
         config: see :class:`GuardConfig`.
         accelerator: its processes are judged together.
         num_classes: for what the cross-entropy of a lost classifier is.
-
-    Attributes:
-        rollbacks: the events so far, dicts of JSON values.
+        watched: names of the terms that must not run away from their own recent scale.
     """
 
-    def __init__(self, config: GuardConfig, accelerator: Accelerator, num_classes: int) -> None:
-        self.config, self.accelerator = config, accelerator
+    def __init__(self, config: GuardConfig, accelerator: Accelerator, num_classes: int, watched: Sequence[str]) -> None:
+        self.config, self.accelerator, self.watched = config, accelerator, watched
         self.chance = math.log(num_classes)
         self.names: list[str] = []
         self.window: list[Tensor] = []
         self.scales: dict[str, float] = {}
-        self.rollbacks: list[dict[str, Any]] = []
-        # (step, state, whether training already broke once after it), oldest first.
-        self.snapshots: list[tuple[int, Any, bool]] = []
+        self.snapshots: list[_Snapshot] = []  # oldest first
 
     def observe(self, terms: Mapping[str, Tensor]) -> None:
         """Note the scalars of one iteration; nothing waits for the device."""
@@ -172,14 +134,15 @@ class DivergenceGuard:
         if early:
             return None
         config, medians = self.config, self._medians(values)
-        for name in _RUNAWAYS:
+        for name in self.watched:
             if name not in medians:
                 continue
             recent = self.scales.get(name, math.inf)  # nothing is known before the first look
             if medians[name] > min(config.max_energy, config.runaway_floor + config.runaway_factor * recent):
                 return f"|{name}| ran away: {medians[name]:.3g} after {recent:.3g}"
-        if medians["ce"] > 0.9 * self.chance and self.scales.get("best_ce", math.inf) < 0.5 * self.chance:
-            return f"the classifier is lost: cross-entropy {medians['ce']:.3g} after {self.scales['best_ce']:.3g}"
+        best = self.scales.get("best_ce", math.inf)
+        if medians.get("ce", 0.0) > 0.9 * self.chance and best < 0.5 * self.chance:
+            return f"the classifier is lost: cross-entropy {medians['ce']:.3g} after {best:.3g}"
         if medians.get("chain_rms", 0.0) > config.max_chain_rms:
             return f"chains left the pixel range: root mean square {medians['chain_rms']:.3g}"
         if medians.get("chain_saturated", 0.0) > config.max_saturated:
@@ -193,33 +156,35 @@ class DivergenceGuard:
     def close(self) -> None:
         """Take the iterations noted since the last time for good ones: they become the recent scale."""
         medians = self._medians(self._values())
-        for name in _RUNAWAYS:
+        for name in self.watched:
             if name in medians:
                 self.scales[name] = 0.9 * self.scales.get(name, medians[name]) + 0.1 * medians[name]
-        self.scales["best_ce"] = min(self.scales.get("best_ce", math.inf), medians["ce"])
+        if "ce" in medians:
+            self.scales["best_ce"] = min(self.scales.get("best_ce", math.inf), medians["ce"])
         self.window = []
 
     def keep(self, step: int, state: Any, *, alone: bool = False) -> None:
         """Keep a copy of a good state; the one before it is kept as well, unless ``alone``."""
-        self.snapshots = ([] if alone else self.snapshots[-1:]) + [(step, copy_tree(state), False)]
+        kept = [] if alone else self.snapshots[-1:]
+        self.snapshots = [*kept, _Snapshot(step, copy_tree(state), dict(self.scales))]
 
     def last_good(self) -> tuple[int, Any]:
-        """Step and state to go back to: the newest snapshot, but where training already broke once after that one and
-        there is an older, the older: what it had learned by then may have been the cause."""
-        if self.snapshots[-1][2] and len(self.snapshots) > 1:
+        """Step and state to go back to, with the scales of then: the newest snapshot, but where training already broke once
+        after that one and there is an older, the older: what it had learned by then may have been the cause."""
+        if self.snapshots[-1].broke and len(self.snapshots) > 1:
             self.snapshots.pop()
-        step, state, _ = self.snapshots[-1]
-        self.snapshots[-1] = (step, state, True)
-        self.window = []
-        return step, state
+        snapshot = self.snapshots[-1]
+        snapshot.broke = True
+        self.window, self.scales = [], dict(snapshot.scales)
+        return snapshot.step, snapshot.state
 
     def state_dict(self) -> dict[str, Any]:
         """What a bit-exact resume needs, but for the snapshots: the resumed state is the first of them."""
-        return {"names": self.names, "window": self.window, "scales": self.scales, "rollbacks": self.rollbacks}
+        return {"names": self.names, "window": self.window, "scales": self.scales}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state_dict``."""
-        self.names, self.scales, self.rollbacks = list(state["names"]), dict(state["scales"]), list(state["rollbacks"])
+        self.names, self.scales = list(state["names"]), dict(state["scales"])
         self.window = [values.to(self.accelerator.device) for values in state["window"]]
 
     def _values(self) -> np.ndarray:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_jem import JEM, InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
-from timm_jem.training import joint_step
+from timm_jem.training import Batch, MaximumLikelihood, Remedy
 
 SHAPE = (1, 4, 4)
 
@@ -38,6 +38,15 @@ def make(norm=False, classes=None, restart_prob=0.5):
     )
     buffer.chains = buffer.chains.double()
     return jem, buffer, torch.rand(6, *SHAPE, dtype=torch.float64) * 2 - 1, torch.tensor([0, 1, 2, 2, 0, 1])
+
+
+def joint_step(model, jem, u, y, buffer, *, sgld_config, objective, data_noise, generator, u_ce=None, y_ce=None, **settings):
+    """An iteration up to the loss, with noise on the images as the stream of batches adds it."""
+    method = MaximumLikelihood(jem, buffer, sgld=sgld_config, objective=objective, **settings)
+    noisy = u + data_noise * torch.randn(u.shape, generator=generator, dtype=u.dtype) if data_noise else u
+    batch = Batch(noisy, y, u_ce, y_ce, clean=u)
+    drawn = method.draw(model, batch, step=0, remedy=Remedy(), generator=generator)
+    return method.loss(model, drawn, remedy=Remedy()) | drawn.info
 
 
 SGLD = SGLDConfig(num_steps=5, step_size=0.7, noise_std=0.05)

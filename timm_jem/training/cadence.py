@@ -1,0 +1,86 @@
+"""What is due at a step, and the signals that end a run early."""
+
+import contextlib
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from timm_jem.training.settings import Settings
+
+__all__ = ["Cadence", "Due", "stop_signals"]
+
+
+@dataclass(frozen=True)
+class Due:
+    """What a step asks for.
+
+    Attributes:
+        look: the guard judges the steps since its last look.
+        log, sample, validate, push: a line of metrics, pictures, validation, publishing.
+        checkpoint, snapshot: a state on disk, or one in memory to go back to.
+        stop: the signal that ends the run here, or None.
+    """
+
+    look: bool = False
+    log: bool = False
+    sample: bool = False
+    validate: bool = False
+    push: bool = False
+    checkpoint: bool = False
+    snapshot: bool = False
+    stop: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+
+class Cadence:
+    """When a run looks, logs, draws, validates, publishes and saves: by its settings, the same in all processes."""
+
+    def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
+        self.settings, self.accelerator = settings, accelerator
+
+    def at(self, step: int, signals: Sequence[signal.Signals]) -> Due:
+        """What is due after ``step``; ``signals`` are those that this process has caught."""
+        train, guard, hub = self.settings.train, self.settings.guard, self.settings.hub
+
+        def every(steps: int) -> bool:
+            return steps > 0 and step % steps == 0
+
+        last = step == train.steps
+        checkpoint = every(train.checkpoint_every) or last
+        # What is kept on disk, and is then all there is to go back to, has been looked at.
+        look = every(guard.check_every) or checkpoint
+        stop = list(signals[:1])
+        if self.accelerator.num_processes > 1:  # all stop at the same step, and agreeing waits for the device
+            stop = gather_object(stop)[:1] if look else []
+        return Due(
+            look=look,
+            log=every(train.log_every) or last,
+            sample=every(train.sample_every),
+            validate=every(train.eval_every),
+            push=hub.push_to is not None and every(hub.every) and not last,
+            checkpoint=checkpoint,
+            snapshot=every(guard.snapshot_every),
+            stop=stop[0] if stop else None,
+        )
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """Within the context SIGTERM and SIGINT ask for an end: the list fills as they come, and a second one ends at once."""
+    caught: list[signal.Signals] = []
+
+    def catch(number: int, _) -> None:
+        caught.append(signal.Signals(number))
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,123 @@
+"""The end of a run: figures, the length of fresh chains, pictures, the model on disk and on the Hub."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from timm_jem.data import Splits
+from timm_jem.errors import InputError
+from timm_jem.evaluation import best_num_steps
+from timm_jem.model import JEM
+from timm_jem.pixels import to_pixels
+from timm_jem.training.build import workers_of
+from timm_jem.training.measure import in_batches, measure
+from timm_jem.training.publish import publishable, push
+from timm_jem.training.record import Record
+from timm_jem.training.run import Rollback, Run
+from timm_jem.training.settings import Settings
+
+__all__ = ["finish"]
+
+
+def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: Rollback | None = None) -> None:
+    """Measure, save, draw and publish the model of a run; all processes call it.
+
+    How long fresh chains should be is chosen on validation images; test images are only reported on. The model is
+    on disk before any chain is drawn; summary.json comes last, and says that the run is done.
+
+    Args:
+        settings, splits, run, record: the run.
+        broke: what ended it early, after the last remedy.
+
+    Raises:
+        InputError: the run gave up, its last good model is saved, and this says where; or the Hub refuses the model.
+    """
+    accelerator, folder = run.learner.accelerator, record.folder
+    record.close()
+    run.stream.close()
+    workers, explanation = workers_of(settings.train), None if broke is None else _explanation(broke, len(run.rollbacks))
+    jem = run.learner.published().eval()
+    figures = {
+        **measure(jem, splits.val, "val", accelerator, workers=workers),
+        **measure(jem, splits.test, "test", accelerator, workers=workers),
+    }
+    summary = {
+        "outcome": "finished" if broke is None else "stopped",
+        "explanation": explanation,
+        **figures,
+        "steps": run.step,
+        "seconds": record.seconds,
+        "seconds_per_step": record.seconds / max(run.step, 1),
+        "rollbacks": run.rollbacks,
+        "best": [{"val_accuracy": value, "model": f"best/step_{int(step):08d}"} for value, step in record.best],
+    }
+    jem = publishable(
+        settings,
+        splits,
+        run,
+        record,
+        chains=True,
+        results=_results(settings, splits, summary),
+        outcome=summary["outcome"],
+        explanation=explanation,
+    ).eval()
+    if not accelerator.is_main_process:
+        return
+    jem.save_pretrained(folder.model)  # sampling may fail where training did not: for want of memory, say
+    summary |= _choose_length(settings, splits, jem)
+    record.samples(run.step, jem, "samples.png")
+    record.chains(run.step, run.learner.method.buffer)
+    jem.save_pretrained(folder.model)
+    folder.write_json(folder.summary_file, summary)
+    rolled_back = f", rolled back {n} time{'s' * (n > 1)}" if (n := len(run.rollbacks)) else ""
+    print(
+        f"test accuracy {summary['test_accuracy']:.4f}, ECE {summary['test_ece']:.4f}, {record.seconds:.0f} s of training"
+        f"{rolled_back}; look at {folder.path / 'samples.png'}"
+    )
+    if broke is not None:
+        raise InputError(f"training {explanation}; the last good model, of step {run.step}, is in {folder.model}")
+    if settings.hub.push_to is not None:
+        try:
+            push(jem, settings, record, f"{settings.model.name} after {run.step} steps on {settings.data.dataset}")
+        except InputError as error:
+            raise InputError(f"{error}; the run is whole: python recipes/push.py {folder} {settings.hub.push_to}") from error
+
+
+def _explanation(broke: Rollback, rollbacks: int) -> str:
+    return (
+        f"gave up after {rollbacks} rollbacks at step {broke.step}: {broke.reason}; lower train.lr or sgld.noise_std, "
+        "raise train.objective.energy_l2 or sgld.num_steps, or take a smooth activation"
+    )
+
+
+def _choose_length(settings: Settings, splits: Splits, jem: JEM) -> dict[str, Any]:
+    """Set the length of fresh chains to the best on validation images; what the summary says of it."""
+    train = settings.train
+    jem.sgld = replace(jem.sgld, sample_steps=None)
+    images = torch.cat([images for images, _ in in_batches(splits.val, workers_of(train))])
+    best_length, distances = best_num_steps(
+        jem,
+        to_pixels(images),
+        torch.arange(train.sample_count) % jem.num_classes,
+        settings.lengths(jem.sgld.num_steps),
+        generator=torch.Generator(jem.mean.device).manual_seed(train.seed),
+        batch_size=max(2, train.batch_size),
+    )
+    jem.sgld = replace(jem.sgld, sample_steps=best_length)
+    return {"sample_steps": best_length, "val_frechet_by_steps": distances}
+
+
+def _results(settings: Settings, splits: Splits, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    kinds = (("Accuracy", "accuracy", "top-1"), ("Expected calibration error", "ece", "15 equal bins, L1"))
+    return [
+        {
+            "name": name,
+            "type": kind,
+            "value": summary[f"test_{kind}"],
+            "split": "test",
+            "n": len(splits.test),
+            "protocol": f"{protocol}; seed {settings.train.seed}, {summary['steps']} steps, one run",
+        }
+        for name, kind, protocol in kinds
+    ]

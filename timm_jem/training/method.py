@@ -1,0 +1,214 @@
+"""Methods of joint training: what one is, and maximum likelihood by SGLD, of which JEM, JEM++ and SADA-JEM are settings."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from timm_jem.energy import energy
+from timm_jem.errors import InputError
+from timm_jem.model import JEM
+from timm_jem.modes import batch_norms, frozen, in_eval_mode, statistics_kept
+from timm_jem.objectives import ObjectiveConfig, joint_loss
+from timm_jem.replay_buffer import ReplayBuffer
+from timm_jem.sampling import SGLDConfig, draw_classes, sgld
+from timm_jem.training.batches import Batch
+from timm_jem.training.remedy import Remedy
+
+__all__ = ["BATCH_NORM", "Drawn", "MaximumLikelihood", "Method"]
+
+BATCH_NORM = ("eval", "frozen", "train")
+
+
+@dataclass
+class Drawn:
+    """All that a loss needs of one batch; no graph.
+
+    Attributes:
+        batch: the images.
+        u_neg: negatives, pixels, shape (M, C, H, W), or None.
+        y_neg: their classes, int64, shape (M,), or None.
+        info: scalars about them, on their device: they are logged, and the guard watches some.
+    """
+
+    batch: Batch
+    u_neg: Tensor | None = None
+    y_neg: Tensor | None = None
+    info: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """What :class:`timm_jem.training.Learner` trains by. Any object with these members is one; there is nothing to inherit.
+
+    Attributes:
+        watched: names of terms that must not run away from their own past; see
+            :class:`timm_jem.training.DivergenceGuard`.
+        buffer: persistent chains, which the learner saves, reseeds and deals out; None: there are none.
+    """
+
+    watched: Sequence[str]
+    buffer: ReplayBuffer | None
+
+    def draw(self, model: nn.Module, batch: Batch, *, step: int, remedy: Remedy, generator: torch.Generator) -> Drawn:
+        """What the loss of ``batch`` needs besides it, drawn by ``generator`` alone.
+
+        Args:
+            model: the model as the training loop runs it (prepared, compiled): model input to logits.
+            batch: images, pixels in [-1, 1].
+            step: optimiser steps done.
+            remedy: what rollbacks changed so far.
+            generator: this process's, on its device.
+        """
+
+    def loss(self, model: nn.Module, drawn: Drawn, *, remedy: Remedy) -> dict[str, Tensor]:
+        """Scalars by name: ``loss`` with its graph, others detached. The forward goes through ``model``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it carries from step to step besides the buffer: tensors, numbers and text. The same in all processes."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+
+
+class MaximumLikelihood:
+    """Cross-entropy plus maximum likelihood by SGLD chains from a replay buffer (JEM, arXiv 1912.03263, algorithm 1).
+
+    As many chains as images. A buffer without classes gives chains of E(x). One with classes gives chains of E(x, y),
+    with the images' labels, so that the classes' frequencies cancel in the difference, and classes drawn from
+    ``class_frequencies`` for images without a label: samples of p(x, y) for ``w_xy``, and of p(y) p(x|y) as negatives of
+    E(x) for ``w_x`` and for images without a label (``class_cond_p_x_sample`` of JEM's released code). Without ``w_x``
+    and ``w_xy`` it is cross-entropy alone, and no chain moves. Nothing waits for the device.
+
+    Data and chains go through the network in one forward, or, where a BatchNorm in train mode would mix them, each in its
+    own, and only the data's moves the running statistics: evaluation meets images, not chains. ``batch_norm`` says what
+    BatchNorm layers in train mode do:
+
+    - "eval": normalise the chains by running statistics while they move, all batches of the loss by their own (JEM).
+    - "frozen": normalise everything by running statistics, which never move; as for fine-tuning.
+    - "train": normalise the chains by their own statistics while they move, too (the released code of JEM++, arXiv
+      2109.09032, and SADA-JEM, arXiv 2209.07959); other layers, dropout say, are in eval mode meanwhile. The density that
+      is sampled then isn't quite the one that evaluation scores.
+
+    Args:
+        jem: for its normalisation.
+        buffer: with classes where ``objective.w_xy`` > 0.
+        sgld: how chains move.
+        objective: weights of the loss.
+        batch_norm: "eval", "frozen" or "train"; see above.
+        class_frequencies: p(y) of images without a label, up to a factor, shape (num_classes,); None: uniform.
+        ramp_from, ramp_steps: K goes from ``ramp_from`` to ``sgld.num_steps`` over so many steps; 0 steps: no ramp.
+
+    Raises:
+        InputError: ``w_xy`` > 0 and a buffer without classes, an unknown ``batch_norm``, class frequencies of wrong shape.
+    """
+
+    # Energies that sharpen or drift without end; the classifier's loss runs away with them.
+    watched = ("gap", "gap_xy", "energy_data", "energy_neg", "ce")
+
+    def __init__(
+        self,
+        jem: JEM,
+        buffer: ReplayBuffer,
+        *,
+        sgld: SGLDConfig,
+        objective: ObjectiveConfig,
+        batch_norm: str = "eval",
+        class_frequencies: Tensor | None = None,
+        ramp_from: int = 1,
+        ramp_steps: int = 0,
+    ) -> None:
+        if batch_norm not in BATCH_NORM:
+            raise InputError(f"batch_norm is {batch_norm!r}: give one of {', '.join(BATCH_NORM)}")
+        if objective.w_xy and buffer.labels is None:
+            raise InputError("objective w_xy is above 0 and the replay buffer has no classes: build it with num_classes")
+        if buffer.labels is not None:
+            if class_frequencies is None:
+                class_frequencies = torch.ones(buffer.num_classes)
+            if class_frequencies.shape != (buffer.num_classes,):
+                raise InputError(
+                    f"class_frequencies has shape {tuple(class_frequencies.shape)}: give one a class, "
+                    f"shape ({buffer.num_classes},)"
+                )
+            class_frequencies = class_frequencies.to(buffer.chains.device)
+        self.jem, self.buffer, self.sgld, self.objective = jem, buffer, sgld, objective
+        self.batch_norm, self.class_frequencies = batch_norm, class_frequencies
+        self.ramp_from, self.ramp_steps = ramp_from, ramp_steps
+
+    def draw(self, model: nn.Module, batch: Batch, *, step: int, remedy: Remedy, generator: torch.Generator) -> Drawn:
+        """Draw chains, move them by SGLD, and put them back.
+
+        Returns:
+            The chains, of class −1 as a negative of x alone for an image without a label, and, pixels: ``chain_rms``
+            (their root mean square), ``chain_moved`` (root mean square of their displacement in this iteration),
+            ``chain_spread`` (mean over pixels of the standard deviation over chains, where there are several), and with
+            a ``pixel_clamp`` ``chain_saturated`` (share of values at 0.999 of the clamp or beyond, less the same share of
+            the images without noise).
+        """
+        if not self.objective.needs_chains:
+            return Drawn(batch)
+        y, y_chain, config = batch.y, None, self.sgld_at(step, remedy)
+        if self.buffer.labels is not None:
+            y_chain = torch.where(y == -1, draw_classes(len(y), self.class_frequencies, generator=generator), y)
+        start, slots = self.buffer.draw(len(y), y_chain)
+        # Outside no_sync, DistributedDataParallel would wait for gradients that sampling never makes.
+        with (
+            frozen(model, "train" if self.batch_norm == "train" else "eval"),
+            getattr(model, "no_sync", contextlib.nullcontext)(),
+        ):
+            u_neg = sgld(
+                lambda u, *labels: energy(model(self.jem.normalize(u)), *labels), start, config, y=y_chain, generator=generator
+            )
+        self.buffer.put(slots, u_neg)
+        clean = batch.u if batch.clean is None else batch.clean
+        return Drawn(batch, u_neg, y, _chain_terms(start, u_neg, clean, config.pixel_clamp))
+
+    def loss(self, model: nn.Module, drawn: Drawn, *, remedy: Remedy) -> dict[str, Tensor]:
+        """Terms of :func:`timm_jem.joint_loss`, of which ``loss`` has the graph."""
+        batch, objective = drawn.batch, remedy.objective(self.objective)
+        if drawn.u_neg is None:
+            (logits,) = self._logits(model, [batch.u if batch.u_ce is None else batch.u_ce])
+            return joint_loss(logits, batch.y if batch.y_ce is None else batch.y_ce, config=objective)
+        parts = [batch.u, drawn.u_neg] + ([] if batch.u_ce is None else [batch.u_ce])
+        logits, logits_neg, *of_ce = self._logits(model, parts)
+        logits_ce = of_ce[0] if of_ce else None
+        return joint_loss(logits, batch.y, logits_neg, drawn.y_neg, objective, logits_ce=logits_ce, y_ce=batch.y_ce)
+
+    def sgld_at(self, step: int, remedy: Remedy) -> SGLDConfig:
+        """The chains' settings at a step: ramp and remedies included."""
+        config = self.sgld
+        if step < self.ramp_steps:
+            num_steps = round(self.ramp_from + (config.num_steps - self.ramp_from) * step / self.ramp_steps)
+            config = replace(config, num_steps=num_steps)
+        return remedy.chains(config)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: all that persists are the chains."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def _logits(self, model: nn.Module, parts: list[Tensor]) -> list[Tensor]:
+        mixing = batch_norms(model)
+        if mixing and self.batch_norm != "frozen":
+            logits = [model(self.jem.normalize(parts[0]))]
+            with statistics_kept(mixing):
+                return logits + [model(self.jem.normalize(part)) for part in parts[1:]]
+        with in_eval_mode(mixing):
+            return list(model(self.jem.normalize(torch.cat(parts))).split([len(part) for part in parts]))
+
+
+def _chain_terms(start: Tensor, chains: Tensor, images: Tensor, clamp: float | None) -> dict[str, Tensor]:
+    terms = {
+        "chain_rms": chains.square().mean().sqrt(),
+        "chain_moved": (chains - start).square().mean().sqrt(),
+    }
+    if len(chains) > 1:
+        terms["chain_spread"] = chains.std(0, correction=0).mean()
+    if clamp is not None:
+        at_clamp, of_images = ((pixels.detach().abs() >= 0.999 * clamp).float().mean() for pixels in (chains, images))
+        terms["chain_saturated"] = at_clamp - of_images
+    return terms

@@ -1,0 +1,67 @@
+"""The processes of a run: started, seeded, and refused where they can't train jointly."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+
+from timm_jem.errors import InputError
+from timm_jem.files import cores
+from timm_jem.training.settings import TrainConfig
+
+__all__ = ["is_sharded", "local_processes", "open_accelerator", "refuse_unsupported"]
+
+
+def open_accelerator(train: TrainConfig) -> Accelerator:
+    """The accelerator of a run, with global seeds and CPU threads set.
+
+    Raises:
+        InputError: what ``accelerate launch`` offers and joint training can't use.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # before accelerate asks for it to be installed
+        raise InputError("DeepSpeed gives no gradients for images, which SGLD needs: use DDP, or FSDP with fsdp_version: 2")
+    accelerator = Accelerator(
+        mixed_precision=train.mixed_precision,
+        log_with=train.trackers or None,
+        project_dir="runs" if train.trackers else None,
+        # Others wait while one process draws, saves or uploads.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
+    refuse_unsupported(accelerator)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not is_sharded(accelerator):
+        accelerator.print("note: accelerate shards on GPUs only; here each process has the whole model")
+    set_seed(train.seed)
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(train.threads or max(1, cores() // local_processes()))
+    return accelerator
+
+
+def local_processes() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the weights only."""
+    return accelerator.distributed_type.value == "FSDP"
+
+
+def refuse_unsupported(accelerator: Accelerator) -> None:
+    """Raise an InputError for what ``accelerate launch`` offers and joint training can't use.
+
+    SGLD takes gradients with respect to images through the prepared model, which DeepSpeed and Megatron don't give; fp16's
+    gradient scaler covers ``backward`` only, so that the chains' gradients would underflow.
+    """
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise InputError(f"{kind} gives no gradients for images, which SGLD needs: use DDP, or FSDP with fsdp_version: 2")
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if kind == "FSDP" and getattr(plugin, "fsdp_version", 1) != 2:
+        raise InputError("FSDP 1 gives wrong gradients for images, which SGLD needs: set fsdp_version: 2")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise InputError(
+            f"{accelerator.mixed_precision} is not for SGLD: the gradient scaler does not cover the chains' gradients, "
+            "which underflow; use bf16 or no"
+        )

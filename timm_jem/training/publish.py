@@ -1,0 +1,81 @@
+"""The model of a run as it is saved and pushed, with what its card tells."""
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch.distributed.tensor import DTensor
+
+from timm_jem.data import Splits
+from timm_jem.hub.published_chains import PublishedChains
+from timm_jem.model import JEM
+from timm_jem.training.build import build_model
+from timm_jem.training.processes import is_sharded
+from timm_jem.training.record import Record
+from timm_jem.training.run import Run
+from timm_jem.training.settings import Settings
+from timm_jem.version import __version__
+
+__all__ = ["publishable", "push"]
+
+
+def publishable(
+    settings: Settings,
+    splits: Splits,
+    run: Run,
+    record: Record,
+    *,
+    chains: bool = False,
+    results: Sequence[dict[str, Any]] = (),
+    outcome: str | None = None,
+    explanation: str | None = None,
+) -> JEM:
+    """The run's model, whole where weights are sharded, with its provenance; all processes call it.
+
+    Args:
+        settings, splits, run, record: the run.
+        chains: with those of the replay buffer, as ``hub.replay_buffer`` says.
+        results: what was measured of it, as :func:`timm_jem.hub.card.model_card` takes them.
+        outcome, explanation: "finished" or "stopped", and why; None: training goes on.
+    """
+    learner, accelerator = run.learner, run.learner.accelerator
+    jem = learner.published()
+    if is_sharded(accelerator):
+        whole = build_model(settings, splits, accelerator.device)
+        # Buffers such as BatchNorm's are plain tensors.
+        state = jem.state_dict().items()
+        whole.load_state_dict({name: part.full_tensor() if isinstance(part, DTensor) else part for name, part in state})
+        whole.sgld = jem.sgld
+        jem = whole
+    jem.provenance = {
+        "dataset": settings.data.dataset,
+        "command": shlex.join(["accelerate", "launch", "recipes/train.py", *record.command]),
+        "config": settings.sections(),
+        "steps": run.step,
+        "seed": settings.train.seed,
+        "seconds": record.seconds,
+        "rollbacks": run.rollbacks,
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": {"timm_jem": __version__, "timm": timm.__version__, "torch": torch.__version__},
+        "results": list(results),
+        **({} if outcome is None else {"outcome": outcome, "explanation": explanation}),
+    }
+    buffer = learner.method.buffer
+    if chains and settings.hub.replay_buffer and settings.train.objective.needs_chains and buffer is not None:
+        jem.chains = PublishedChains.of_pixels(buffer.chains, buffer.labels)
+    return jem
+
+
+def push(jem: JEM, settings: Settings, record: Record, message: str) -> None:
+    """Push a model with the run's own pictures; the main process alone.
+
+    Raises:
+        InputError: what the Hub refuses.
+    """
+    hub = settings.hub
+    url = jem.push_to_hub(hub.push_to, commit_message=message, private=hub.private, pictures=record.folder.pictures())
+    record.say(f"pushed to {url}")

@@ -1,0 +1,196 @@
+"""What a run tells people: metrics, trackers, pictures and the best models so far."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, tqdm
+from PIL import Image
+
+from timm_jem.evaluation import image_grid
+from timm_jem.files import replaced_file
+from timm_jem.model import JEM
+from timm_jem.replay_buffer import ReplayBuffer
+from timm_jem.training.run import Rollback
+from timm_jem.training.run_folder import RunFolder
+from timm_jem.training.settings import Settings, differences
+
+__all__ = ["Record"]
+
+
+class Record:
+    """A run's words and pictures, and the little that it must remember for them. The main process alone writes.
+
+    Args:
+        folder: where they go.
+        accelerator: tells which process this is, and has the trackers.
+        settings: the run's.
+        command: flags that repeat the run.
+
+    Attributes:
+        best: [validation accuracy, step] of the models in best/, best first.
+        seconds: of training so far, without pictures and validation.
+    """
+
+    def __init__(self, folder: RunFolder, accelerator: Accelerator, settings: Settings, command: Sequence[str]) -> None:
+        self.folder, self.accelerator, self.settings, self.command = folder, accelerator, settings, list(command)
+        self.best: list[list[float]] = []
+        self.seconds = 0.0
+        self._metrics_bytes = 0
+        self._since = time.perf_counter()
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def open(self, step: int) -> None:
+        """Make the folder this run's at ``step``: settings written, metrics cut back to there, leftovers removed."""
+        if self.main:
+            self.folder.tidy(int(step) for _, step in self.best)
+            with replaced_file(self.folder.config_file) as aside:
+                aside.write_text(self.settings.as_yaml(), encoding="utf-8")
+            self._metrics = self.folder.metrics_file.open("ab")
+            self._metrics.truncate(min(self._metrics_bytes, self._metrics.tell()))  # what came later comes again
+            self._metrics.seek(0, os.SEEK_END)
+        if self.settings.train.trackers:
+            self.accelerator.project_configuration.logging_dir = str(self.folder)
+            self.accelerator.init_trackers(
+                "timm_jem",
+                config=_flat(self.settings.sections()),
+                init_kwargs={"wandb": {"name": self.folder.path.name}, "trackio": {"name": self.folder.path.name}},
+            )
+        self._bar = tqdm(total=self.settings.train.steps, initial=step, desc="training", unit="it")
+        self._since = time.perf_counter()
+
+    def advanced(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def say(self, line: str) -> None:
+        """A line above the progress bar."""
+        if self.main:
+            self._bar.write(line)
+
+    def log(self, step: int, values: Mapping[str, Any], lr: float | None = None) -> None:
+        """A line of metrics.jsonl; its numbers go to the trackers as well."""
+        if not self.main:
+            return
+        values = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        line = {"step": step, **({} if lr is None else {"lr": lr}), **values}
+        self._metrics.write((json.dumps(line) + "\n").encode())
+        self._metrics.flush()
+        numbers = {name: value for name, value in line.items() if isinstance(value, float)}
+        self.accelerator.log(numbers, step=step)
+        if shown := {name: f"{values[name]:.3g}" for name in ("loss", "ce", "gap", "gap_xy") if name in values}:
+            self._bar.set_postfix(shown)
+
+    def rollback(self, event: Rollback) -> None:
+        """Training went back: say so, and forget the models of steps that come again."""
+        self.best = [entry for entry in self.best if entry[1] <= event.to_step]
+        if self.main:
+            self.folder.tidy(int(step) for _, step in self.best)
+        if event.remedy is None:
+            return
+        self._bar.n = event.to_step
+        self._bar.refresh()
+        self.say(f"step {event.step}: {event.reason}; back to step {event.to_step} with {event.remedy}, other chains")
+        told = {"to_step": event.to_step, "reason": event.reason, "remedy": str(event.remedy)}
+        self.log(event.step, {"event": "rollback", **told})
+
+    def picture(self, step: int, name: str, picture: Image.Image) -> None:
+        """A picture in the folder and with the trackers."""
+        self.folder.write_picture(name, picture)
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name.split(".")[0].split("_")[0]: np.asarray(picture)[None]}, step, **layout)
+
+    def samples(self, step: int, jem: JEM, name: str) -> None:
+        """Fresh chains from noise, none selected: ten of each of the first 20 classes, a row a class.
+
+        Every process takes part where weights are sharded, otherwise the main one alone.
+        """
+        classes = min(jem.num_classes, 20)
+        train = self.settings.train
+        x = jem.sample(
+            y=torch.arange(classes).repeat_interleave(10),
+            generator=torch.Generator(self.accelerator.device).manual_seed(train.seed),
+            batch_size=max(2, train.batch_size),  # no more memory than a step of training takes
+        )
+        if self.main:
+            self.picture(step, name, image_grid(jem.denormalize(x), 10, (jem.class_names or ())[:classes]))
+
+    def chains(self, step: int, buffer: ReplayBuffer | None) -> None:
+        """A hundred chains of the replay buffer, evenly from all."""
+        if self.main and buffer is not None:
+            slots = torch.linspace(0, len(buffer) - 1, 100).long() if len(buffer) > 100 else slice(None)
+            self.picture(step, "buffer.png", image_grid(buffer.chains[slots], 10))
+
+    def is_best(self, step: int, accuracy: float) -> bool:
+        """Note a validation; whether the model of this step is among the ``train.best_k`` best so far."""
+        entry = [accuracy, step]
+        best = sorted([*self.best, entry], key=lambda entry: (-entry[0], entry[1]))
+        self.best = best[: self.settings.train.best_k]
+        return entry in self.best
+
+    def keep_best(self, step: int, jem: JEM) -> None:
+        """Save a model that :meth:`is_best`, and remove those that no longer are."""
+        if self.main:
+            jem.save_pretrained(self.folder.best(step), replay_buffer=False)
+            self.folder.tidy(int(step) for _, step in self.best)
+
+    @contextlib.contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Time within the context is none of training's."""
+        self._count()
+        yield
+        self._since = time.perf_counter()
+
+    def close(self) -> None:
+        """The last step is done, or the last that there will be."""
+        self._count()
+        self._bar.close()
+        if self.main:
+            self._metrics.close()
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint says of the record; metrics so far are on disk when this returns."""
+        self._count()
+        if self.main:
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+        return {
+            "best": self.best,
+            "seconds": self.seconds,
+            "metrics_bytes": self._metrics.tell() if self.main else 0,
+            "sections": self.settings.sections(),
+            "command": self.command,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the record of a checkpoint, and say which settings are others now. Before :meth:`open`."""
+        self.best, self.seconds, self.command = state["best"], state["seconds"], state["command"]
+        self._metrics_bytes = broadcast_object_list([state["metrics_bytes"]])[0]
+        for line in differences(state["sections"], self.settings.sections()):
+            self.accelerator.print(f"note: {line}")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of text and numbers, as trackers take them."""
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return found

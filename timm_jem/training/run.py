@@ -1,0 +1,162 @@
+"""A run: what advances, breaks, goes back and goes on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from timm_jem.errors import InputError
+from timm_jem.training.batches import Batches
+from timm_jem.training.checkpoints import Checkpoints, damage, rank_files
+from timm_jem.training.guard import DivergenceGuard
+from timm_jem.training.learner import Learner
+from timm_jem.training.remedy import Remedy
+from timm_jem.training.state import load_tree
+
+__all__ = ["Rollback", "Run"]
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Training broke at ``step``, and is back at ``to_step``.
+
+    Attributes:
+        reason: what broke, in words.
+        remedy: what is changed from here on; None: nothing more is tried.
+    """
+
+    step: int
+    to_step: int
+    reason: str
+    remedy: Remedy | None
+
+
+class Run:
+    """Learner, stream of batches and guard as one. All processes call its methods together.
+
+    Args:
+        learner: what trains.
+        stream: its batches; with ``state_dict`` and ``load_state_dict``, so that the run can go back.
+        guard: judges training; its settings say how often the run goes back, and with which remedies.
+        checkpoints: where the run is saved.
+        grad_accum: batches of an optimiser step.
+        seed: of the chains and the noise after a rollback.
+
+    Attributes:
+        rollbacks: those that training went on from, oldest first, as JSON data.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        stream: Batches,
+        guard: DivergenceGuard,
+        checkpoints: Checkpoints,
+        *,
+        grad_accum: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.learner, self.stream, self.guard, self.checkpoints = learner, stream, guard, checkpoints
+        self.grad_accum, self.seed = grad_accum, seed
+        self.rollbacks: list[dict[str, Any]] = []
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return self.learner.step
+
+    def advance(self) -> dict[str, Tensor]:
+        """One optimiser step; its terms, detached scalars on the device."""
+        terms = self.learner.iterate([next(self.stream) for _ in range(self.grad_accum)])
+        self.guard.observe(terms)
+        return terms
+
+    def judge(self, *, whole: bool) -> Rollback | None:
+        """Go back to the last good snapshot where the steps since the last whole look broke; None: all is well.
+
+        Waits for the device.
+
+        Args:
+            whole: enough steps were taken for a whole look; otherwise only what is not finite counts.
+        """
+        reason = self.guard.problem(early=not whole)
+        if reason is None:
+            if whole:
+                self.guard.close()
+            return None
+        broke_at, remedies = self.step, self.learner.remedy
+        step, state = self.guard.last_good()
+        self._restore(state)
+        number, config = len(self.rollbacks), self.guard.config
+        if number == config.max_rollbacks:
+            return Rollback(broke_at, step, reason, None)
+        remedy = config.ladder[min(number, len(config.ladder) - 1)]
+        self.learner.remedy = remedies
+        self.learner.apply(remedy, self._process_seed() + 1_000_000 * (number + 1))
+        self.rollbacks.append({"step": broke_at, "to_step": step, "reason": reason, "remedy": str(remedy)})
+        return Rollback(broke_at, step, reason, remedy)
+
+    def snapshot(self, *, alone: bool = False) -> None:
+        """Keep the present state to go back to, and the one before it as well, unless ``alone``."""
+        self.guard.keep(self.step, self._state(), alone=alone)
+
+    def save(self, extra: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, whole or not at all, with ``extra`` of this process.
+
+        Raises:
+            InputError: it can't be written; earlier ones are as they were.
+        """
+        tree = {"state": self._state(), "guard": self.guard.state_dict(), "rollbacks": self.rollbacks, "extra": dict(extra)}
+        return self.checkpoints.save(self.step, tree)
+
+    def resume(self, checkpoint: Path | None = None) -> dict[str, Any] | None:
+        """Go on from a checkpoint, also one of another number of processes.
+
+        Args:
+            checkpoint: None: the newest whole one.
+
+        Returns:
+            The ``extra`` that was saved with it; None: there is no whole checkpoint, and nothing has changed.
+
+        Raises:
+            InputError: ``checkpoint`` is damaged, or one of other settings.
+        """
+        accelerator = self.learner.accelerator
+        if checkpoint is not None and (reason := damage(checkpoint)):
+            raise InputError(f"checkpoint {checkpoint} can't be resumed: {reason}; give the run's folder instead")
+        if checkpoint is None:
+            checkpoint, notes = self.checkpoints.newest()
+            for note in notes:
+                accelerator.print(note)
+        if checkpoint is None:
+            return None
+        files, world = rank_files(checkpoint), accelerator.num_processes
+        saved = load_tree(files[accelerator.process_index if len(files) == world else 0])
+        if len(files) == world:
+            self._restore(saved["state"])
+        else:
+            accelerator.print(
+                f"{checkpoint} was written with {len(files)} process{'es' * (len(files) > 1)} and goes on with {world}: chains "
+                "are dealt out anew, their randomness starts afresh, and a streamed data set goes on about where it was"
+            )
+            states = lambda i: load_tree(files[i])["state"]["learner"]  # noqa: E731
+            self.learner.load_state_dicts(len(files), states, self._process_seed() + 7919 * saved["state"]["learner"]["step"])
+            self.stream.load_state_dict(saved["state"]["stream"], old_world=len(files))
+        self.guard.load_state_dict(saved["guard"])
+        self.rollbacks = list(saved["rollbacks"])
+        self.checkpoints.forget_after(self.step)
+        accelerator.print(f"goes on from {checkpoint}, step {self.step}")
+        return saved["extra"]
+
+    def _state(self) -> dict[str, Any]:
+        """What training goes on from after a rollback."""
+        return {"learner": self.learner.state_dict(), "stream": self.stream.state_dict()}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state["learner"])
+        self.stream.load_state_dict(state["stream"])
+
+    def _process_seed(self) -> int:
+        return self.seed + 1000 * self.learner.accelerator.process_index

@@ -1,0 +1,318 @@
+"""Everything that can be set of a training run, and how it is told: YAML files and flags."""
+
+import argparse
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from accelerate.tracking import get_available_trackers
+from jsonargparse import ArgumentError, ArgumentParser
+
+from timm_jem.data import DataConfig
+from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.models.names import check_name
+from timm_jem.objectives import ObjectiveConfig
+from timm_jem.sampling import SGLDConfig
+from timm_jem.training.guard import GuardConfig
+from timm_jem.training.run_folder import RunFolder
+
+__all__ = ["HubConfig", "ModelConfig", "Settings", "TrainConfig", "differences", "parse_settings"]
+
+
+@dataclass
+class ModelConfig:
+    """The backbone.
+
+    Attributes:
+        name: any timm name, or one of this package's wrn_*.
+        pretrained: start from pretrained weights.
+        num_classes: None: as many as the data has.
+        drop_rate, drop_path_rate: timm's dropout and stochastic depth, for the loss only: chains move without.
+        kwargs: more arguments for timm.create_model, e.g. {act_layer: silu}. Those of a config are for its own model:
+            a --model.name after it drops them.
+    """
+
+    name: str = "wrn_28_10"
+    pretrained: bool = False
+    num_classes: int | None = None
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainConfig:
+    """The training loop. Defaults are JEM's for CIFAR-10: 150 epochs, Adam, 1e-4, warm-up, ×0.3 at the end.
+
+    Attributes:
+        steps: optimiser steps; 117,000 are 150 epochs of CIFAR-10.
+        epochs: instead of steps: passes over the training images.
+        batch_size: images, and chains, of a process in one forward; an optimiser step takes grad_accum of them.
+        grad_accum: batches whose mean gradient makes one optimiser step.
+        ce_batch_size: batches of their own for the cross-entropy, of so many images; None: the same images (SADA-JEM:
+            64 for p(x), 128 for the cross-entropy).
+        px_augment: how images for p(x) are augmented: full (JEM: as for the cross-entropy), flip, or none (SADA-JEM).
+        ce_auto_augment: a policy of timm for the images of the cross-entropy, e.g. rand-m9-mstd0.5 or augmix-m3-w3; they
+            then come in batches of their own.
+        opt, lr, weight_decay, opt_kwargs: a timm optimiser and its settings.
+        sched: a timm schedule over all steps after warmup_steps; milestones are parts of steps, decay_rate their factor.
+        sched_kwargs: more for timm.scheduler.create_scheduler_v2, in steps where it says epochs.
+        grad_clip: bound of the gradient's norm; 0: none.
+        ema_decay: of timm's moving average of the weights, which then is what is evaluated, drawn from and kept; 0: none.
+        data_noise: standard deviation of noise on the images while training, pixels. Chains can't be narrower than
+            their own noise, so keep it above sgld.noise_std, or the energy sharpens without end.
+        ce_noise: that of the images for the cross-entropy, or None: as data_noise.
+        buffer_size, restart_prob: the replay buffer of a process.
+        init: where chains start: uniform noise (JEM), or gaussian: fitted to each class (JEM++, SADA-JEM).
+        conditional_chains: chains of p(y) p(x|y) as negatives of E(x) as well; with objective w_xy they are anyway.
+        ramp_from, ramp_steps: sgld.num_steps is reached from ramp_from in so many optimiser steps; 0: at once.
+        batch_norm: BatchNorm while chains move: eval (running statistics), frozen (in the loss, too), or train (JEM++,
+            SADA-JEM: batch statistics; what is sampled then is not the density that is scored).
+        objective: weights of the loss; w_xy > 0 gives class-conditional chains.
+        seed: of weights, order and chains.
+        mixed_precision: no or bf16; None: as accelerate launch says.
+        channels_last: memory layout of convolutions.
+        compile: torch.compile's mode for the backbone: default, reduce-overhead or max-autotune; None: not compiled.
+        threads: CPU threads of a process; None: this machine's cores divided among its processes, where
+            ``accelerate launch`` by itself gives one.
+        workers: processes that decode images, for data sets not kept in memory; None: as the machine's cores allow.
+        log_every, sample_every, eval_every: optimiser steps between lines of metrics.jsonl, pictures and validations;
+            0: only at the end.
+        checkpoint_every: optimiser steps between checkpoints for --resume; 0: only when the last step is done, or when stopped
+            by SIGTERM or SIGINT.
+        keep_checkpoints: how many.
+        best_k: keep the models of the k best validation accuracies in best/.
+        trackers: tensorboard, trackio or wandb.
+        sample_steps: lengths tried on validation images for fresh chains, in multiples of sgld.num_steps.
+        sample_count: how many chains for that.
+    """
+
+    steps: int = 117_000
+    epochs: float | None = None
+    batch_size: int = 64
+    grad_accum: int = 1
+    ce_batch_size: int | None = None
+    px_augment: Literal["full", "flip", "none"] = "full"
+    ce_auto_augment: str | None = None
+    opt: str = "adam"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    opt_kwargs: dict[str, Any] = field(default_factory=dict)
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"] = "multistep"
+    warmup_steps: int = 1000
+    milestones: list[float] = field(default_factory=lambda: [0.8, 0.9])
+    decay_rate: float = 0.3
+    sched_kwargs: dict[str, Any] = field(default_factory=dict)
+    grad_clip: float = 0.0
+    ema_decay: float = 0.0
+    data_noise: float = 0.03
+    ce_noise: float | None = None
+    buffer_size: int = 10_000
+    restart_prob: float = 0.05
+    init: Literal["noise", "gaussian"] = "noise"
+    conditional_chains: bool = False
+    ramp_from: int = 1
+    ramp_steps: int = 0
+    batch_norm: Literal["eval", "frozen", "train"] = "eval"
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    seed: int = 0
+    mixed_precision: str | None = None
+    channels_last: bool = True
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    threads: int | None = None
+    workers: int | None = None
+    log_every: int = 50
+    sample_every: int = 5000
+    eval_every: int = 5000
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    best_k: int = 0
+    trackers: list[str] = field(default_factory=list)
+    sample_steps: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5, 7, 10, 15, 20])
+    sample_count: int = 500
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch_size": 1, "grad_accum": 1, "log_every": 1, "sample_count": 2, "seed": 0}
+        least |= {"warmup_steps": 0, "sample_every": 0, "eval_every": 0, "buffer_size": 1, "ramp_from": 1, "ramp_steps": 0}
+        least |= {"checkpoint_every": 0, "keep_checkpoints": 1, "best_k": 0}
+        least |= {name: 1 for name in ("threads", "ce_batch_size") if getattr(self, name) is not None}
+        least |= {"workers": 0} if self.workers is not None else {}
+        for name, value in least.items():
+            check_whole(f"train {name}", getattr(self, name), value)
+        for name in ("lr", "weight_decay", "grad_clip", "data_noise", "decay_rate"):
+            check_number(f"train {name}", getattr(self, name), least=0)
+        if self.ce_noise is not None:
+            check_number("train ce_noise", self.ce_noise, least=0)
+        if self.epochs is not None:
+            check_number("train epochs", self.epochs, above=0)
+        check_number("train ema_decay", self.ema_decay, least=0, most=1)
+        for milestone in self.milestones:
+            check_number("train milestones", milestone, least=0, most=1)
+        if not self.sample_steps or min(self.sample_steps) < 1:
+            raise InputError("train sample_steps must be a list of whole numbers of at least 1")
+        if self.mixed_precision not in (None, "no", "bf16"):
+            raise InputError(
+                f"train mixed_precision is {self.mixed_precision!r}: give bf16 or no (the gradient scaler of fp16 does not "
+                "cover the chains' gradients, which underflow)"
+            )
+        for name in self.trackers:
+            if name not in ("tensorboard", "trackio", "wandb"):
+                raise InputError(f"train trackers has {name!r}: choose from tensorboard, trackio and wandb")
+            if name not in {str(tracker) for tracker in get_available_trackers()}:
+                raise InputError(f"train trackers has {name!r}, which is not installed: pip install {name}")
+
+    @property
+    def needs_classes(self) -> bool:
+        """Whether chains are those of E(x, y)."""
+        return self.objective.w_xy > 0 or self.conditional_chains
+
+
+@dataclass
+class HubConfig:
+    """Publishing. ``hf auth login`` first; recipes/push.py publishes a run already done.
+
+    Attributes:
+        push_to: repository "user/name" to push the model, its card, pictures and chains to; None: none.
+        private: make it private if it isn't there yet.
+        every: push what there is every so many optimiser steps as well; 0: only at the end.
+        replay_buffer: publish the chains, at 8 bits, as many as fit 64 MiB.
+    """
+
+    push_to: str | None = None
+    private: bool = False
+    every: int = 0
+    replay_buffer: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole("hub every", self.every, 0)
+
+
+@dataclass
+class Settings:
+    """A training run: what ``recipes/train.py`` takes.
+
+    Attributes:
+        data, model, sgld, train, guard, hub: see their classes.
+        output_dir: the run's folder; None: runs/<data set>, numbered.
+        resume: a run's folder or one of its checkpoints: go on with it; "auto": go on with ``output_dir`` where it has a
+            checkpoint, else start it; None: a new run.
+
+    Raises:
+        InputError: settings that don't go together.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sgld: SGLDConfig = field(default_factory=SGLDConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    output_dir: str | None = None
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.model.name)
+        if taken := {"num_classes", "input_size", "class_names", "sgld", "drop_rate", "drop_path_rate"} & set(
+            self.model.kwargs
+        ):
+            raise InputError(f"model.kwargs has {', '.join(sorted(taken))}, which other settings give: leave it out")
+        if not self.lengths():
+            raise InputError(
+                f"no train.sample_steps is longer than sgld.denoise_steps {self.sgld.denoise_steps}: give longer ones"
+            )
+        if self.data.streaming and self.train.epochs is not None:
+            raise InputError("train.epochs needs to know how many images there are, and data.streaming doesn't: give steps")
+        if self.data.streaming and self.train.init == "gaussian":
+            raise InputError("train.init gaussian is fitted to images at hand, and data.streaming has none: use noise")
+
+    def lengths(self, num_steps: int | None = None) -> list[int]:
+        """The lengths of fresh chains to try: ``train.sample_steps`` times K, which is ``num_steps`` or ``sgld.num_steps``."""
+        lengths = [n * (num_steps or self.sgld.num_steps) for n in self.train.sample_steps]
+        return [length for length in lengths if length > self.sgld.denoise_steps]
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """What a model and its card tell of the settings, as JSON data."""
+        return {name: asdict(getattr(self, name)) for name in ("data", "model", "sgld", "train", "guard")}
+
+    def as_yaml(self) -> str:
+        """A file for ``--config`` that repeats the run, in a folder of its own and without publishing it."""
+        sections = {**self.sections(), "hub": {**asdict(self.hub), "push_to": None}}
+        told = {name: {key: value for key, value in section.items() if value is not None} for name, section in sections.items()}
+        return yaml.safe_dump(told, sort_keys=False)
+
+
+def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple[Settings, list[str]]:
+    """Settings from flags and the YAML files that they name.
+
+    Without ``--config``, a run that goes on takes its own config.yaml, wherever its folder has been moved.
+
+    Args:
+        argv: flags, later ones overriding earlier ones.
+        default_config: taken where neither a file nor a data set is named.
+
+    Returns:
+        The settings, and the flags that repeat the run: ``argv`` without ``--output_dir`` and ``--resume``.
+
+    Raises:
+        InputError: an unknown setting, or a value that it can't have.
+        SystemExit: after ``--help``.
+    """
+    parser = ArgumentParser(prog="recipes/train.py", description="Train a joint energy model.", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
+    for name in ("data", "model", "sgld", "train", "guard", "hub"):
+        kind = Settings.__dataclass_fields__[name].type
+        parser.add_argument(f"--{name}", type=kind, default=kind())
+    parser.add_argument("--output_dir", type=str | None, default=None, help="default: runs/<data set>, numbered")
+    parser.add_argument(
+        "--resume",
+        type=str | None,
+        default=None,
+        help="a run's folder, or one of its checkpoints: go on with it, by its own config.yaml unless told otherwise; "
+        "auto: go on with output_dir where it has a checkpoint, else start it",
+    )
+    run, repeated = _values(argv, "output_dir", "resume")
+    flags = {word.split("=")[0] for word in repeated}
+    if "--config" not in flags:
+        dataset = _values(argv, "data.dataset")[0]["data.dataset"] or "digits"
+        own = RunFolder.find(run["output_dir"], dataset, run["resume"])
+        if own is not None and own.config_file.is_file():
+            argv = ["--config", str(own.config_file), *argv]
+        elif default_config is not None and not {"--data.dataset", "--data"} & flags:
+            argv = ["--config", str(default_config), *argv]
+    if "--model.name" in flags and not any(flag.startswith("--model.kwargs") for flag in flags):
+        argv = [*argv, "--model.kwargs={}"]  # a config's arguments are for its own model
+    try:
+        config = parser.parse_args(argv)
+    except ArgumentError as error:
+        raise InputError(f"{' '.join(str(error).split())}; recipes/train.py --help lists the settings") from error
+    found = parser.instantiate(config)
+    return Settings(**{name: found[name] for name in Settings.__dataclass_fields__}), repeated
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """What settings have become, a line each."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{name} is {new!r} now and was {old!r}"]
+    lines = []
+    for key in dict.fromkeys([*new, *old]):
+        path = f"{name}.{key}".lstrip(".")
+        if key not in new:
+            lines.append(f"{path} was {old[key]!r} and is not set now")
+        elif key not in old:
+            lines.append(f"{path} is {new[key]!r} now and was not set")
+        else:
+            lines += differences(old[key], new[key], path)
+    return lines
+
+
+def _values(argv: list[str], *names: str) -> tuple[dict[str, str | None], list[str]]:
+    """The last value of each flag in ``names``, or None, and ``argv`` without them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        parser.add_argument(f"--{name}")
+    try:
+        known, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error}; recipes/train.py --help lists the settings") from error
+    return vars(known), rest
