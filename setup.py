@@ -12,10 +12,40 @@ setup(
     description="Joint energy models on timm backbones: one network that classifies, scores, and draws images",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="The timm_jem authors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=[
+        "energy-based models",
+        "joint energy models",
+        "image classification",
+        "image generation",
+        "out-of-distribution detection",
+        "timm",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
-    packages=find_packages(include=["timm_jem", "timm_jem.*"]),
-    package_data={"timm_jem.hub": ["card_template.md"]},
+    # A checkout's recipes/train.py and an installed timm_jem.recipes.train are the same file.
+    packages=[*find_packages(include=["timm_jem", "timm_jem.*"]), "timm_jem.recipes"],
+    package_dir={"timm_jem.recipes": "recipes"},
+    package_data={
+        "timm_jem": ["py.typed"],
+        "timm_jem.hub": ["card_template.md"],
+        "timm_jem.recipes": ["configs/*.yaml"],
+    },
     install_requires=[
         "torch>=2.4",
         "torchvision",
@@ -42,12 +72,14 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "setuptools>=77",  # builds the wheel that is tested
             "tensorboard",
             # other implementations of what is measured
             "foolbox>=3.3.4",
             "pytorch-ood>=0.4.0",
             "scipy",
             "torchmetrics>=1.9",
+            "transformers>=5.0",  # reads timm's folders, too
         ],
     },
 )
