@@ -76,6 +76,7 @@ setup(
             "tensorboard",
             # other implementations of what is measured
             "foolbox>=3.3.4",
+            "markdown-it-py",
             "pytorch-ood>=0.4.0",
             "scipy",
             "torchmetrics>=1.9",

@@ -1,7 +1,8 @@
 """The folder that two readers share: timm's own files, with everything of ours under one key of its config.json.
 
-``model.safetensors`` and ``config.json`` are what ``timm.models.save_for_hf`` writes, so that plain timm reads them. A
-``replay_buffer.safetensors`` may stand beside them. Nothing here reads or writes a pickle.
+``model.safetensors`` and ``config.json`` are what ``timm.models.save_for_hf`` writes, so that plain timm reads them, but with
+the number of classes in one place only, so that transformers reads them, too. A ``replay_buffer.safetensors`` may stand
+beside them. Nothing here reads or writes a pickle.
 """
 
 import copy
@@ -87,6 +88,7 @@ def write_folder(
                 )
             except (TypeError, ValueError) as error:
                 raise InputError(f"this backbone can't be saved for timm: {one_line(error)}") from error
+            _number_classes_once(aside / CONFIG_FILE)
             _check_faithful(backbone, aside, tuple(data_config["input_size"]))
             if chains is not None:
                 chains.save(aside / CHAINS_FILE)
@@ -97,6 +99,13 @@ def write_folder(
                 (target / CHAINS_FILE).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"the model can't be written to {target} ({one_line(error)}): make room, or give another") from error
+
+
+def _number_classes_once(file: Path) -> None:
+    """Leave ``num_classes`` at the top only: transformers hands both to timm, as one argument given twice."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _check_faithful(backbone: nn.Module, folder: Path, input_size: tuple[int, int, int]) -> None:
