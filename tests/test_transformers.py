@@ -10,10 +10,11 @@ import timm_jem
 transformers = pytest.importorskip("transformers")
 
 
-def test_a_pipeline_reads_a_saved_folder(tmp_path):
+@pytest.mark.parametrize(("name", "arguments"), [("resnet18", {}), ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 2})])
+def test_a_pipeline_reads_a_saved_folder(tmp_path, name, arguments):
     torch.manual_seed(0)
     names = [f"class {i}" for i in range(7)]
-    jem = timm_jem.create_model("resnet18", num_classes=7, input_size=(3, 64, 64), class_names=names)
+    jem = timm_jem.create_model(name, num_classes=7, input_size=(3, 64, 64), class_names=names, **arguments)
     with torch.no_grad():
         jem(torch.randn(8, 3, 64, 64))  # BatchNorm statistics that are not the initial ones
     jem.eval().save_pretrained(tmp_path)

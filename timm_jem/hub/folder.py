@@ -68,7 +68,9 @@ def write_folder(
     try:
         json.dumps(ours)
     except (TypeError, ValueError) as error:
-        raise InputError(f"what is to be kept with the model is not JSON ({one_line(error)}): mend its provenance") from error
+        raise InputError(
+            f"provenance is not JSON ({one_line(error)}): keep only dicts, lists, text, numbers and None in it"
+        ) from error
     backbone = unwrap_model(backbone)
     if any(tensor.is_meta for tensor in backbone.state_dict().values()):
         raise InputError("this model is on the meta device and has no weights to save: build it on a real device")
@@ -223,7 +225,9 @@ def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
         hook.remove()
     # Where they differ, timm would quietly build a new head.
     if config.get("num_classes", empty.num_classes) != empty.num_classes:
-        raise InputError(f"{CONFIG_FILE} says num_classes {config['num_classes']} and builds {empty.num_classes}: mend it")
+        raise InputError(
+            f"{CONFIG_FILE} says num_classes {config['num_classes']} and builds {empty.num_classes}: make them agree"
+        )
     described = sum(tensor.numel() for tensor in empty.state_dict().values())
     if described > 2 * stored + _LARGEST:
         raise InputError(f"{CONFIG_FILE} describes {described:,} weights and {WEIGHTS_FILE} holds {stored:,}")

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from timm_jem.errors import InputError
 
-__all__ = ["Measured", "Provenance", "printable"]
+__all__ = ["Measured", "Provenance", "license_id", "printable"]
 
 # Control characters, line and paragraph separators, changes of writing direction, and halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -24,6 +24,11 @@ _LARGEST = 2**63  # a number above is none of training, and may be too large to 
 def printable(text: str) -> str:
     """Text as one line that can be printed: other characters, and runs of white space, become one space."""
     return " ".join(_UNPRINTABLE.sub(" ", text).split())
+
+
+def license_id(value: Any) -> str | None:
+    """A licence as the Hub writes its id, such as "apache-2.0"; None: this can't be one."""
+    return value.lower() if isinstance(value, str) and _LICENSE.fullmatch(value) else None
 
 
 def _lines(text: str) -> str:
@@ -109,16 +114,17 @@ class Provenance:
         where = "provenance"
         data = _mapping(data, where)
         versions = _mapping(_get(data, "versions", Mapping, where, "a dict") or {}, where)
-        license_ = _text(data, "license", where)
-        if license_ is not None and not _LICENSE.fullmatch(license_):
-            raise InputError(f"{where}['license'] is {_shown(license_)}: give the Hub's id of a licence, such as apache-2.0")
+        if data.get("license") is not None and license_id(data["license"]) is None:
+            raise InputError(
+                f"{where}['license'] is {_shown(data['license'])}: give the Hub's id of a licence, such as apache-2.0"
+            )
         return cls(
             dataset=_text(data, "dataset", where),
             datasets=tuple(
                 _repository(name, f"{where}['datasets'][{i}]") for i, name in enumerate(_list(data, "datasets", where))
             ),
             base_model=None if data.get("base_model") is None else _repository(data["base_model"], f"{where}['base_model']"),
-            license=None if license_ is None else license_.lower(),
+            license=license_id(data.get("license")),
             command=_lines(_get(data, "command", str, where, "text") or "") or None,
             config=_get(data, "config", Mapping, where, "a dict") or {},
             steps=_whole(data, "steps", where, least=0),

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from timm_jem.errors import InputError
 from timm_jem.hub.card import CARD_FILE, PICTURES, model_card
 from timm_jem.hub.folder import CONFIG_FILE
-from timm_jem.hub.provenance import Provenance
+from timm_jem.hub.provenance import Provenance, license_id
 from timm_jem.hub.published_chains import CHAINS_FILE
 from timm_jem.hub.repository import push
 
@@ -60,7 +60,7 @@ def publish(
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     card = model_card(
         repo_id=repo_id,
-        weights_license=config["pretrained_cfg"].get("license"),
+        weights_license=license_id(config["pretrained_cfg"].get("license")),
         has_chains=has_chains,
         chains_have_classes=chains_have_classes,
         pictures=shown,
