@@ -40,6 +40,7 @@ HOSTILE = [
     "{{ 7 * 7 }}{% raw %}",
     "\u2028# x\u2029- y\x00\x1b[31m\u202egnp.exe",
     "\ud800x",
+    "a__b__c _d e_ __f__ ___",
     "- a\n- b\n1. c\n> d",
 ]
 
@@ -114,7 +115,7 @@ def test_text_is_shown_as_it_is(text):
 
 def test_ordinary_text_stays_readable():
     assert inline("top-1; seed 0, 7 steps (one run): 8/255") == "top-1; seed 0, 7 steps (one run): 8/255"
-    assert inline("train.batch_size < 5") == r"train.batch\_size \< 5"
+    assert inline("train.batch_size < 5, _x_") == r"train.batch_size \< 5, \_x\_"
     assert inline("https://a.example/|") == "` https://a.example/¦ `"
 
 

@@ -10,7 +10,7 @@ from timm_jem.hub.provenance import printable
 
 __all__ = ["fenced", "inline"]
 
-_ACTIVE = re.compile(r"([`*_\[\]<>&|~])")
+_ACTIVE = re.compile(r"([`*\[\]<>&|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")  # within a word, _ is only itself
 _LINK_OR_FORMULA = re.compile(r"[\\$@]|://|www\.", re.IGNORECASE)
 
 
