@@ -14,7 +14,14 @@ from timm_jem.errors import check_number
 from timm_jem.evaluation.attacks import Classifier, PGDConfig, auto_attack, check_attackable, check_logits, pgd
 from timm_jem.sampling import randn, uniform_noise
 
-__all__ = ["Check", "is_correct", "robust_correct", "sanity_checks", "transfer_correct"]
+__all__ = ["NORMS", "Check", "is_correct", "robust_correct", "sanity_checks", "sized", "transfer_correct"]
+
+NORMS = {"linf": "ℓ∞", "l2": "ℓ2"}  # as readers know them
+
+
+def sized(norm: str, epsilon: float) -> str:
+    """The size of an attack, in [0, 1] pixel units, as reports show it: ℓ∞ in grey levels."""
+    return f"ε = {epsilon * 255:g}/255" if norm == "linf" else f"ε = {epsilon:g}"
 
 
 @torch.no_grad()
