@@ -22,6 +22,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import PartialState
+from accelerate.utils.environment import get_int_from_env
 from accelerate.utils.memory import should_reduce_batch_size
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -136,12 +137,13 @@ def main(argv: list[str]) -> str | None:
         return compare(given.compare, given.output_dir, given.overwrite)
     if given.model is None:
         raise InputError("which model? Give a run, a saved folder, a Hub name or timm:NAME; --help says more")
-    state = PartialState()
-    if state.num_processes > 1:
-        raise InputError(f"an evaluation is one process, and here are {state.num_processes}: start it with python, by itself")
+    # Asked of the launcher's variables: without a GPU, accelerate takes each of torchrun's processes for the only one.
+    processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+    if processes > 1:
+        raise InputError(f"an evaluation runs in one process, not in {processes}: start it with plain python")
     folder = check_output_dir(given.output_dir or default_output_dir(given.model), given.overwrite)
     start = time.perf_counter()
-    subject = load_subject(given.model, data, config, device=state.device)
+    subject = load_subject(given.model, data, config, device=PartialState().device)
     report = Report(about(subject, config, given.model, argv), warnings=[*subject.warnings])
     left_out: dict[str, str] = {}
     wanted = [name for name in SECTIONS if name in config.sections]
@@ -170,4 +172,4 @@ if __name__ == "__main__":
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: the report has the sections that were measured before")
+        sys.exit("stopped: sections that were measured before this one are in the report")

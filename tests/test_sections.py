@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from types import SimpleNamespace
 
 import evaluate
 import pytest
@@ -182,10 +181,11 @@ def test_a_picture_that_cannot_be_written_is_a_reason(measure, tmp_path):
     assert "a.png can't be written" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_several_processes_are_refused(measure, monkeypatch):
-    monkeypatch.setattr(evaluate, "PartialState", lambda: SimpleNamespace(num_processes=2, device="cpu"))
-    with pytest.raises(InputError, match="is one process"):
+def test_several_processes_are_refused(measure, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process, not in 2"):
         measure()
+    assert not (tmp_path / "out").exists()
 
 
 def test_fused_attention_is_built_without_for_the_refinement(vit, tmp_path):
