@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "model": {"energy", "modes", "sampling", "backbone", "inputs", "hub", "errors"},
     "wrap": {"sampling", "models", "backbone", "hub", "model", "errors"},
     "data": {"files", "pixels", "data", "errors"},
-    "evaluation": {"energy", "files", "pixels", "modes", "sampling", "models", "model", "data", "evaluation", "errors"},
+    "evaluation": {
+        "energy", "files", "pixels", "modes", "sampling", "models", "model", "wrap", "data", "evaluation", "errors",
+    },
     "training": {
         "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model",
         "wrap", "data", "evaluation", "training", "version", "errors",

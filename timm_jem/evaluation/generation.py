@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from accelerate.utils import tqdm
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_whole
+from timm_jem.errors import InputError, check_whole, how_to_install
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.sampling import sgld, uniform_noise
@@ -86,7 +86,7 @@ def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, fl
         from torch_fidelity.metric_kid import kid_features_to_metric
         from torch_fidelity.metric_prc import prc_features_to_metric
     except ImportError as error:
-        raise InputError("KID, precision and recall need torch-fidelity: pip install 'timm_jem[eval]'") from error
+        raise InputError(f"KID, precision and recall need torch-fidelity: {how_to_install('eval')}") from error
     fake, real = fake.double(), real.double()
     size = min(1000, len(fake), len(real))
     kid = kid_features_to_metric(
@@ -124,7 +124,7 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float]:
     try:
         from torch_fidelity.metric_isc import isc_features_to_metric
     except ImportError as error:
-        raise InputError("the Inception score needs torch-fidelity: pip install 'timm_jem[eval]'") from error
+        raise InputError(f"the Inception score needs torch-fidelity: {how_to_install('eval')}") from error
     # A probability that underflows in all images would be 0 · log 0 there: NaN.
     log_p = logits.double().log_softmax(1).clamp(min=-700)
     found = isc_features_to_metric(log_p, splits=10, shuffle=True, rng_seed=seed)
