@@ -19,7 +19,6 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.evaluation.report import read_report
-from timm_jem.evaluation.settings import PRESETS
 from timm_jem.evaluation.subject import some
 from timm_jem.pixels import to_pixels
 
@@ -140,16 +139,6 @@ def test_the_card_says_what_was_measured(hub, run, evaluated):
             push.main([str(run), "user/evaluated"])
     finally:
         (run / "evaluation" / "report.json").write_text(json.dumps(report))
-
-
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("command", re.findall(r"^python recipes/evaluate\.py (.*?)(?:  +#.*)?$", README, re.MULTILINE))
-def test_the_readmes_commands_are_understood(command):
-    given, settings, _ = evaluate.parse(shlex.split(command))
-    assert given.compare or given.model
-    assert settings.samples == PRESETS[settings.preset]["samples"]
 
 
 def digits_folder(folder: Path, rows) -> Path:
