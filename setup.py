@@ -44,7 +44,7 @@ setup(
     package_data={
         "timm_jem": ["py.typed"],
         "timm_jem.hub": ["card_template.md"],
-        "timm_jem.recipes": ["configs/*.yaml"],
+        "timm_jem.recipes": ["configs/*.yaml", "variants/*.yaml"],
     },
     install_requires=[
         "torch>=2.4",

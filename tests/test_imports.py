@@ -61,6 +61,13 @@ def test_imports_go_down(path):
     assert not {name.split(".")[0] for name in names} & {"recipes", "pickle", *recipes}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
+def test_recipes_stand_alone(path):
+    """Run as a file or as a module of a package, a recipe finds no other by name."""
+    recipes = {recipe.stem for recipe in (ROOT / "recipes").glob("*.py")} - {"__init__"}
+    assert not {name.split(".")[0] for name in imported(path)} & {"recipes", *recipes}
+
+
 def test_no_module_imports_itself_by_way_of_others():
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
     below = {name: imported(path) & set(modules) for name, path in modules.items() if path.name != "__init__.py"}
