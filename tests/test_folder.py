@@ -319,6 +319,11 @@ def test_published_chains(jem, tmp_path):
     assert len(set(nearest.tolist())) == 4
     draws = [again.sample(30, init="buffer", generator=torch.Generator().manual_seed(5)) for _ in range(2)]
     assert torch.equal(*draws)
+    first = again.sample(8, init="buffer", generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(first, draws[0][:8])
+    of_y = again.sample(y=[1, 2, 1, 0, 1], init="buffer", generator=torch.Generator().manual_seed(5))
+    first = again.sample(y=[1, 2, 1], init="buffer", generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(first, of_y[:3])
     with pytest.raises(InputError, match="31 images from 30 published chains"):
         again.sample(31, init="buffer")
     with pytest.raises(InputError, match="11 images of class 1 from 10"):

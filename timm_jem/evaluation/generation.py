@@ -11,7 +11,7 @@ from torch import Tensor
 from timm_jem.errors import InputError, check_whole, how_to_install
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
-from timm_jem.sampling import sgld, uniform_noise
+from timm_jem.sampling import chain_generators, draw_seeds, sgld, uniform_noise
 
 __all__ = [
     "best_num_steps",
@@ -185,7 +185,7 @@ def chains_by_length(
         lengths: numbers of steps, each above ``denoise_steps``.
         y: classes of chains of E(x, y), int64, shape (N,); None: chains of E(x).
         n: how many chains; may be left out where ``y`` or ``init`` tells.
-        generator: the only source of randomness.
+        generator: the only source of randomness. It draws the seeds that ``jem.sample`` would draw: the same chains.
         batch_size: chains through the network at once.
         init: where chains start, pixels in [-1, 1], shape (N, C, H, W); None: uniform noise.
 
@@ -217,14 +217,18 @@ def _views(
 ) -> Iterator[tuple[int, Tensor]]:
     config, device, done = jem.sgld, jem.mean.device, 0
     y = None if y is None else y.to(device)
-    u = uniform_noise((n, *jem.input_size), generator=generator, device=device) if init is None else init.to(device)
+    generators = chain_generators(draw_seeds(n, generator))  # as in jem.sample
+    if init is None:
+        u = uniform_noise((n, *jem.input_size), generator=generators, device=device, dtype=torch.float32)
+    else:
+        u = init.to(device)
     last = config.denoise_steps
     total = len(lengths) * last + max(lengths, default=last) - last
     with tqdm(total=total, desc="chains", leave=False) as bar:
         options = {"y": y, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
         for steps in lengths:
             with frozen(jem):
-                u = sgld(jem.pixel_energy, u, config, generator=generator, num_steps=steps - last - done, **options)
+                u = sgld(jem.pixel_energy, u, config, generator=generators, num_steps=steps - last - done, **options)
                 view = sgld(jem.pixel_energy, u, config, num_steps=last, denoise_steps=last, **options)
             done = steps - last
             yield steps, view
@@ -250,7 +254,12 @@ def best_num_steps(
     Returns:
         The best of ``candidates``, and the distance of each; NaN for chains that ran away, which are never the best of
         several.
+
+    Raises:
+        InputError: no candidates, or one that the noise-free steps use up.
     """
+    if len(candidates) == 0:
+        raise InputError("there are no lengths of chains to choose from: give at least one")
     real = thumbnails(real.to(jem.mean.device))
     chains = chains_by_length(jem, candidates, y=y, generator=generator, batch_size=batch_size)
     distances = {steps: frechet_distance(thumbnails(u), real) for steps, u in chains}
