@@ -133,6 +133,11 @@ def test_the_card_says_what_was_measured(hub, run, evaluated):
     assert "Accuracy under AutoAttack, ℓ∞, ε = 8/255" in card
     assert "AUROC of log p(x) against interpolation" in card
     report = json.loads((evaluated / "report.json").read_text())
+    # A picture that the report doesn't list is an earlier one's.
+    listed = [entry for entry in report["pictures"] if entry[1] != "reliability.png"]
+    (run / "evaluation" / "report.json").write_text(json.dumps({**report, "pictures": listed}))
+    push.main([str(run), "user/listed"])
+    assert "evaluation/reliability.png" not in hub.files("user/listed")
     (run / "evaluation" / "report.json").write_text(json.dumps({**report, "subject": {**report["subject"], "weights": "x"}}))
     try:
         with pytest.raises(InputError, match="other weights"):

@@ -75,11 +75,11 @@ def publishable(
 
 
 def push(jem: JEM, settings: Settings, record: Record, message: str) -> None:
-    """Push a model with the run's own pictures; the main process alone.
+    """Push a model with the pictures drawn of it; the main process alone.
 
     Raises:
         InputError: what the Hub refuses.
     """
     hub = settings.hub
-    url = jem.push_to_hub(hub.push_to, commit_message=message, private=hub.private, pictures=record.folder.pictures())
+    url = jem.push_to_hub(hub.push_to, commit_message=message, private=hub.private, pictures=record.drawn)
     record.say(f"pushed to {url}")

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from timm_jem.evaluation import image_grid
 from timm_jem.files import replaced_file
+from timm_jem.hub.card import PICTURES
 from timm_jem.model import JEM
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.training.run import Rollback
@@ -36,12 +38,14 @@ class Record:
     Attributes:
         best: [validation accuracy, step] of the models in best/, best first.
         seconds: of training so far, without pictures and validation.
+        drawn: pictures for a model's card that show the present weights: those of this process, no earlier one's.
     """
 
     def __init__(self, folder: RunFolder, accelerator: Accelerator, settings: Settings, command: Sequence[str]) -> None:
         self.folder, self.accelerator, self.settings, self.command = folder, accelerator, settings, list(command)
         self.best: list[list[float]] = []
         self.seconds = 0.0
+        self.drawn: dict[str, Path] = {}
         self._metrics_bytes = 0
         self._since = time.perf_counter()
 
@@ -106,6 +110,8 @@ class Record:
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
         """A picture in the folder and with the trackers."""
         self.folder.write_picture(name, picture)
+        if name in PICTURES:
+            self.drawn[name] = self.folder.path / name
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -114,15 +120,13 @@ class Record:
     def samples(self, step: int, jem: JEM, name: str) -> None:
         """Fresh chains from noise, none selected: ten of each of the first 20 classes, a row a class.
 
-        Every process takes part where weights are sharded, otherwise the main one alone.
+        Picture k, counted from 0 along the rows, is ``jem.sample(y=k // 10, seeds=[k])``. Every process takes part where
+        weights are sharded, otherwise the main one alone.
         """
         classes = min(jem.num_classes, 20)
-        train = self.settings.train
-        x = jem.sample(
-            y=torch.arange(classes).repeat_interleave(10),
-            generator=torch.Generator(self.accelerator.device).manual_seed(train.seed),
-            batch_size=max(2, train.batch_size),  # no more memory than a step of training takes
-        )
+        y = torch.arange(classes).repeat_interleave(10)
+        # No more memory than a step of training takes.
+        x = jem.sample(y=y, seeds=range(len(y)), batch_size=max(2, self.settings.train.batch_size))
         if self.main:
             self.picture(step, name, image_grid(jem.denormalize(x), 10, (jem.class_names or ())[:classes]))
 
