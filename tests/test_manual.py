@@ -33,7 +33,9 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and line not in SET_UP
 ]
-CODE = [(name, block) for name, page in PAGES.items() for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
+BLOCKS = [(name, block) for name, page in PAGES.items() for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
+OWN_METHOD = "class DenoisingScoreMatching"
+CODE = [entry for entry in BLOCKS if OWN_METHOD not in entry[1]]
 SHORT = (
     "--train.threads 1 --train.steps 1 --train.batch_size 4 --train.sample_steps [3] --train.sample_count 4 --sgld.num_steps 2"
 )
@@ -95,8 +97,9 @@ def test_python_runs(hub, tmp_path, monkeypatch, number):
 
 def test_a_method_of_ones_own_is_short_and_learns(tmp_path, monkeypatch, capsys):
     """The manual's: at most forty lines, no line of the package knows it, and it goes back and resumes like any other."""
-    (block,) = [block for _, block in CODE if "class DenoisingScoreMatching" in block]
+    (block,) = [block for _, block in BLOCKS if OWN_METHOD in block]
     body = re.search(r"^class .*?(?=^\S(?!lass))", block, re.DOTALL | re.MULTILINE)[0].rstrip()
+    assert body.endswith("pass")
     assert len(body.splitlines()) <= 40
     assert "DenoisingScoreMatching" not in Path(run_module.__file__).read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -183,13 +186,16 @@ def test_evaluation_commands_run(runs, monkeypatch):
 
 @pytest.mark.parametrize("command", commands("recipes/stability.py"))
 def test_stability_commands_run(tmp_path, monkeypatch, command):
+    """All of it up to the runs, which others train: the command lines it starts are understood by the training recipe."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes", "recipes", ignore=shutil.ignore_patterns("__pycache__"))
-    calls = []
-    monkeypatch.setattr(stability, "run_all", lambda runs, *rest: calls.extend(runs) or 15)  # as if stopped at once
+    jobs = []
+    monkeypatch.setattr(stability.Pool, "run", lambda self, given: jobs.extend(given) or 15)  # as if stopped at once
     assert stability.main(shlex.split(command)[2:]) == 128 + 15
-    assert calls
-    assert {run.folder.parent.parent for run in calls} <= {Path("runs/stability"), Path("runs/few_labels")}
+    assert len(jobs) >= 5
+    for job in jobs[:20]:
+        settings, _ = train.parse_settings(job.command[2:], train.DIGITS_CONFIG)
+        assert settings.resume == "auto"
 
 
 @pytest.mark.parametrize("command", commands("recipes/benchmark.py"))
