@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     stream = build_stream(settings, splits, learner)
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)
-    if not settings.resume and accelerator.is_main_process:
+    if settings.resume in (None, "auto") and accelerator.is_main_process:
         folder.claim()
     (folder,) = broadcast_object_list([folder])
 
@@ -81,15 +81,13 @@ def main(argv: list[str]) -> None:
 
 
 def resume(asked: str, run: Run, record: Record) -> None:
-    """Go on from the newest whole checkpoint, or the one that was asked for."""
+    """Go on from the newest whole checkpoint, or the one that was asked for; "auto" starts where there is none."""
     folder = record.folder
     saved = run.resume(folder.checkpoint)
     if saved is not None:
         record.load_state_dict(saved)
     elif asked != "auto" or folder.summary_file.is_file():
         raise InputError(f"{folder} has no whole checkpoint to go on from: start anew in another output_dir")
-    else:
-        folder.claim()
 
 
 def describe(settings: Settings, splits: Splits, run: Run, folder: RunFolder) -> str:
@@ -126,12 +124,12 @@ def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollb
                 record.log(run.step, terms, lr=learner.optimizer.param_groups[0]["lr"])
             with record.not_training():
                 if due.sample and (accelerator.is_main_process or is_sharded(accelerator)):
-                    record.samples(run.step, learner.published(), f"samples_{run.step:06d}.png")
+                    record.samples(run.step, learner.published(), record.folder.samples(run.step).name)
                     record.chains(run.step, learner.method.buffer)
                 if due.validate:
                     validate(settings, splits, run, record)
                 if due.push:
-                    publish(settings, splits, run, record)
+                    publish(settings, splits, run, record, drawn=due.sample)
             if due.checkpoint or due.stop:
                 save(run, record, needed=bool(due.stop))
             elif due.snapshot:
@@ -153,12 +151,14 @@ def validate(settings: Settings, splits: Splits, run: Run, record: Record) -> No
         record.keep_best(run.step, publishable(settings, splits, run, record))
 
 
-def publish(settings: Settings, splits: Splits, run: Run, record: Record) -> None:
-    """Push what there is; training goes on where the Hub says no."""
+def publish(settings: Settings, splits: Splits, run: Run, record: Record, *, drawn: bool) -> None:
+    """Push what there is, with pictures if they were ``drawn`` at this step; training goes on where the Hub says no."""
     jem = publishable(settings, splits, run, record, chains=True)
     if run.learner.accelerator.is_main_process:
+        # samples.png is of an earlier end of the run, where there is one.
+        pictures = {**record.folder.pictures(), "samples.png": record.folder.samples(run.step)} if drawn else {}
         try:
-            push(jem, settings, record, f"Step {run.step}")
+            push(jem, settings, record, f"Step {run.step}", pictures)
         except InputError as error:
             record.say(f"step {run.step} was not pushed, training goes on: {error}")
 

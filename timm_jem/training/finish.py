@@ -79,7 +79,8 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
         raise InputError(f"training {explanation}; the last good model, of step {run.step}, is in {folder.model}")
     if settings.hub.push_to is not None:
         try:
-            push(jem, settings, record, f"{settings.model.name} after {run.step} steps on {settings.data.dataset}")
+            message = f"{settings.model.name} after {run.step} steps on {settings.data.dataset}"
+            push(jem, settings, record, message, folder.pictures())
         except InputError as error:
             raise InputError(f"{error}; the run is whole: python recipes/push.py {folder} {settings.hub.push_to}") from error
 

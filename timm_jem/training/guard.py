@@ -170,7 +170,13 @@ class DivergenceGuard:
 
     def last_good(self) -> tuple[int, Any]:
         """Step and state to go back to, with the scales of then: the newest snapshot, but where training already broke once
-        after that one and there is an older, the older: what it had learned by then may have been the cause."""
+        after that one and there is an older, the older: what it had learned by then may have been the cause.
+
+        Raises:
+            InputError: nothing was kept.
+        """
+        if not self.snapshots:
+            raise InputError("training broke, and there is no snapshot to go back to: take one before the first step")
         if self.snapshots[-1].broke and len(self.snapshots) > 1:
             self.snapshots.pop()
         snapshot = self.snapshots[-1]
@@ -183,7 +189,8 @@ class DivergenceGuard:
         return {"names": self.names, "window": self.window, "scales": self.scales}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict``."""
+        """Restore ``state_dict``; snapshots of what was trained before are forgotten."""
+        self.snapshots = []
         self.names, self.scales = list(state["names"]), dict(state["scales"])
         self.window = [values.to(self.accelerator.device) for values in state["window"]]
 

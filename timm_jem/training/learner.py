@@ -22,7 +22,7 @@ from timm_jem.replay_buffer import redistribute
 from timm_jem.training.batches import Batch
 from timm_jem.training.method import Drawn, Method
 from timm_jem.training.remedy import Remedy
-from timm_jem.training.state import load_optimizer, load_tensors, local
+from timm_jem.training.state import copy_tree, load_optimizer, load_tensors, local
 
 __all__ = ["Learner"]
 
@@ -68,7 +68,7 @@ class Learner:
         self.step = 0
         self.remedy = Remedy()
         self._initial_lr = [group["lr"] for group in optimizer.param_groups]
-        self._as_saved = _as_saved(jem)
+        self._as_saved, self._sgld = _as_saved(jem), jem.sgld
         self._set_lr()
 
     def published(self) -> JEM:
@@ -77,7 +77,7 @@ class Learner:
         It computes in the precision in which it is saved, and samples by the settings that remedies left.
         """
         jem = self._as_saved if self.ema is None else self.ema.module
-        jem.sgld = self.remedy.chains(self.jem.sgld)
+        jem.sgld = self.remedy.chains(self._sgld)
         return jem
 
     def iterate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ class Learner:
         if self.ema is not None:
             load_tensors(self.ema.module.state_dict(), state["ema"], "moving average")
         load_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), state["optimizer"])
-        self.method.load_state_dict(state["method"])
+        self.method.load_state_dict(copy_tree(state["method"]))  # it may keep what it is given, and change it
         self.step, self.remedy = state["step"], Remedy(**state["remedy"])
         self._set_lr()
 

@@ -10,7 +10,9 @@ __all__ = ["check_plan"]
 
 
 def check_plan(settings: Settings, splits: Splits, world: int, *, sharded: bool = False) -> Settings:
-    """The settings with ``train.steps`` worked out, if they can train on ``splits``; pure.
+    """The settings with ``train.steps`` in the place of ``train.epochs``, if they can train on ``splits``; pure.
+
+    What is written of them then says ``steps`` alone, so that a run that goes on can be told another number.
 
     Args:
         settings: as told.
@@ -38,7 +40,7 @@ def check_plan(settings: Settings, splits: Splits, world: int, *, sharded: bool 
     if train.epochs is None:
         return settings
     steps = max(1, round(train.epochs * len(splits.train) / (together * train.grad_accum)))
-    return replace(settings, train=replace(train, steps=steps))
+    return replace(settings, train=replace(train, steps=steps, epochs=None))
 
 
 def _check_buffer(settings: Settings, splits: Splits) -> None:

@@ -1,7 +1,8 @@
 """The model of a run as it is saved and pushed, with what its card tells."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -74,12 +75,18 @@ def publishable(
     return jem
 
 
-def push(jem: JEM, settings: Settings, record: Record, message: str) -> None:
-    """Push a model with the pictures drawn of it; the main process alone.
+def push(jem: JEM, settings: Settings, record: Record, message: str, pictures: Mapping[str, Path]) -> None:
+    """Push a model; the main process alone.
+
+    Args:
+        jem: what :func:`publishable` gave.
+        settings, record: the run's.
+        message: of the commit.
+        pictures: for the card, by their names there: those of this very model.
 
     Raises:
         InputError: what the Hub refuses.
     """
     hub = settings.hub
-    url = jem.push_to_hub(hub.push_to, commit_message=message, private=hub.private, pictures=record.drawn)
+    url = jem.push_to_hub(hub.push_to, commit_message=message, private=hub.private, pictures=pictures)
     record.say(f"pushed to {url}")

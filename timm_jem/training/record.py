@@ -5,7 +5,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from PIL import Image
 
 from timm_jem.evaluation import image_grid
 from timm_jem.files import replaced_file
-from timm_jem.hub.card import PICTURES
 from timm_jem.model import JEM
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.training.run import Rollback
@@ -38,14 +36,12 @@ class Record:
     Attributes:
         best: [validation accuracy, step] of the models in best/, best first.
         seconds: of training so far, without pictures and validation.
-        drawn: pictures for a model's card that show the present weights: those of this process, no earlier one's.
     """
 
     def __init__(self, folder: RunFolder, accelerator: Accelerator, settings: Settings, command: Sequence[str]) -> None:
         self.folder, self.accelerator, self.settings, self.command = folder, accelerator, settings, list(command)
         self.best: list[list[float]] = []
         self.seconds = 0.0
-        self.drawn: dict[str, Path] = {}
         self._metrics_bytes = 0
         self._since = time.perf_counter()
 
@@ -110,8 +106,6 @@ class Record:
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
         """A picture in the folder and with the trackers."""
         self.folder.write_picture(name, picture)
-        if name in PICTURES:
-            self.drawn[name] = self.folder.path / name
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, check_whole
 from timm_jem.training.batches import Batches
 from timm_jem.training.checkpoints import Checkpoints, damage, rank_files
 from timm_jem.training.guard import DivergenceGuard
@@ -58,6 +58,7 @@ class Run:
         grad_accum: int = 1,
         seed: int = 0,
     ) -> None:
+        check_whole("grad_accum", grad_accum, 1)
         self.learner, self.stream, self.guard, self.checkpoints = learner, stream, guard, checkpoints
         self.grad_accum, self.seed = grad_accum, seed
         self.rollbacks: list[dict[str, Any]] = []
@@ -80,6 +81,9 @@ class Run:
 
         Args:
             whole: enough steps were taken for a whole look; otherwise only what is not finite counts.
+
+        Raises:
+            InputError: training broke before :meth:`snapshot` was ever called.
         """
         reason = self.guard.problem(early=not whole)
         if reason is None:
@@ -90,7 +94,7 @@ class Run:
         step, state = self.guard.last_good()
         self._restore(state)
         number, config = len(self.rollbacks), self.guard.config
-        if number == config.max_rollbacks:
+        if number >= config.max_rollbacks:  # more, where a resumed run is allowed fewer
             return Rollback(broke_at, step, reason, None)
         remedy = config.ladder[min(number, len(config.ladder) - 1)]
         self.learner.remedy = remedies
@@ -121,7 +125,7 @@ class Run:
             The ``extra`` that was saved with it; None: there is no whole checkpoint, and nothing has changed.
 
         Raises:
-            InputError: ``checkpoint`` is damaged, or one of other settings.
+            InputError: ``checkpoint`` is damaged, or one of other settings or another version.
         """
         accelerator = self.learner.accelerator
         if checkpoint is not None and (reason := damage(checkpoint)):
@@ -134,6 +138,8 @@ class Run:
             return None
         files, world = rank_files(checkpoint), accelerator.num_processes
         saved = load_tree(files[accelerator.process_index if len(files) == world else 0])
+        if not isinstance(saved, dict) or set(saved) != {"state", "guard", "rollbacks", "extra"}:
+            raise InputError(f"checkpoint {checkpoint} is of another version of timm_jem: resume it with that one")
         if len(files) == world:
             self._restore(saved["state"])
         else:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from itertools import count
@@ -16,6 +17,10 @@ from timm_jem.files import replaced_file
 from timm_jem.hub.card import PICTURES
 
 __all__ = ["RunFolder"]
+
+# With the names under which timm_jem.files.folder_aside writes them.
+_BEST = re.compile(r"step_\d{8}|\.step_\d{8}-[a-z0-9_]+")
+_MODEL_ASIDE = re.compile(r"\.model-[a-z0-9_]+")
 
 
 class RunFolder:
@@ -78,8 +83,10 @@ class RunFolder:
         for path in _numbered(dataset):
             if not path.exists():
                 break
-            taken = path
-        return None if taken is None else cls(taken)
+            run = cls(path)
+            if run.config_file.is_file() or (path.is_dir() and not any(path.iterdir())):  # its writer was killed at once
+                taken = run
+        return taken
 
     @property
     def config_file(self) -> Path:
@@ -100,6 +107,9 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    def samples(self, step: int) -> Path:
+        return self.path / f"samples_{step:06d}.png"
 
     def best(self, step: int) -> Path:
         return self.path / "best" / f"step_{step:08d}"
@@ -135,7 +145,10 @@ class RunFolder:
             raise InputError(
                 f"{self} has ended: {summary.get('explanation')}; without its summary.json it goes on with other settings"
             )
-        return summary["steps"] if summary.get("steps", 0) >= steps else None
+        done = summary.get("steps")
+        if not isinstance(done, int):
+            raise InputError(f"{self.summary_file} says {done!r} for its steps: remove it, and the run goes on")
+        return done if done >= steps else None
 
     def summary(self) -> dict[str, Any] | None:
         """summary.json, or None where the run has not come to its end.
@@ -170,8 +183,10 @@ class RunFolder:
     def tidy(self, steps: Iterable[int]) -> None:
         """Remove the models in best/ of other steps than ``steps``, and what a killed process left half written."""
         kept = {self.best(step) for step in steps}
-        for folder in [*(self.path / "best").glob("*step_*"), *self.path.glob(f".{self.model.name}-*")]:
-            if folder.is_dir() and folder not in kept:
+        of_best = [path for path in (self.path / "best").glob("*") if _BEST.fullmatch(path.name)]
+        aside = [path for path in self.path.glob("*") if _MODEL_ASIDE.fullmatch(path.name)]
+        for folder in [*of_best, *aside]:
+            if folder.is_dir() and not folder.is_symlink() and folder not in kept:
                 shutil.rmtree(folder)
 
 

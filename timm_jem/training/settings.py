@@ -30,7 +30,7 @@ class ModelConfig:
         num_classes: None: as many as the data has.
         drop_rate, drop_path_rate: timm's dropout and stochastic depth, for the loss only: chains move without.
         kwargs: more arguments for timm.create_model, e.g. {act_layer: silu}. Those of a config are for its own model:
-            a --model.name after it drops them.
+            a --model.name after it drops them, whatever other arguments come with it.
     """
 
     name: str = "wrn_28_10"
@@ -258,7 +258,9 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
         InputError: an unknown setting, or a value that it can't have.
         SystemExit: after ``--help``.
     """
-    parser = ArgumentParser(prog="recipes/train.py", description="Train a joint energy model.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="recipes/train.py", description="Train a joint energy model.", exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
     for name in ("data", "model", "sgld", "train", "guard", "hub"):
         kind = Settings.__dataclass_fields__[name].type
@@ -280,14 +282,22 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
             argv = ["--config", str(own.config_file), *argv]
         elif default_config is not None and not {"--data.dataset", "--data"} & flags:
             argv = ["--config", str(default_config), *argv]
-    if "--model.name" in flags and not any(flag.startswith("--model.kwargs") for flag in flags):
-        argv = [*argv, "--model.kwargs={}"]  # a config's arguments are for its own model
     try:
-        config = parser.parse_args(argv)
+        config = parser.parse_args(_without_foreign_kwargs(argv))
     except ArgumentError as error:
         raise InputError(f"{' '.join(str(error).split())}; recipes/train.py --help lists the settings") from error
     found = parser.instantiate(config)
     return Settings(**{name: found[name] for name in Settings.__dataclass_fields__}), repeated
+
+
+def _without_foreign_kwargs(argv: list[str]) -> list[str]:
+    """A config's arguments of a model are for its own: flags that name another after it start from none."""
+    after = 0
+    for i, word in enumerate(argv):
+        if word == "--config" or word.startswith("--config="):
+            after = i + 1 + (word == "--config")
+    renamed = any(word == "--model.name" or word.startswith("--model.name=") for word in argv[after:])
+    return [*argv[:after], "--model.kwargs={}", *argv[after:]] if renamed else argv
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -1,0 +1,91 @@
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from timm_jem.training import GuardConfig, HubConfig, Settings, TrainConfig
+from timm_jem.training.cadence import Cadence, Due, stop_signals
+
+ALONE = SimpleNamespace(num_processes=1)
+
+
+def make(accelerator=ALONE, guard=None, hub=None, **train) -> Cadence:
+    never = {"log_every": 10**6, "sample_every": 0, "eval_every": 0, "checkpoint_every": 0}
+    return Cadence(
+        Settings(
+            train=TrainConfig(**{"steps": 10**6, **never, **train}),
+            guard=GuardConfig(**(guard or {})),
+            hub=HubConfig(**(hub or {})),
+        ),
+        accelerator,
+    )
+
+
+def steps_of(cadence: Cadence, name: str, end: int = 60) -> list[int]:
+    return [step for step in range(1, end + 1) if getattr(cadence.at(step, []), name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("log", {"log_every": 20}),
+        ("sample", {"sample_every": 20}),
+        ("validate", {"eval_every": 20}),
+        ("checkpoint", {"checkpoint_every": 20}),
+        ("push", {"hub": {"push_to": "user/name", "every": 20}}),
+        ("look", {"guard": {"check_every": 20, "snapshot_every": 20}}),
+        ("snapshot", {"guard": {"check_every": 20, "snapshot_every": 20}}),
+    ],
+)
+def test_each_is_due_every_so_many_steps(name, settings):
+    assert steps_of(make(**settings), name) == [20, 40, 60]
+
+
+def test_none_is_never():
+    cadence = make(guard={"check_every": 100, "snapshot_every": 100})
+    assert not any(cadence.at(step, []) for step in range(1, 100))
+    assert steps_of(make(hub={"every": 20}), "push") == []  # nowhere to
+
+
+def test_the_last_step_is_looked_at_logged_and_saved_and_published_once():
+    due = make(steps=60, hub={"push_to": "user/name", "every": 20}).at(60, [])
+    assert due == Due(look=True, log=True, checkpoint=True, push=False)
+    assert make(steps=60, log_every=7).at(59, []) == Due()
+
+
+def test_what_is_kept_has_been_looked_at():
+    cadence = make(checkpoint_every=7, guard={"check_every": 10, "snapshot_every": 20})
+    for step in range(1, 200):
+        due = cadence.at(step, [])
+        assert due.look or not (due.checkpoint or due.snapshot)
+        assert due.look == (step % 7 == 0 or step % 10 == 0)
+
+
+def test_a_signal_stops_one_process_at_once():
+    due = make().at(3, [signal.SIGTERM, signal.SIGINT])
+    assert due == Due(stop=signal.SIGTERM)
+    assert due
+
+
+def test_several_processes_stop_together_at_a_look(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "timm_jem.training.cadence.gather_object", lambda mine: asked.append(mine) or [*mine, signal.SIGINT, signal.SIGTERM]
+    )
+    cadence = make(SimpleNamespace(num_processes=2))
+    assert cadence.at(9, [signal.SIGTERM]).stop is None
+    assert asked == []  # agreeing waits for the others
+    assert cadence.at(10, []).stop == signal.SIGINT
+    assert cadence.at(20, [signal.SIGTERM]).stop == signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_caught_once_and_handlers_come_back(number):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with stop_signals() as caught:
+        assert caught == []
+        os.kill(os.getpid(), number)
+        assert caught == [number]
+        assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends at once
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before

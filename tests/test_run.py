@@ -1,0 +1,401 @@
+"""Runs of tiny networks and of a method whose weights are known in closed form: back, on and resumed, to the bit."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from timm_jem import JEM, InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
+from timm_jem.training import (
+    Batch,
+    Checkpoints,
+    DivergenceGuard,
+    Drawn,
+    GuardConfig,
+    Learner,
+    MaximumLikelihood,
+    Remedy,
+    Rollback,
+    Run,
+    save_tree,
+)
+from timm_jem.training.state import copy_tree
+
+SHAPE = (1, 4, 4)
+
+
+class Tiny(nn.Module):
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.2)
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.fc(self.drop(nn.functional.silu(self.norm(self.conv(x))).flatten(1)))
+
+
+class Stream:
+    """Batches that depend on its place, and on the noise of the learner."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.place, self.generator = 0, generator
+
+    def __next__(self) -> Batch:
+        self.place += 1
+        rng = torch.Generator().manual_seed(self.place)
+        u = torch.rand(6, *SHAPE, generator=rng) + 0.1 * torch.randn(6, *SHAPE, generator=self.generator)
+        return Batch(u, torch.randint(3, (6,), generator=rng))
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state, *, old_world=None):
+        self.place = state["place"]
+
+
+class Falling:
+    """Every parameter falls by the learning rate at each step of SGD: the loss is their sum. No buffer.
+
+    It breaks after the steps in ``breaks`` as long as remedies leave more than ``bearable`` of the learning rate, and
+    counts its draws in a tensor that it keeps from ``load_state_dict`` and changes in place.
+    """
+
+    watched, buffer = (), None
+
+    def __init__(self, breaks=(), bearable=0.0) -> None:
+        self.breaks, self.bearable, self.count, self.batches = set(breaks), bearable, torch.zeros(()), []
+
+    def draw(self, model, batch, *, step, remedy, generator):
+        self.count += 1
+        self.batches.append(batch)
+        broken = step + 1 in self.breaks and remedy.lr > self.bearable
+        return Drawn(batch, info={"signal": torch.tensor(float("nan" if broken else 0))})
+
+    def loss(self, model, drawn, *, remedy):
+        return {"loss": sum(parameter.sum() for parameter in model.parameters())}
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def make_run(folder, method=None, *, lr=0.125, guard=None, grad_accum=1, keep=9, classes=None, optimizer=None) -> Run:
+    """Maximum likelihood by SGLD on the tiny network with Adam, or another method with SGD; no schedule."""
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    jem = JEM(Tiny(), data_config={"input_size": SHAPE, "mean": (0.4,), "std": (0.3,)})
+    if isinstance(method, Falling):  # from zero, so that sums of powers of two are exact
+        for parameter in jem.parameters():
+            nn.init.zeros_(parameter)
+    if method is None:
+        chains = torch.Generator().manual_seed(1)
+        buffer = ReplayBuffer(SHAPE, init=uniform_noise, generator=chains, capacity=24, restart_prob=0.3, num_classes=classes)
+        method = MaximumLikelihood(jem, buffer, sgld=SGLDConfig(num_steps=2), objective=ObjectiveConfig())
+        optimizer = torch.optim.Adam(jem.parameters(), lr)
+    prepared, optimizer = accelerator.prepare(jem, optimizer or torch.optim.SGD(jem.parameters(), lr))
+    prepared.train()
+    learner = Learner(accelerator, prepared, jem, optimizer, None, method, generator=torch.Generator().manual_seed(2))
+    guard = GuardConfig(check_every=1, snapshot_every=1, **(guard or {}))
+    return Run(
+        learner,
+        Stream(learner.generator),
+        DivergenceGuard(guard, accelerator, 3, method.watched),
+        Checkpoints(folder / "checkpoints", accelerator, keep=keep),
+        grad_accum=grad_accum,
+        seed=5,
+    )
+
+
+def everything(run):
+    return copy_tree({"learner": run.learner.state_dict(), "stream": run.stream.state_dict()})
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def advance(run, steps):
+    """Good steps, each judged."""
+    for _ in range(steps):
+        run.advance()
+        assert run.judge(whole=True) is None
+
+
+def weights_are(run, value):
+    return bool((nn.utils.parameters_to_vector(run.learner.jem.parameters()) == value).all())
+
+
+def spoil(run):
+    """Real NaNs: in weights, optimiser, chains and statistics."""
+    with torch.no_grad():
+        run.learner.jem.backbone.fc.weight.fill_(float("nan"))
+    run.advance()
+
+
+def test_a_run_that_breaks_goes_back_to_the_bit(tmp_path):
+    run = make_run(tmp_path, guard={"max_rollbacks": 0})
+    advance(run, 3)
+    run.snapshot()
+    kept = everything(run)
+    advance(run, 2)
+    spoil(run)
+    broke = run.judge(whole=True)
+    assert (broke.step, broke.to_step, broke.remedy) == (6, 3, None)
+    assert "not finite" in broke.reason
+    assert same(everything(run), kept)
+    assert run.rollbacks == []
+    assert run.guard.window == []
+
+
+def test_a_remedy_changes_the_learning_rate_and_the_randomness_alone(tmp_path):
+    run = make_run(tmp_path, guard={"ladder": [Remedy(lr=0.5)]})
+    advance(run, 3)
+    run.snapshot()
+    kept = everything(run)
+    spoil(run)
+    assert run.judge(whole=True) == Rollback(4, 3, run.rollbacks[0]["reason"], Remedy(lr=0.5))
+    assert run.rollbacks == [{"step": 4, "to_step": 3, "reason": run.rollbacks[0]["reason"], "remedy": "lr × 0.5"}]
+    now = everything(run)
+    for name in ("model", "step", "method", "rng"):
+        assert same(now["learner"][name], kept["learner"][name])
+    assert now["stream"] == kept["stream"]
+    assert same(now["learner"]["optimizer"]["state"], kept["learner"]["optimizer"]["state"])
+    assert torch.equal(now["learner"]["buffer"]["chains"], kept["learner"]["buffer"]["chains"])
+    # The seed of the run, one million for each rollback; noise and chains are a number apart.
+    assert torch.equal(run.learner.generator.get_state(), torch.Generator().manual_seed(1_000_006).get_state())
+    assert torch.equal(run.learner.method.buffer.generator.get_state(), torch.Generator().manual_seed(1_000_005).get_state())
+    assert run.learner.optimizer.param_groups[0]["lr"] == 0.0625
+
+
+def test_weights_fall_by_the_learning_rates_of_the_ladder(tmp_path):
+    method = Falling(breaks={4}, bearable=0.25)
+    run = make_run(tmp_path, method, guard={"ladder": [Remedy(lr=0.5)]})
+    advance(run, 2)
+    run.snapshot()
+    for number in (1, 2):
+        advance(run, 1)
+        run.advance()
+        broke = run.judge(whole=True)
+        assert (broke.step, broke.to_step, broke.reason) == (4, 2, "signal not finite")
+        assert len(run.rollbacks) == number
+        assert weights_are(run, -2 * 0.125)
+        assert method.count == 2  # the snapshot is none of the method's, which changes its count in place
+    advance(run, 3)
+    assert weights_are(run, -(2 * 0.125 + 3 * 0.03125))
+    assert (run.step, method.count, run.stream.place) == (5, 5, 5)
+    assert run.learner.remedy == Remedy(lr=0.25)
+
+
+def test_each_rollback_takes_the_next_remedy_and_the_last_repeats(tmp_path):
+    ladder = [Remedy(lr=0.5), Remedy(energy_l2=0.1), Remedy(num_steps=2.0, step_size=0.5)]
+    run = make_run(tmp_path, Falling(breaks={1}), guard={"ladder": ladder, "max_rollbacks": 4})
+    run.snapshot()
+    for remedy in [*ladder, ladder[-1]]:
+        run.advance()
+        assert run.judge(whole=True) == Rollback(1, 0, "signal not finite", remedy)
+    assert run.learner.remedy == Remedy(lr=0.5, num_steps=4.0, step_size=0.25, energy_l2=0.1)
+    run.advance()
+    assert run.judge(whole=True) == Rollback(1, 0, "signal not finite", None)
+    assert len(run.rollbacks) == 4
+    assert run.step == 0
+
+
+def test_a_run_that_is_allowed_fewer_rollbacks_than_it_had_gives_up(tmp_path):
+    run = make_run(tmp_path, Falling(breaks={1}))
+    run.snapshot()
+    for _ in range(3):
+        run.advance()
+        run.judge(whole=True)
+    run.save({})
+    fewer = make_run(tmp_path, Falling(breaks={1}), guard={"max_rollbacks": 2})
+    fewer.resume()
+    fewer.snapshot()
+    fewer.advance()
+    assert fewer.judge(whole=True).remedy is None
+    assert len(fewer.rollbacks) == 3
+
+
+def test_the_older_snapshot_is_taken_where_training_breaks_twice(tmp_path):
+    run = make_run(tmp_path, Falling(breaks={5}))
+    for _ in range(2):
+        advance(run, 2)
+        run.snapshot()
+    returns = []
+    for _ in range(3):
+        while run.step < 5:
+            run.advance()
+        returns.append(run.judge(whole=True).to_step)
+    assert returns == [4, 2, 2]
+
+
+def test_before_a_whole_look_only_what_is_not_finite_counts(tmp_path):
+    run = make_run(tmp_path, Falling(), guard={"max_energy": 1.0})
+    run.guard.watched = ["loss"]
+    run.snapshot()
+    run.guard.observe({"loss": torch.tensor(5.0)})
+    assert run.judge(whole=False) is None
+    assert len(run.guard.window) == 1
+    assert "ran away" in run.judge(whole=True).reason
+
+
+def test_there_must_be_something_to_go_back_to(tmp_path):
+    run = make_run(tmp_path, Falling(breaks={2}))
+    advance(run, 1)
+    run.advance()
+    with pytest.raises(InputError, match="no snapshot to go back to"):
+        run.judge(whole=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"grad_accum": 2}, {"classes": 3}, {"method": Falling}],
+    ids=["plain", "accumulated", "classes", "no buffer"],
+)
+def test_a_resumed_run_is_the_run_that_nothing_interrupted(tmp_path, settings):
+    def make():
+        return make_run(tmp_path, **{name: value() if callable(value) else value for name, value in settings.items()})
+
+    whole = make()
+    for step in range(1, 9):
+        whole.advance()
+        if step % 3 == 0:
+            whole.judge(whole=True)
+        if step == 4:
+            at_four = whole.save({"said": [0.5, 4]})
+    resumed = make()
+    assert resumed.resume() == {"said": [0.5, 4]}
+    assert resumed.step == 4
+    for step in range(5, 9):
+        resumed.advance()
+        if step % 3 == 0:
+            resumed.judge(whole=True)
+    assert same(everything(resumed), everything(whole))
+    assert same(resumed.guard.state_dict(), whole.guard.state_dict())
+    assert at_four.name == "step_00000004"
+
+
+def test_remedies_and_rollbacks_go_on_in_a_resumed_run(tmp_path):
+    run = make_run(tmp_path, Falling(breaks={3}, bearable=0.5), guard={"ladder": [Remedy(lr=0.5)]})
+    run.snapshot()
+    while run.step < 3:
+        run.advance()
+    run.judge(whole=True)
+    advance(run, 4)
+    run.save({})
+    resumed = make_run(tmp_path, Falling())
+    resumed.resume()
+    assert resumed.rollbacks == run.rollbacks != []
+    assert resumed.learner.remedy == Remedy(lr=0.5)
+    advance(resumed, 4)
+    assert weights_are(resumed, -8 * 0.0625)
+
+
+def test_a_step_takes_the_mean_gradient_of_its_batches(tmp_path):
+    method = Falling()
+    run = make_run(tmp_path, method, grad_accum=4)
+    advance(run, 2)
+    assert weights_are(run, -2 * 0.125)
+    assert (run.step, run.stream.place, len(method.batches)) == (2, 8, 8)
+    with pytest.raises(InputError, match="grad_accum is 0"):
+        make_run(tmp_path, Falling(), grad_accum=0)
+
+
+def test_snapshots_of_before_are_none_of_a_resumed_runs(tmp_path):
+    run = make_run(tmp_path, Falling(breaks={5}))
+    advance(run, 2)
+    run.save({})
+    advance(run, 2)
+    run.snapshot()
+    run.resume()
+    assert run.step == 2
+    run.snapshot()
+    advance(run, 2)
+    run.advance()
+    assert run.judge(whole=True).to_step == 2
+
+
+def test_there_may_be_nothing_to_resume(tmp_path):
+    run = make_run(tmp_path, Falling())
+    before = everything(run)
+    assert run.resume() is None
+    assert same(everything(run), before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(tmp_path, capsys):
+    run = make_run(tmp_path, Falling())
+    paths = []
+    for _ in range(3):
+        advance(run, 1)
+        paths.append(run.save({}))
+    file = paths[2] / "rank_0.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    resumed = make_run(tmp_path, Falling())
+    for name, reason in ((paths[2], "not what was written"), (tmp_path / "nothing", "not whole")):
+        with pytest.raises(InputError, match=f"{name.name} can't be resumed: .*{reason}"):
+            resumed.resume(name)
+    assert resumed.step == 0
+    assert paths[2].exists()
+    assert resumed.resume() == {}
+    assert resumed.step == 2
+    said = capsys.readouterr().out
+    assert "step_00000003 is passed over" in said
+    assert f"goes on from {paths[1]}, step 2" in said
+    assert [path.exists() for path in paths] == [True, True, False]  # a run has one past
+    named = make_run(tmp_path, Falling())
+    named.resume(paths[0])
+    assert named.step == 1
+    assert [path.exists() for path in paths] == [True, False, False]
+
+
+def test_a_checkpoint_of_other_settings_or_another_version_is_refused(tmp_path):
+    run = make_run(tmp_path, Falling())
+    advance(run, 1)
+    saved = run.save({})
+    with pytest.raises(InputError, match="differ in having a replay buffer"):
+        make_run(tmp_path).resume()
+    assert saved.exists()
+    run.checkpoints.save(2, {"learner": {}, "guard": {}})
+    with pytest.raises(InputError, match="another version of timm_jem"):
+        make_run(tmp_path, Falling()).resume()
+
+
+def test_a_checkpoint_that_can_not_be_written_leaves_the_run_as_it_is(tmp_path, monkeypatch):
+    run = make_run(tmp_path, Falling())
+    advance(run, 1)
+    before = everything(run)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("timm_jem.training.checkpoints.save_tree", full)
+    with pytest.raises(InputError, match="No space left"):
+        run.save({})
+    assert same(everything(run), before)
+    monkeypatch.setattr("timm_jem.training.checkpoints.save_tree", save_tree)
+    assert run.save({}).exists()
+
+
+def test_the_published_model_samples_by_the_remedies_once(tmp_path):
+    run = make_run(tmp_path)
+    learner, own = run.learner, run.learner.jem.sgld
+    learner.apply(Remedy(step_size=0.5, num_steps=2.0), seed=0)
+    for _ in range(3):
+        published = learner.published().sgld
+        assert (published.step_size, published.num_steps) == (own.step_size * 0.5, own.num_steps * 2)
+    learner.ema = SimpleNamespace(module=JEM(Tiny(), data_config={"input_size": SHAPE, "mean": (0.4,), "std": (0.3,)}))
+    assert [learner.published().sgld.num_steps for _ in range(2)] == [own.num_steps * 2] * 2

@@ -1,0 +1,203 @@
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from timm_jem import InputError
+from timm_jem.files import folder_aside
+from timm_jem.training.run_folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run_at(path: str, *, checkpoints: bool = True) -> Path:
+    """What a run has that was killed."""
+    (Path(path) / "checkpoints").mkdir(parents=True) if checkpoints else Path(path).mkdir(parents=True)
+    (Path(path) / "config.yaml").write_text("train: {steps: 3}\n")
+    return Path(path)
+
+
+def test_a_new_run_takes_the_first_free_number():
+    assert RunFolder.choose(None, "digits", None).path == Path("runs/digits")
+    Path("runs/digits").mkdir(parents=True)
+    assert RunFolder.choose(None, "digits", None).path == Path("runs/digits-2")
+    Path("runs/digits-3").mkdir()
+    assert RunFolder.choose(None, "digits", None).path == Path("runs/digits-2")
+    assert RunFolder.choose(None, "my/photos.parquet", None).path == Path("runs/photos")
+    assert sorted(os.listdir("runs")) == ["digits", "digits-3"]  # choosing writes nothing
+
+
+def test_a_folder_of_ones_own_must_be_new_or_empty():
+    Path("empty").mkdir()
+    for name in ("empty", "new/deep"):
+        assert RunFolder.choose(name, "digits", None).path == Path(name)
+    Path("file").write_text("")
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("")
+    for name in ("file", "full"):
+        for resume in (None, "auto"):  # what has no config.yaml is no run, and a stranger's files stay
+            with pytest.raises(InputError, match=f"output_dir {name} holds another run or other files"):
+                RunFolder.choose(name, "digits", resume)
+
+
+def test_auto_goes_on_where_there_is_a_run():
+    assert RunFolder.find(None, "digits", "auto") is None
+    assert RunFolder.find("a", "digits", "auto") is None
+    assert RunFolder.choose("a", "digits", "auto").path == Path("a")
+    run_at("a", checkpoints=False)
+    assert RunFolder.find("a", "digits", "auto").path == Path("a")
+    assert RunFolder.find("a", "digits", None) is None
+    run_at("runs/digits")
+    run_at("runs/digits-2")
+    assert RunFolder.choose(None, "digits", "auto").path == Path("runs/digits-2")
+    assert RunFolder.choose(None, "cifar10", "auto").path == Path("runs/cifar10")
+
+
+def test_auto_leaves_a_strangers_numbered_folder_alone():
+    Path("runs/digits").mkdir(parents=True)
+    Path("runs/digits/mine.txt").write_text("")
+    folder = RunFolder.choose(None, "digits", "auto")
+    folder.claim()
+    assert folder.path == Path("runs/digits-2")
+    assert RunFolder.choose(None, "digits", "auto").path == Path("runs/digits-2")  # killed before it wrote anything
+    Path("runs/digits-3").mkdir()
+    Path("runs/digits-3/mine.txt").write_text("")
+    folder.config_file.write_text("train: {steps: 3}\n")
+    assert RunFolder.choose(None, "digits", "auto").path == Path("runs/digits-2")
+
+
+def test_a_run_goes_on_by_its_folder_or_one_of_its_checkpoints():
+    run_at("a")
+    for resume in ("a", "a/", str(Path("a").resolve())):
+        folder = RunFolder.choose(None, "digits", resume)
+        assert (folder.path, folder.checkpoint) == (Path(resume), None)
+    for resume in ("a/checkpoints/step_00000004", "a/checkpoints/step_00000004/"):
+        folder = RunFolder.choose("a", "digits", resume)
+        assert (folder.path, folder.checkpoint) == (Path("a"), Path("a/checkpoints/step_00000004"))
+    with pytest.raises(InputError, match="in its own folder: leave output_dir b out"):
+        RunFolder.choose("b", "digits", "a")
+    run_at("fresh", checkpoints=False)
+    for name in ("fresh", "nowhere"):
+        with pytest.raises(InputError, match=f"{name} has no checkpoints: give a run's folder"):
+            RunFolder.choose(None, "digits", name)
+
+
+def test_runs_that_claim_at_once_get_folders_of_their_own():
+    folders = [RunFolder.choose(None, "digits", None) for _ in range(8)]
+    assert {folder.path for folder in folders} == {Path("runs/digits")}
+    together = threading.Barrier(len(folders))
+
+    def claim(folder):
+        together.wait()
+        folder.claim()
+
+    threads = [threading.Thread(target=claim, args=(folder,)) for folder in folders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = {"digits", *(f"digits-{n}" for n in range(2, 9))}
+    assert {folder.path.name for folder in folders} == set(os.listdir("runs")) == names
+
+
+def test_a_folder_that_can_not_be_made_is_said():
+    Path("file").write_text("")
+    with pytest.raises(InputError, match="output_dir file/x can't be made"):
+        RunFolder("file/x").claim()
+    Path("runs").write_text("")
+    with pytest.raises(InputError, match="output_dir runs/digits can't be made"):
+        RunFolder.choose(None, "digits", None).claim()
+    RunFolder("a").claim()
+    RunFolder("a").claim()  # one that goes on
+
+
+def test_a_finished_run_has_nothing_more_to_do():
+    folder = RunFolder("a")
+    folder.claim()
+    assert (folder.summary(), folder.finished(4)) == (None, None)
+    folder.write_json(folder.summary_file, {"outcome": "finished", "steps": 4})
+    assert folder.summary() == {"outcome": "finished", "steps": 4}
+    assert [folder.finished(steps) for steps in (3, 4, 5)] == [4, 4, None]
+    folder.write_json(folder.summary_file, {"outcome": "stopped", "steps": 4, "explanation": "gave up"})
+    with pytest.raises(InputError, match=r"a has ended: gave up; without its summary\.json it goes on"):
+        folder.finished(4)
+    assert sorted(os.listdir("a")) == ["summary.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "can't be read"),
+        ("", "can't be read"),
+        ("[1]", "holds a list"),
+        ('{"outcome": "finished"}', "says None for its steps"),
+        ('{"outcome": "finished", "steps": "12"}', "says '12' for its steps"),
+        ('{"steps": null}', "says None for its steps"),
+    ],
+)
+def test_a_broken_summary_is_said_in_a_line(content, reason):
+    Path("a").mkdir()
+    Path("a/summary.json").write_text(content)
+    with pytest.raises(InputError, match=f"a/summary.json {reason}.*: remove it, and the run goes on") as error:
+        RunFolder("a").finished(4)
+    assert "\n" not in str(error.value)
+
+
+def test_a_summary_that_can_not_be_read_is_said():
+    Path("a/summary.json").mkdir(parents=True)
+    with pytest.raises(InputError, match="can't be read"):
+        RunFolder("a").summary()
+
+
+def test_tidy_leaves_strangers_files_alone():
+    folder = RunFolder("a")
+    for name in (
+        "best/step_00000004", "best/step_00000008", "best/.step_00000008-x1_y2", ".model-ab12cd_3", "model",
+        "best/my_step_notes", "best/step_00000012.bak", "best/backup_step_00000012", ".model-Of mine", ".model",
+        "step_00000008",
+    ):  # fmt: skip
+        (folder.path / name).mkdir(parents=True)
+        (folder.path / name / "file").write_text("")
+    for name in ("best/step_00000016", ".model-file"):
+        (folder.path / name).write_text("")
+    Path("elsewhere").mkdir()
+    Path("elsewhere/file").write_text("")
+    Path("a/best/step_00000020").symlink_to(Path("elsewhere").resolve())
+    folder.tidy([4])
+    assert sorted(os.listdir("a/best")) == [
+        "backup_step_00000012", "my_step_notes", "step_00000004", "step_00000012.bak", "step_00000016", "step_00000020",
+    ]  # fmt: skip
+    assert sorted(os.listdir("a")) == [".model", ".model-Of mine", ".model-file", "best", "model", "step_00000008"]
+    assert Path("elsewhere/file").exists()
+    RunFolder("nowhere").tidy([])  # nothing there yet
+
+
+def test_what_a_killed_writer_leaves_has_the_names_that_tidy_removes(monkeypatch):
+    folder = RunFolder("a")
+    with monkeypatch.context() as killed:
+        killed.setattr("timm_jem.files.shutil.rmtree", lambda *_, **__: None)
+        for target in (folder.model, folder.best(12)):
+            with folder_aside(target):
+                pass
+    assert len(list(Path("a").rglob(".*-*"))) == 2
+    folder.tidy([12])
+    assert list(Path("a").rglob(".*-*")) == []
+
+
+def test_files_are_whole_or_as_they_were():
+    folder = RunFolder("a")
+    folder.claim()
+    folder.write_json(folder.summary_file, {"steps": 4})
+    with pytest.raises(TypeError):
+        folder.write_json(folder.summary_file, {"steps": {1}})
+    assert json.loads(folder.summary_file.read_text()) == {"steps": 4}
+    folder.write_picture("samples.png", Image.new("L", (2, 2)))
+    folder.write_picture("notes.png", Image.new("L", (2, 2)))
+    assert folder.pictures() == {"samples.png": Path("a/samples.png")}
+    assert sorted(os.listdir("a")) == ["notes.png", "samples.png", "summary.json"]
