@@ -239,7 +239,7 @@ def broken(tmp_path):
         (lambda t: save(t, labels=[0.5] * 12, feature=Value("float32")), {}, "neither classes"),
         (lambda t: save(t, labels=[-1] + [0] * 11), {}, "row 0, has the label"),
         (lambda t: save(t, labels=[1] * 11 + [-2], feature=Value("int64")), {}, "row 11, has the label -2"),
-        (broken, {}, "can't be decoded.*mend or remove"),
+        (broken, {}, "can't be decoded.*repair or remove"),
         (save, {"crop_padding": 10}, "crop_padding"),
         (save, {"val_fraction": 0.99}, "lower it"),
         (save, {"test_split": "train"}, "the train split"),

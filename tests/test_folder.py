@@ -189,9 +189,9 @@ def set_args(folder, **arguments):
         (lambda f: edit(f, timm_jem={"provenance": "x"}), "timm_jem.provenance"),
         (lambda f: edit(f, timm_jem={"sgld": {"speed": 1}}), "speed"),
         (lambda f: edit(f, timm_jem={"sgld": {"num_steps": "many"}}), "num_steps is 'many'"),
-        (truncate, "no whole safetensors file"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "no whole safetensors file"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04}\x94."), "no whole safetensors file"),
+        (truncate, "not a complete safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "not a complete safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04}\x94."), "not a complete safetensors file"),
         (lambda f: weights(f, lambda t: t.pop("fc.bias")), "Missing key.*fc.bias"),
         (lambda f: weights(f, lambda t: t.update(extra=torch.zeros(3))), "Unexpected key.*extra"),
         (lambda f: weights(f, lambda t: t.update({"fc.bias": torch.zeros(9)})), "size mismatch for fc.bias"),
@@ -362,5 +362,5 @@ def test_broken_chains_are_named(jem, tmp_path, tensors, message):
     with pytest.raises(InputError, match=message):
         again.sample(1, init="buffer")
     (tmp_path / "replay_buffer.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="no whole safetensors"):
+    with pytest.raises(InputError, match="not a complete safetensors"):
         again.sample(1, init="buffer")

@@ -316,7 +316,7 @@ def bad_input(jem):
         "seeds and n": (lambda: jem.sample(3, seeds=[1, 2]), "2 seeds for 3 images"),
         "seeds and y": (lambda: jem.sample(y=[0, 1, 2], seeds=[1, 2]), "2 seeds for 3 images"),
         "seeds and init": (lambda: jem.sample(init=x, seeds=[1]), "1 seeds for 2 images"),
-        "one seed": (lambda: jem.sample(1, seeds=1), "one seed an image"),
+        "one seed": (lambda: jem.sample(1, seeds=1), "one seed per image"),
         "no seeds": (lambda: jem.sample(seeds=[]), "n is 0"),
         "seed range": (lambda: jem.sample(seeds=[2**32]), "0 to 4294967295"),
         "sample init array": (lambda: jem.sample(init=np.zeros((2, 3, 32, 32))), "init is a ndarray"),

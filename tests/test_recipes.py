@@ -328,7 +328,7 @@ def test_the_best_are_those_of_the_run_as_it_ended(tmp_path, monkeypatch):
         train.main(["--resume", "moved", "--train.ce_batch_size", "4"])
     shutil.rmtree("moved/checkpoints")
     Path("moved/summary.json").write_text('{"outcome": "finished", "steps": 14}')
-    with pytest.raises(InputError, match="no whole checkpoint"):
+    with pytest.raises(InputError, match="no complete checkpoint"):
         train.main(["--output_dir", "moved", "--resume", "auto", "--train.steps", "20"])
     assert metrics[0] in Path("moved/metrics.jsonl").read_text()
 

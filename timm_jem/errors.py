@@ -7,7 +7,7 @@ __all__ = ["InputError", "check_number", "check_whole", "how_to_install", "one_l
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that names what was wrong and how to mend it."""
+    """Bad input: the message is one line that names what was wrong and how to fix it."""
 
 
 def check_whole(name: str, value, least: int) -> None:

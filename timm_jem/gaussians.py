@@ -72,7 +72,7 @@ class ClassGaussians:
             check_whole("num_classes of the class Gaussians", num_classes, 1)
             if labels is None or labels.shape != (n,):
                 shape = None if labels is None else tuple(labels.shape)
-                raise InputError(f"labels have shape {shape} for {n} images: give one label an image, shape ({n},)")
+                raise InputError(f"labels have shape {shape} for {n} images: give one label per image, shape ({n},)")
             labels = labels.cpu().long()
             low, high = (int(v) for v in labels.aminmax())
             if low < -1 or high >= num_classes:

@@ -67,7 +67,7 @@ def check_labels(y: Tensor | list[int] | int, n: int, num_classes: int, device: 
     if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
         raise InputError(f"y has dtype {y.dtype}: give integer class labels")
     if y.shape != (n,):
-        raise InputError(f"y has shape {tuple(y.shape)} for {n} images: give one label an image, shape ({n},)")
+        raise InputError(f"y has shape {tuple(y.shape)} for {n} images: give one label per image, shape ({n},)")
     if n and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(y))
         if low < 0 or high >= num_classes:
@@ -109,5 +109,5 @@ def how_many(n: int | None, init: Tensor | str | None, y: Tensor | None, seeds: 
     if images not in (None, n):
         raise InputError(f"init holds {images} images and n is {n}: make them agree")
     if chains not in (None, n):
-        raise InputError(f"there are {chains} seeds for {n} images: give one seed an image")
+        raise InputError(f"there are {chains} seeds for {n} images: give one seed per image")
     return n

@@ -55,7 +55,7 @@ class JEM(nn.Module):
         if not isinstance(sgld, SGLDConfig):
             raise InputError(f"sgld is a {type(sgld).__name__}: give a timm_jem.SGLDConfig")
         if class_names is not None and (isinstance(class_names, str) or len(class_names) != backbone.num_classes):
-            raise InputError(f"{len(class_names)} class names for {backbone.num_classes} classes: give one name a class")
+            raise InputError(f"{len(class_names)} class names for {backbone.num_classes} classes: give one name per class")
         self.backbone = backbone
         self.data_config = dict(data_config)
         self.class_names = None if class_names is None else [str(name) for name in class_names]
@@ -77,7 +77,7 @@ class JEM(nn.Module):
         try:
             values = torch.tensor(self.data_config[name], dtype=torch.float64, device="cpu").expand(channels)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{name} is {self.data_config[name]!r}: give one number a channel, {channels}") from error
+            raise InputError(f"{name} is {self.data_config[name]!r}: give one number per channel, {channels}") from error
         if not values.isfinite().all() or (name == "std" and (values <= 0).any()):
             raise InputError(f"{name} is {self.data_config[name]!r}: give finite numbers{', above 0' * (name == 'std')}")
         dtype = torch.promote_types(reference.dtype, torch.float32)

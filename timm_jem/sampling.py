@@ -89,7 +89,7 @@ def chain_generators(seeds: Sequence[int] | Tensor) -> list[torch.Generator]:
     """
     seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
     if isinstance(seeds, str) or not isinstance(seeds, Sequence):
-        raise InputError(f"seeds is {seeds!r}: give a list of whole numbers, one seed an image")
+        raise InputError(f"seeds is {seeds!r}: give a list of whole numbers, one seed per image")
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
             raise InputError(f"a seed is {seed!r}: give whole numbers from 0 to {2**32 - 1}")
@@ -160,9 +160,9 @@ def _check_generators(generator: Generators, n: int) -> None:
     if generator is None or isinstance(generator, torch.Generator):
         return
     if not (isinstance(generator, Sequence) and all(isinstance(own, torch.Generator) for own in generator)):
-        raise InputError(f"generator is a {type(generator).__name__}: give a torch.Generator, or a list of one a chain")
+        raise InputError(f"generator is a {type(generator).__name__}: give a torch.Generator, or a list of one per chain")
     if len(generator) != n:
-        raise InputError(f"{len(generator)} generators for {n} chains: give one for all, or one a chain")
+        raise InputError(f"{len(generator)} generators for {n} chains: give one for all, or one per chain")
 
 
 def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig) -> Tensor:

@@ -93,7 +93,7 @@ def check_attackable(images: Tensor, y: Tensor) -> None:
             "i.e. 8-bit images divided by 255"
         )
     if y.shape != images.shape[:1] or len(y) == 0:
-        raise InputError(f"{len(images)} images to attack and labels of shape {tuple(y.shape)}: give a label an image")
+        raise InputError(f"{len(images)} images to attack and labels of shape {tuple(y.shape)}: give one label per image")
     if y.dtype != torch.int64 or y.min() < 0:
         raise InputError(f"labels of images to attack are {y.dtype}, the least is {y.min().item()}: give int64, at least 0")
     if not (images.min() >= 0 and images.max() <= 1):  # NaN included

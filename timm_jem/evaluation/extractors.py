@@ -147,7 +147,7 @@ def extract(extractor: Extractor, images: Tensor, *, batch_size: int = 256, desc
         InputError: images that are not 8-bit.
     """
     if images.dtype != torch.uint8:
-        raise InputError(f"features of {images.dtype} images: give 8-bit ones, uint8, as generation.eight_bit makes them")
+        raise InputError(f"features of {images.dtype} images: give 8-bit ones, uint8, as timm_jem.pixels.eight_bit makes them")
     return torch.cat([extractor.features(x).double().cpu() for x in tqdm(images.split(batch_size), desc=desc, leave=False)])
 
 
@@ -176,7 +176,7 @@ def _inception(file: Path | None) -> tuple[nn.Module, str]:
         weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken file makes a reader raise
         raise InputError(
-            f"{file} is no file of weights ({one_line(error)}): give FID's Inception, {URL_INCEPTION_V3}"
+            f"{file} is not a file of weights ({one_line(error)}): give FID's Inception, {URL_INCEPTION_V3}"
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{file} is not FID's Inception: it holds no state dict, so give {URL_INCEPTION_V3}")

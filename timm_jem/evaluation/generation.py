@@ -40,7 +40,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         InputError: fewer than two rows.
     """
     if min(len(a), len(b)) < 2:
-        raise InputError(f"the Fréchet distance of {len(a)} and {len(b)} images is undefined: give two of each at least")
+        raise InputError(f"the Fréchet distance of {len(a)} and {len(b)} images is undefined: give at least two of each")
     a, b = a.double(), b.double()
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.nan  # LAPACK would not survive it
@@ -77,11 +77,11 @@ def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, fl
         InputError: fewer than five images, features of different extractors or not finite; torch-fidelity is missing.
     """
     if min(len(fake), len(real)) < 5:
-        raise InputError(f"quality of {len(fake)} samples against {len(real)} real images: give five of each at least")
+        raise InputError(f"quality of {len(fake)} samples against {len(real)} real images: give at least five of each")
     if fake.ndim != 2 or fake.shape[1:] != real.shape[1:]:
         raise InputError(f"features of shapes {tuple(fake.shape)} and {tuple(real.shape)}: give (N, D) and (M, D), of one kind")
     if not (fake.isfinite().all() and real.isfinite().all()):
-        raise InputError("features are not finite, so they have no precision or recall: mend the extractor or its input")
+        raise InputError("features are not finite, so they have no precision or recall: check the extractor and its input")
     try:
         from torch_fidelity.metric_kid import kid_features_to_metric
         from torch_fidelity.metric_prc import prc_features_to_metric
@@ -120,7 +120,7 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float]:
         InputError: fewer than ten samples; torch-fidelity is missing.
     """
     if len(logits) < 10:
-        raise InputError(f"an Inception score of {len(logits)} samples in ten parts: give ten at least")
+        raise InputError(f"an Inception score of {len(logits)} samples in ten parts: give at least ten")
     try:
         from torch_fidelity.metric_isc import isc_features_to_metric
     except ImportError as error:

@@ -148,7 +148,7 @@ def counterfactuals(
         raise InputError(f"images to change have pixels of up to {u.abs().max():.3g}: cut them, u.clamp(-1, 1)")
     _check_labels(jem, y)
     if y.shape != u.shape[:1]:
-        raise InputError(f"{len(u)} images and {len(y)} classes to change to: give a class an image")
+        raise InputError(f"{len(u)} images and {len(y)} classes to change to: give one class per image")
     found = []
     with torch.inference_mode(False), torch.enable_grad(), frozen(jem):
         batches = list(zip(u.split(batch_size), y.split(batch_size), strict=True))
@@ -240,5 +240,5 @@ def _check_pixels(jem: JEM, u: Tensor) -> None:
     if u.ndim != 4 or u.shape[1] != channels or not u.is_floating_point() or len(u) == 0:
         raise InputError(
             f"images have shape {tuple(u.shape)} and dtype {u.dtype}: give pixels in [-1, 1], shape (N, {channels}, H, W), at "
-            "least one; timm_jem.images.to_pixels makes them of 8-bit images"
+            "least one; timm_jem.pixels.to_pixels makes them of 8-bit images"
         )

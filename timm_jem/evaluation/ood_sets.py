@@ -34,7 +34,7 @@ def interpolations(images: Tensor, labels: Tensor, n: int, generator: torch.Gene
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise InputError(f"images have dtype {images.dtype} and shape {tuple(images.shape)}: give uint8 (N, C, H, W)")
     if labels.shape != images.shape[:1]:
-        raise InputError(f"{len(images)} images and labels of shape {tuple(labels.shape)}: give one label an image")
+        raise InputError(f"{len(images)} images and labels of shape {tuple(labels.shape)}: give one label per image")
     classes, label, count = labels.unique(return_inverse=True, return_counts=True)
     if len(classes) < 2:
         raise InputError(f"interpolations need images of two classes, and these have {len(classes)}: give more images")

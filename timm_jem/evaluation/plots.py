@@ -41,7 +41,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **opti
 
 def _check_some(what: str, data: Mapping) -> None:
     if not data or not all(data.values()):
-        raise InputError(f"there is nothing to draw as {what}: give one entry at least, none of them empty")
+        raise InputError(f"there is nothing to draw as {what}: give at least one entry, none of them empty")
 
 
 def reliability_diagram(bins: Mapping[str, Mapping[str, Any]]) -> Figure:

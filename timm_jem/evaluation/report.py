@@ -195,7 +195,7 @@ def read_report(path: str | os.PathLike) -> Report:
         raise
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise InputError(
-            f"{file} is no report ({type(error).__name__}: {one_line(error)}): evaluate that model again"
+            f"{file} is not a report ({type(error).__name__}: {one_line(error)}): evaluate that model again"
         ) from error
 
 

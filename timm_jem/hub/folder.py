@@ -162,7 +162,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"no {file}: a model saved by save_pretrained, or by timm as safetensors, has one; no pickle is read"
             )
     if (folder / CONFIG_FILE).stat().st_size > _MAX_CONFIG_BYTES:
-        raise InputError(f"{CONFIG_FILE} is larger than {_MAX_CONFIG_BYTES >> 20} MiB: it is no model's configuration")
+        raise InputError(f"{CONFIG_FILE} is larger than {_MAX_CONFIG_BYTES >> 20} MiB: that is no model's configuration")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -175,7 +175,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise InputError(f"{key} in {CONFIG_FILE} is a {type(config[key]).__name__}, not a {kind.__name__}")
     architecture = config.get("architecture", "")
     if ":" in architecture:
-        raise InputError(f"the architecture {architecture!r} in {CONFIG_FILE} is no timm model's name")
+        raise InputError(f"the architecture {architecture!r} in {CONFIG_FILE} is not the name of a timm model")
     check_name(architecture)
     for key in config.get("model_args", {}):
         if key in _LOADING_ARGUMENTS or key.startswith("pretrained"):
@@ -198,7 +198,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as weights:
             return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file.name} is no whole safetensors file ({one_line(error)}): get it again") from error
+        raise InputError(f"{file.name} is not a complete safetensors file ({one_line(error)}): get it again") from error
 
 
 def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
