@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from recipe_processes import FORKS
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -87,7 +88,9 @@ def test_two_processes_train_as_one_does(tmp_path, shard):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(half_of_the_training, (port, str(tmp_path), shard), nprocs=2)
+    torch.multiprocessing.start_processes(
+        half_of_the_training, (port, str(tmp_path), shard), nprocs=2, start_method=FORKS.get_start_method()
+    )
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     for part in ("model", "ema"):
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])

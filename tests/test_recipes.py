@@ -15,8 +15,10 @@ import timm
 import torch
 import train
 import yaml
+from accelerate.state import AcceleratorState
 from datasets import Image
 from PIL import Image as PILImage
+from recipe_processes import ROOT, launch
 from safetensors.torch import load_file
 from sklearn.svm import SVC
 
@@ -28,18 +30,10 @@ from timm_jem.pixels import to_pixels
 from timm_jem.training import ModelConfig, TrainConfig, damage, parse_settings
 from timm_jem.training.run_folder import RunFolder
 
-ROOT = Path(__file__).parent.parent
 SHORT = (
     "--train.threads 1 --train.steps 4 --train.batch_size 16 --train.sample_steps [1,2] "
     "--train.sample_count 40 --sgld.num_steps 5"
 )
-
-
-def launch(command: str, folder: Path) -> subprocess.CompletedProcess:
-    """Run an ``accelerate launch`` line as a shell would, in ``folder``."""
-    words = [Path(sys.executable).parent / "accelerate", "launch", *shlex.split(command)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -84,78 +78,54 @@ def test_what_is_reported_is_what_is_saved(run):
     assert jem.provenance["dataset"] == "digits"
 
 
-def test_a_run_repeats_from_its_own_config(run, tmp_path):
-    done = launch(f"{ROOT}/recipes/train.py --config {run}/config.yaml --output_dir again", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_run_repeats_from_its_own_config(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--config", f"{run}/config.yaml", "--output_dir", "again"])
     first, second = (load_file(folder / "model" / "model.safetensors") for folder in (run, tmp_path / "again"))
     assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-def test_a_second_run_takes_the_next_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert RunFolder.choose(None, "digits", None).path == Path("runs/digits")
-    Path("runs/digits").mkdir(parents=True)
-    assert RunFolder.choose(None, "digits", None).path == Path("runs/digits-2")
-    assert RunFolder.choose("runs/digits", "digits", None).path == Path("runs/digits")  # empty
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--train.lrr 3", "--train.lrr"),
-        ("--config {tmp}/typo.yaml", "stepz"),
-        ("--config {tmp}/nothing.yaml", "nothing.yaml"),
-        ("--sgld.num_steps 0", "num_steps is 0"),
-        ("--sgld.step_size .nan", "step_size is nan"),
-        ("--train.objective.w_x -1", "w_x is -1"),
-        ("--train.steps 0", "steps is 0"),
-        ("--train.mixed_precision fp16", "bf16"),
-        ("--train.batch_size 5000", "lower it"),
-        ("--model.name resnet_18", "did you mean resnet18"),
-        ("--model.num_classes 7", "digits has 10 classes"),
-        ("--model.kwargs.colour 3", "colour"),
-        ("--data.image_column photo", "no image column 'photo'"),
+        ("--config {tmp}/typo.yaml", "stepz"),  # a setting; all others are in test_settings.py
+        ("--train.batch_size 5000", "lower it"),  # what does not fit the data; see test_plan.py
+        ("--data.val_fraction 0.0001", "raise data.val_fraction"),
         ("--data.dataset {tmp}/nowhere.parquet", "no data set at"),
+        ("--model.name vgg11 --data.image_size 1", "can't take images"),  # what can't be built
+        ("--train.ce_auto_augment rnd-m9", "rnd-m9"),
         ("--output_dir {tmp}", "new folder"),
         ("--output_dir {tmp}/typo.yaml/x", "can't be made"),
-        ("--train.seed -1", "seed is -1"),
-        ("--train.ce_noise .nan", "ce_noise is nan"),
-        ("--train.milestones [2.0]", "milestones is 2"),
-        ("--train.opt foo", "foo"),
-        ("--train.buffer_size 100", "raise it to 640"),
-        ("--model.kwargs.num_classes 5", "leave it out"),
-        ("--model.name vit_tiny_patch16_224", "8"),
-        ("--model.name vgg11 --data.image_size 1", "can't take images"),
-        ("--data.val_fraction 0.0001", "raise data.val_fraction"),
-        ("--train.sample_steps [1] --sgld.num_steps 4", "denoise_steps 4"),
-        ("--train.mixed_precision fp16", "gradient scaler"),
-        ("--train.trackers [tensorbord]", "choose from tensorboard"),
-        ("--train.trackers [wandb]", "pip install wandb"),
-        ("--train.ema_decay 1.5", "ema_decay is 1.5"),
-        ("--train.opt_kwargs.colour 3", "colour"),
-        ("--train.sched_kwargs.colour 3", "colour"),
-        ("--train.sched wsd", "wsd does not fit"),
-        ("--train.ce_auto_augment rnd-m9", "rnd-m9"),
-        ("--train.epochs 0", "epochs is 0"),
-        ("--train.grad_accum 0", "grad_accum is 0"),
-        ("--guard.check_every 7", "check_every 7"),
-        ("--guard.ladder []", "ladder is empty"),
-        ("--data.labels_per_class 500", "500"),
-        ("--data.streaming true --train.epochs 2", "give steps"),
-        ("--data.streaming true --train.init gaussian", "use noise"),
-        ("--model.kwargs.drop_rate 0.1", "drop_rate"),
+        ("--resume {tmp}/nowhere", "has no checkpoints"),
+        ("--resume auto --output_dir {tmp}", "new folder"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "typo.yaml").write_text("train:\n  stepz: 3\n")
     argv = ["--train.steps", "1", *shlex.split(flags.format(tmp=tmp_path))]
-    if "--output_dir" not in argv:
+    if not {"--output_dir", "--resume"} & set(argv):
         argv += ["--output_dir", "out"]
     with pytest.raises(InputError, match=re.escape(message)) as error:
         train.main(argv)
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == ["typo.yaml"]
+
+
+def test_a_folder_that_another_run_took_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+    """Between choosing a folder and making it lie minutes of loading data and building a network."""
+    monkeypatch.chdir(tmp_path)
+    claim = RunFolder.claim
+
+    def too_late(folder):
+        Path("runs/digits").mkdir(parents=True)
+        claim(folder)
+
+    monkeypatch.setattr(RunFolder, "claim", too_late)
+    train.main([*shlex.split(SHORT), "--resume", "auto", "--train.sample_every", "2"])
+    assert os.listdir("runs/digits") == []
+    names = ["buffer.png", "checkpoints", "config.yaml", "metrics.jsonl", "model", "samples.png", "samples_000002.png"]
+    assert sorted(os.listdir("runs/digits-2")) == [*names, "samples_000004.png", "summary.json"]
 
 
 def test_errors_reach_the_shell_as_one_line(tmp_path):
@@ -235,7 +205,7 @@ def test_training_that_can_not_be_mended_stops_with_a_model(tmp_path, monkeypatc
         train.main(["--output_dir", "run", "--resume", "auto"])
 
 
-def test_every_option_at_once(tmp_path):
+def test_every_option_at_once(tmp_path, monkeypatch):
     """What timm users expect, on few labels, with all views, trackers and schedules there are."""
     flags = (
         "--data.labels_per_class 8 --data.flip true --data.crop_padding 1 --train.ce_auto_augment rand-m5-mstd0.5 "
@@ -247,9 +217,9 @@ def test_every_option_at_once(tmp_path):
         "--train.init gaussian --train.ramp_steps 3 --sgld.pixel_clamp 1 --sgld.grad_clamp 1 --sgld.noise_std 0 "
         "--train.batch_norm train --model.kwargs.norm_layer batchnorm2d --train.restart_prob 0.5 --train.log_every 1"
     )
-    done = launch(f"{ROOT}/recipes/train.py {SHORT} --output_dir run {flags}", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "train.batch_norm is 'train'" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="train.batch_norm is 'train'"):
+        train.main(shlex.split(f"{SHORT} --output_dir run {flags}"))
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == round(0.1 * 1295 / 32)
@@ -265,11 +235,16 @@ def test_every_option_at_once(tmp_path):
     assert "samples" in events.Tags()["images"]
 
 
-def test_bf16(tmp_path):
+def test_bf16(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     flags = "--train.steps 2 --train.batch_size 4 --sgld.num_steps 1 --sgld.denoise_steps 0 --train.sample_count 4"
-    done = launch(f"{ROOT}/recipes/train.py {SHORT} {flags} --train.mixed_precision bf16 --output_dir run", tmp_path)
-    assert done.returncode == 0, done.stderr
-    jem = timm_jem.from_pretrained(tmp_path / "run" / "model")
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process's accelerators share their precision
+    try:
+        train.main(shlex.split(f"{SHORT} {flags} --train.mixed_precision bf16 --output_dir run"))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    jem = timm_jem.from_pretrained("run/model")
+    assert jem.provenance["mixed_precision"] == "bf16"
     assert jem.dtype == torch.float32  # the weights are; only the passes are not
 
 
@@ -354,7 +329,7 @@ def test_an_image_that_breaks_late_is_named_and_nothing_is_lost(tmp_path, monkey
     assert damage("run/checkpoints/step_00000003") is None
 
 
-def test_a_full_disk_is_one_line_and_nothing_earlier_is_lost(tmp_path):
+def test_a_full_disk_is_one_line_and_nothing_earlier_is_lost(tmp_path, monkeypatch):
     """The kernel itself refuses to write files above a size, as it does on a full disk; then more is allowed."""
     command = [sys.executable, ROOT / "recipes" / "train.py", *shlex.split(SHORT), *shlex.split(
         "--output_dir run --resume auto --train.checkpoint_every 2 --train.buffer_size 200 --train.steps 6"
@@ -381,16 +356,17 @@ def test_a_full_disk_is_one_line_and_nothing_earlier_is_lost(tmp_path):
     assert said[-1].startswith("error: ")
     assert not (tmp_path / "run" / "model").exists()
     assert [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")] == []
-    done = run(-1)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    train.main(command[2:])
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_run_publishes_itself_and_a_run_already_done_too(hub, tmp_path):
+def test_a_run_publishes_itself_and_a_run_already_done_too(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     flags = "--hub.push_to user/first --hub.every 2 --hub.private true --output_dir runs/digits"
-    done = launch(f"{ROOT}/recipes/train.py {SHORT} {flags}", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "pushed to" in done.stderr + done.stdout
+    train.main(shlex.split(f"{SHORT} {flags}"))
+    said = capsys.readouterr()
+    assert "pushed to" in said.err + said.out
     assert len(hub.revisions["user/first"]) == 3  # the new repository, step 2, the end
     assert "user/first" in hub.private
     assert "model-index" not in hub.find("user/first", hub.revisions["user/first"][1][0])[1]["README.md"].decode()

@@ -7,17 +7,16 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
+from recipe_processes import start_recipe
 
 from timm_jem.training import load_tree, rank_files
 
-ROOT = Path(__file__).parent.parent
 FLAGS = shlex.split(
     "--output_dir run --resume auto --train.threads 1 --train.steps 60 --train.batch_size 16 --train.warmup_steps 5 "
     "--sgld.num_steps 2 --sgld.denoise_steps 1 --train.buffer_size 200 --train.sample_steps [2] --train.sample_count 20 "
@@ -26,48 +25,56 @@ FLAGS = shlex.split(
 )
 
 
-def start(folder: Path, world: int, *flags: str) -> list[subprocess.Popen]:
+def start(folder: Path, world: int, *flags: str, fresh: bool = False) -> list[BaseProcess]:
     """The processes of one run, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
     for rank in range(world):
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         if world > 1:
             environment |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
-        command = [sys.executable, ROOT / "recipes" / "train.py", *FLAGS, *flags]
-        output = (folder / f"output_{rank}.txt").open("a")
-        processes.append(
-            subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True)
-        )
+        output = folder / f"output_{rank}.txt"
+        processes.append(start_recipe("train.py", [*FLAGS, *flags], folder, environment, output, fresh=fresh))
     return processes
 
 
-def finish(processes: list[subprocess.Popen]) -> list[int]:
-    return [process.wait(timeout=300) for process in processes]
+def running(process: BaseProcess) -> bool:
+    return process.exitcode is None
+
+
+def ends(process: BaseProcess, seconds: float = 300) -> int:
+    """Its exit status, once it has one."""
+    process.join(seconds)
+    assert not running(process)
+    return process.exitcode
+
+
+def finish(processes: list[BaseProcess]) -> list[int]:
+    return [ends(process) for process in processes]
 
 
 def output(folder: Path) -> str:
     return "".join(file.read_text() for file in sorted(folder.glob("output_*.txt")))
 
 
-def whole(folder: Path, world: int) -> None:
-    assert finish(start(folder, world)) == [0] * world, output(folder)
+def whole(folder: Path, world: int, *, fresh: bool = False) -> None:
+    assert finish(start(folder, world, fresh=fresh)) == [0] * world, output(folder)
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """Runs that nothing interrupts, by number of processes."""
+    """Runs that nothing interrupts, by number of processes, each in an interpreter of its own."""
     folders = {}
 
     def get(world: int) -> Path:
         if world not in folders:
             folders[world] = tmp_path_factory.mktemp(f"reference{world}")
-            whole(folders[world], world)
+            whole(folders[world], world, fresh=True)
         return folders[world] / "run"
 
     return get
@@ -102,7 +109,7 @@ def kill(folder: Path, world: int, moment: float | None) -> bool:
     before = time.time()
     processes = start(folder, world)
     metrics = folder / "run" / "metrics.jsonl"
-    while all(process.poll() is None for process in processes):
+    while all(map(running, processes)):
         if metrics.is_file() and metrics.stat().st_mtime > before:
             if moment is None:
                 saved = folder / "run" / "checkpoints"
@@ -112,11 +119,11 @@ def kill(folder: Path, world: int, moment: float | None) -> bool:
             time.sleep(moment)
             break
         time.sleep(0.01)
-    running = [process.poll() is None for process in processes]
+    alive = any(map(running, processes))
     for process in processes:
         process.kill()
-        process.wait()
-    return any(running)
+        process.join()
+    return alive
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -155,9 +162,9 @@ def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(tmp_path, reference, numb
     processes = start(tmp_path, world)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.is_file() and metrics.stat().st_mtime > before and metrics.stat().st_size > 2000):
-        assert all(process.poll() is None for process in processes), output(tmp_path)
+        assert all(map(running, processes)), output(tmp_path)
         time.sleep(0.005)
-    processes[0].send_signal(number)  # one is enough: they agree
+    os.kill(processes[0].pid, number)  # one is enough: they agree
     assert finish(processes) == [128 + number] * world, output(tmp_path)
     assert f"{number.name}: stopped at step" in output(tmp_path)
     assert "Traceback" not in output(tmp_path)
@@ -211,13 +218,13 @@ def test_damage_and_other_settings_are_said(tmp_path, reference):
 
 
 def test_a_process_that_dies_is_said_in_a_line(tmp_path, reference):
-    processes = start(tmp_path, 2)
+    processes = start(tmp_path, 2, fresh=True)  # what a shell shows last
     checkpoints = tmp_path / "run" / "checkpoints"
     while not list(checkpoints.glob("step_*")):
-        assert all(process.poll() is None for process in processes), output(tmp_path)
+        assert all(map(running, processes)), output(tmp_path)
         time.sleep(0.005)
     processes[1].kill()
-    assert processes[0].wait(timeout=120) == 1
+    assert ends(processes[0], 120) == 1
     said = (tmp_path / "output_0.txt").read_text().replace("\r", "\n").splitlines()
     assert said[-1].startswith("error: another process of this run has ended"), said[-1]
     assert said[-1].endswith("go on with --resume")

@@ -1,0 +1,134 @@
+"""The end of a run: what is reported is what is saved, and in which order."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import timm_jem
+from timm_jem import InputError
+from timm_jem.data import DataConfig, load_splits
+from timm_jem.evaluation import accuracy, expected_calibration_error, predict
+from timm_jem.modes import frozen
+from timm_jem.pixels import to_pixels
+from timm_jem.training import Checkpoints, DivergenceGuard, Rollback, Run, check_plan, open_accelerator, parse_settings
+from timm_jem.training import finish as end
+from timm_jem.training.build import build_learner, build_stream
+from timm_jem.training.measure import in_batches
+from timm_jem.training.record import Record
+from timm_jem.training.run_folder import RunFolder
+
+SHORT = (
+    "--data.dataset digits --model.name wrn_10_1 --train.threads 1 --train.steps 2 --train.batch_size 8 "
+    "--train.buffer_size 200 --train.sample_steps [1,2] --train.sample_count 20 --sgld.num_steps 2 --sgld.denoise_steps 1 "
+    "--train.lr 0.01 --train.warmup_steps 0"
+)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load_splits(DataConfig())
+
+
+@pytest.fixture(autouse=True)
+def precision_of_its_own():
+    """The process's accelerators share their precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trained(folder: Path, splits, flags: str = ""):
+    """Settings, splits, run and record of a run whose steps are done."""
+    settings, command = parse_settings(shlex.split(f"{SHORT} {flags}"))
+    settings = check_plan(settings, splits, 1)
+    accelerator = open_accelerator(settings.train)
+    learner = build_learner(settings, splits, accelerator)
+    run = Run(
+        learner,
+        build_stream(settings, splits, learner),
+        DivergenceGuard(settings.guard, accelerator, 10, learner.method.watched),
+        Checkpoints(folder / "checkpoints", accelerator),
+    )
+    record = Record(RunFolder(folder), accelerator, settings, command)
+    record.folder.claim()
+    record.open(0)
+    while run.step < settings.train.steps:
+        run.advance()
+        record.advanced()
+    return settings, splits, run, record
+
+
+@pytest.mark.parametrize("flags", ["", "--train.mixed_precision bf16", "--train.mixed_precision bf16 --train.ema_decay 0.5"])
+def test_what_is_reported_is_what_is_saved(tmp_path, splits, flags):
+    settings, _, run, record = trained(tmp_path / "run", splits, flags)
+    in_training, published = run.learner.jem, run.learner.published()
+    if "bf16" in flags and run.learner.ema is None:  # the same weights, in another precision
+        x = published.normalize(to_pixels(splits.test.images[:8]))
+        with torch.no_grad(), frozen(in_training):
+            assert not torch.equal(in_training(x), published(x))
+    end.finish(settings, splits, run, record)
+    saved = timm_jem.from_pretrained(tmp_path / "run" / "model")
+    assert saved.dtype == published.dtype == torch.float32
+    saved.to(memory_format=torch.channels_last)  # the layout of training, which rounds sums in its own order
+    logits, _ = predict(saved, in_batches(splits.test, 0))
+    assert torch.equal(logits, predict(published, in_batches(splits.test, 0))[0])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_accuracy"] == accuracy(logits, splits.test.labels)
+    assert summary["test_ece"] == expected_calibration_error(logits.softmax(1), splits.test.labels)
+    assert (summary["outcome"], summary["explanation"], summary["steps"]) == ("finished", None, 2)
+    assert summary["sample_steps"] == saved.sgld.sample_steps
+    assert summary["sample_steps"] in (2, 4)
+    assert summary["seconds_per_step"] == summary["seconds"] / 2
+    assert saved.provenance["mixed_precision"] == ("bf16" if "bf16" in flags else "no")
+    assert {result["value"] for result in saved.provenance["results"]} == {summary["test_accuracy"], summary["test_ece"]}
+
+
+def test_a_run_that_gave_up_leaves_its_last_good_model(tmp_path, splits, monkeypatch):
+    settings, _, run, record = trained(tmp_path / "run", splits, "--hub.push_to user/name")
+    monkeypatch.setattr(end, "push", pytest.fail)
+    run.rollbacks = [{"step": 5, "to_step": 2, "reason": "loss not finite", "remedy": "lr × 0.5"}]
+    with pytest.raises(
+        InputError, match=r"training gave up after 1 rollback at step 7: gap not finite; lower .*, of step 2, is in"
+    ):
+        end.finish(settings, splits, run, record, Rollback(7, 2, "gap not finite", None))
+    summary = record.folder.summary()
+    assert (summary["outcome"], summary["steps"], summary["rollbacks"]) == ("stopped", 2, run.rollbacks)
+    saved = timm_jem.from_pretrained(tmp_path / "run" / "model")
+    assert (saved.provenance["outcome"], saved.provenance["explanation"]) == ("stopped", summary["explanation"])
+    with pytest.raises(InputError, match="has ended: gave up"):
+        record.folder.finished(2)
+
+
+def test_the_model_is_on_disk_before_any_chain_is_drawn(tmp_path, splits, monkeypatch):
+    settings, _, run, record = trained(tmp_path / "run", splits)
+
+    def no_memory(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(end, "best_num_steps", no_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        end.finish(settings, splits, run, record)
+    assert timm_jem.from_pretrained(tmp_path / "run" / "model").provenance["steps"] == 2
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", "metrics.jsonl", "model"]
+    assert record.folder.finished(2) is None
+
+
+def test_a_hub_that_says_no_loses_nothing(tmp_path, splits, monkeypatch):
+    settings, _, run, record = trained(tmp_path / "run", splits, "--hub.push_to user/name")
+    asked = []
+
+    def refuse(jem, settings, record, message, pictures):
+        asked.append((message, dict(pictures)))
+        raise InputError("the Hub answers 403: no")
+
+    monkeypatch.setattr(end, "push", refuse)
+    with pytest.raises(InputError, match=r"403: no; the run is whole: python recipes/push\.py \S+/run user/name"):
+        end.finish(settings, splits, run, record)
+    assert record.folder.finished(2) == 2
+    pictures = {name: tmp_path / "run" / name for name in ("samples.png", "buffer.png")}
+    assert asked == [("wrn_10_1 after 2 steps on digits", pictures)]
