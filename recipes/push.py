@@ -6,7 +6,6 @@ python recipes/push.py runs/digits user/digits-jem
 """
 
 import sys
-from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -15,6 +14,7 @@ from timm_jem import InputError
 from timm_jem.errors import one_line
 from timm_jem.evaluation.report import REPORT_FILE, fingerprint, read_report
 from timm_jem.hub.card import PICTURES
+from timm_jem.training.run_folder import RunFolder
 
 
 def main(argv: list[str]) -> None:
@@ -28,24 +28,28 @@ def main(argv: list[str]) -> None:
         settings = parser.parse_args(argv)
     except ArgumentError as error:
         raise InputError(f"{one_line(error)}; recipes/push.py --help lists the settings") from error
-    run = Path(settings.run)
-    if not (run / "model").is_dir():
+    run = RunFolder(settings.run)
+    if not run.model.is_dir():
         raise InputError(f"{run} has no folder 'model': give the folder of a finished run, such as runs/digits")
-    jem = timm_jem.from_pretrained(run / "model")
-    if (run / "evaluation" / REPORT_FILE).is_file():
-        report = read_report(run / "evaluation")
+    jem, pictures = timm_jem.from_pretrained(run.model), run.pictures()
+    evaluation = run.path / "evaluation"
+    if (evaluation / REPORT_FILE).is_file():
+        report = read_report(evaluation)
         if report.subject.get("weights") != fingerprint(jem.state_dict()):
-            raise InputError(f"{run / 'evaluation'} is of other weights than {run / 'model'}: evaluate again, or remove it")
+            raise InputError(f"{evaluation} is of other weights than {run.model}: evaluate again, or remove it")
+        # The report's own pictures, and none that an earlier one left.
+        shown = {f"{evaluation.name}/{file}": evaluation / file for _, file, _ in report.pictures}
+        pictures |= {name: file for name, file in shown.items() if name in PICTURES}
         measured = report.card_results()
         kinds = {result["type"] for result in measured}
         kept = [result for result in jem.provenance.get("results", []) if result["type"] not in kinds]
         jem.provenance = {**jem.provenance, "results": kept + measured}
     url = jem.push_to_hub(
         settings.repo_id,
-        commit_message=f"Push {run.name} using timm_jem",
+        commit_message=f"Push {run.path.name} using timm_jem",
         private=settings.private,
         replay_buffer=settings.replay_buffer,
-        pictures={name: run / name for name in PICTURES if (run / name).is_file()},
+        pictures=pictures,
         overwrite_card=settings.overwrite_card,
     )
     print(f"pushed to {url}")

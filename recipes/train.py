@@ -87,7 +87,7 @@ def resume(asked: str, run: Run, record: Record) -> None:
     if saved is not None:
         record.load_state_dict(saved)
     elif asked != "auto" or folder.summary_file.is_file():
-        raise InputError(f"{folder} has no whole checkpoint to go on from: start anew in another output_dir")
+        raise InputError(f"{folder} has no complete checkpoint to resume from: start again in another output_dir")
 
 
 def describe(settings: Settings, splits: Splits, run: Run, folder: RunFolder) -> str:

@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 from timm_jem import InputError
 from timm_jem.data import DataConfig, StreamedSet, digits, load_images, load_splits
 from timm_jem.data.augmentation import AutoAugment, augment
+from timm_jem.data.sources import hub_id
 from timm_jem.pixels import to_pixels
 
 
@@ -52,6 +53,14 @@ def test_the_embedded_digits():
     pixels = to_pixels(splits.train.images)
     assert (pixels.min(), pixels.max()) == (-1, 1)
     assert splits.val.labels.bincount().min() >= 13  # the same part of each class
+
+
+def test_which_names_are_the_hubs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert [hub_id(name) for name in ("cifar10", "user/name")] == ["cifar10", "user/name"]
+    local = ("digits", "photos", "./elsewhere", str(tmp_path / "photos"), "rows.parquet")
+    assert [hub_id(name) for name in local] == [None] * len(local)
 
 
 def test_splits_are_disjoint_and_the_same_every_time():
@@ -230,7 +239,7 @@ def broken(tmp_path):
         (lambda t: save(t, labels=[0.5] * 12, feature=Value("float32")), {}, "neither classes"),
         (lambda t: save(t, labels=[-1] + [0] * 11), {}, "row 0, has the label"),
         (lambda t: save(t, labels=[1] * 11 + [-2], feature=Value("int64")), {}, "row 11, has the label -2"),
-        (broken, {}, "can't be decoded.*mend or remove"),
+        (broken, {}, "can't be decoded.*repair or remove"),
         (save, {"crop_padding": 10}, "crop_padding"),
         (save, {"val_fraction": 0.99}, "lower it"),
         (save, {"test_split": "train"}, "the train split"),

@@ -159,8 +159,8 @@ def set_args(folder, **arguments):
         (lambda f: edit(f, architecture="hf-hub:user/other"), "no timm model's name"),
         (lambda f: edit(f, architecture="../../evil"), "unknown model"),
         (lambda f: edit(f, num_classes="3"), "num_classes in config.json is a str"),
-        (lambda f: edit(f, num_classes=-4), "says num_classes -4 and builds 3"),
-        (lambda f: edit(f, num_classes=7), "says num_classes 7 and builds 3"),
+        (lambda f: edit(f, num_classes=-4, model_args={"in_chans": 1, "num_classes": 3}), "says num_classes -4 and builds 3"),
+        (lambda f: edit(f, num_classes=7, model_args={"in_chans": 1, "num_classes": 3}), "says num_classes 7 and builds 3"),
         (lambda f: edit(f, num_classes=10**9, model_args={"in_chans": 1}), "describes 65,0"),
         (lambda f: edit(f, num_classes=7, model_args={"in_chans": 1}), "size mismatch for fc"),
         (lambda f: set_args(f, num_classes=10**9), "has a number above"),
@@ -189,9 +189,9 @@ def set_args(folder, **arguments):
         (lambda f: edit(f, timm_jem={"provenance": "x"}), "timm_jem.provenance"),
         (lambda f: edit(f, timm_jem={"sgld": {"speed": 1}}), "speed"),
         (lambda f: edit(f, timm_jem={"sgld": {"num_steps": "many"}}), "num_steps is 'many'"),
-        (truncate, "no whole safetensors file"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "no whole safetensors file"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04}\x94."), "no whole safetensors file"),
+        (truncate, "not a complete safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "not a complete safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04}\x94."), "not a complete safetensors file"),
         (lambda f: weights(f, lambda t: t.pop("fc.bias")), "Missing key.*fc.bias"),
         (lambda f: weights(f, lambda t: t.update(extra=torch.zeros(3))), "Unexpected key.*extra"),
         (lambda f: weights(f, lambda t: t.update({"fc.bias": torch.zeros(9)})), "size mismatch for fc.bias"),
@@ -319,6 +319,11 @@ def test_published_chains(jem, tmp_path):
     assert len(set(nearest.tolist())) == 4
     draws = [again.sample(30, init="buffer", generator=torch.Generator().manual_seed(5)) for _ in range(2)]
     assert torch.equal(*draws)
+    first = again.sample(8, init="buffer", generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(first, draws[0][:8])
+    of_y = again.sample(y=[1, 2, 1, 0, 1], init="buffer", generator=torch.Generator().manual_seed(5))
+    first = again.sample(y=[1, 2, 1], init="buffer", generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(first, of_y[:3])
     with pytest.raises(InputError, match="31 images from 30 published chains"):
         again.sample(31, init="buffer")
     with pytest.raises(InputError, match="11 images of class 1 from 10"):
@@ -357,5 +362,5 @@ def test_broken_chains_are_named(jem, tmp_path, tensors, message):
     with pytest.raises(InputError, match=message):
         again.sample(1, init="buffer")
     (tmp_path / "replay_buffer.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="no whole safetensors"):
+    with pytest.raises(InputError, match="not a complete safetensors"):
         again.sample(1, init="buffer")

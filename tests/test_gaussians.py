@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from timm_jem import ClassGaussians, InputError, ReplayBuffer
+from timm_jem.sampling import chain_generators
 
 SHAPE = (2, 3, 3)
 
@@ -151,3 +152,17 @@ def test_bad_input_is_named():
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="fit them"):
         ClassGaussians.fit(images)((2, 3, 3, 3))
+
+
+def test_a_chain_with_its_own_generator_starts_at_its_own_place():
+    images, labels = low_rank_images(), torch.arange(200) % 3
+    gaussians = ClassGaussians.fit(images, labels, num_classes=3, rank=3)
+    together = gaussians((300, *SHAPE), generator=chain_generators(range(300)))
+    for seed in (0, 1, 255, 299):
+        alone = gaussians((1, *SHAPE), generator=chain_generators([seed]))
+        torch.testing.assert_close(alone[0], together[seed])
+    y = torch.arange(300) % 3
+    of_classes = gaussians((300, *SHAPE), generator=chain_generators(range(300)), y=y)
+    torch.testing.assert_close(gaussians((1, *SHAPE), generator=chain_generators([7]), y=y[7:8])[0], of_classes[7])
+    with pytest.raises(InputError, match="2 generators for 3 chains"):
+        gaussians((3, *SHAPE), generator=chain_generators([0, 1]))

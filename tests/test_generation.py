@@ -18,7 +18,7 @@ from timm_jem.evaluation.generation import (
 )
 from timm_jem.modes import frozen
 from timm_jem.pixels import eight_bit, to_pixels
-from timm_jem.sampling import sgld
+from timm_jem.sampling import chain_generators, draw_seeds, sgld
 
 
 def model(**sgld_settings):
@@ -184,6 +184,14 @@ def test_the_first_view_of_noisy_chains_is_what_sample_draws_and_the_last_goes_o
     assert torch.equal(jem.normalize(found[7]), jem.sample(y=y, num_steps=7, generator=seeded()))
 
 
+def test_the_first_chains_of_more_are_the_same():
+    jem, y = model(), torch.arange(12) % 10
+    many = dict(chains_by_length(jem, [4, 7], y=y, generator=seeded()))
+    few = dict(chains_by_length(jem, [4, 7], y=y[:5], generator=seeded()))
+    for steps, u in few.items():
+        torch.testing.assert_close(u, many[steps][:5])
+
+
 def test_chains_of_x_and_from_given_images():
     jem, init = model(), torch.rand(5, 1, 8, 8, generator=seeded(5)) * 2 - 1
     (steps, u), *rest = chains_by_length(jem, [6], n=5, generator=seeded())
@@ -215,6 +223,8 @@ def test_bad_chains_are_refused_before_the_first_step():
         chains_by_length(jem, [9], generator=seeded())
     with pytest.raises(InputError, match="make them agree"):
         chains_by_length(jem, [9], y=y, n=5, generator=seeded())
+    with pytest.raises(InputError, match="no lengths"):
+        best_num_steps(jem, torch.zeros(4, 1, 8, 8), y, [], generator=seeded())
     with pytest.raises(InputError, match="init"):
         chains_by_length(jem, [9], init=torch.zeros(4, 3, 8, 8), generator=seeded())
 
@@ -223,12 +233,12 @@ def test_best_num_steps_is_what_its_steps_are_written_out():
     """The loop as recipes/train.py has always had it."""
     jem, y = model(), torch.arange(40) % 10
     real = torch.rand(60, 1, 8, 8, generator=seeded(1)) * 2 - 1
-    generator, config = seeded(), jem.sgld
-    u, done, expected = uniform_noise((40, 1, 8, 8), generator=generator), 0, {}
+    generators, config = chain_generators(draw_seeds(40, seeded())), jem.sgld
+    u, done, expected = uniform_noise((40, 1, 8, 8), generator=generators), 0, {}
     with frozen(jem):
         for steps in (3, 5, 8):
             noisy = steps - 2
-            u = sgld(jem.pixel_energy, u, config, y=y, generator=generator, num_steps=noisy - done, batch_size=256)
+            u = sgld(jem.pixel_energy, u, config, y=y, generator=generators, num_steps=noisy - done, batch_size=256)
             done = noisy
             final = sgld(jem.pixel_energy, u, config, y=y, num_steps=2, denoise_steps=2, batch_size=256)
             expected[steps] = frechet_distance(thumbnails(final), thumbnails(real))

@@ -9,6 +9,7 @@ from timm_jem import InputError, SGLDConfig
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.evaluation.illustrations import counterfactuals, distal_adversarials, interpolation_paths
 from timm_jem.pixels import to_pixels
+from timm_jem.sampling import chain_generators, draw_seeds
 
 SHAPE = (1, 4, 4)
 
@@ -47,6 +48,11 @@ def wrapped(backbone, **sgld):
 @pytest.fixture
 def u():
     return torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(2)) * 1.6 - 0.8
+
+
+def starts_of(n, seed=0):
+    seeds = draw_seeds(n, torch.Generator().manual_seed(seed))
+    return timm_jem.uniform_noise((n, *SHAPE), generator=chain_generators(seeds))
 
 
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -127,7 +133,7 @@ def test_distal_adversarials_of_a_linear_classifier():
     def draw(**options):
         return distal_adversarials(jem, y, generator=torch.Generator().manual_seed(0), **options)
 
-    noise = timm_jem.uniform_noise((4, *SHAPE), generator=torch.Generator().manual_seed(0))
+    noise = starts_of(4)
     small = 1e-3
     moved, p = draw(steps=1, step_size=small, confidence=1.0)
     # Up the slope of log p: w_y − Σ_k p(k|x) w_k, of length `small`; noise near the edge of [-1, 1] would be cut.
@@ -138,6 +144,8 @@ def test_distal_adversarials_of_a_linear_classifier():
     assert torch.allclose(p, jem.backbone(moved).detach().softmax(1).gather(1, y[:, None]).squeeze(1))
 
     u, p = draw()
+    first, _ = distal_adversarials(jem, y[:2], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(first, u[:2])
     assert ((p >= 0.9) & (p < 0.99)).all()  # stopped at once when sure
     assert (u.abs() <= 1).all()
     assert torch.equal(jem.backbone(u).argmax(1), y)
@@ -145,7 +153,7 @@ def test_distal_adversarials_of_a_linear_classifier():
 
 def test_each_distal_adversarial_stops_by_itself():
     jem = wrapped(Linear())
-    starts = timm_jem.uniform_noise((64, *SHAPE), generator=torch.Generator().manual_seed(0))
+    starts = starts_of(64)
     first = jem.backbone(starts).detach().softmax(1)[:, 0]
     u, _ = distal_adversarials(jem, torch.zeros(64, dtype=torch.long), generator=torch.Generator().manual_seed(0))
     sure = first >= 0.9

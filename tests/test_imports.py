@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "model": {"energy", "modes", "sampling", "backbone", "inputs", "hub", "errors"},
     "wrap": {"sampling", "models", "backbone", "hub", "model", "errors"},
     "data": {"files", "pixels", "data", "errors"},
-    "evaluation": {"energy", "files", "pixels", "modes", "sampling", "models", "model", "data", "evaluation", "errors"},
+    "evaluation": {
+        "energy", "files", "pixels", "modes", "sampling", "models", "model", "wrap", "data", "evaluation", "errors",
+    },
     "training": {
         "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model",
         "wrap", "data", "evaluation", "training", "version", "errors",
@@ -57,6 +59,13 @@ def test_imports_go_down(path):
     assert ours <= MAY_IMPORT[part]
     recipes = {recipe.stem for recipe in (ROOT / "recipes").glob("*.py")} - {"__init__"}
     assert not {name.split(".")[0] for name in names} & {"recipes", "pickle", *recipes}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
+def test_recipes_stand_alone(path):
+    """Run as a file or as a module of a package, a recipe finds no other by name."""
+    recipes = {recipe.stem for recipe in (ROOT / "recipes").glob("*.py")} - {"__init__"}
+    assert not {name.split(".")[0] for name in imported(path)} & {"recipes", *recipes}
 
 
 def test_no_module_imports_itself_by_way_of_others():

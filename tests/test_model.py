@@ -158,6 +158,78 @@ def test_sampling_is_reproducible_and_split_invariant(jem):
     assert jem(first).shape == (6, 4)
 
 
+@pytest.fixture
+def one_thread():
+    """Several share a matrix product by its size, and round by it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("wrn_10_1", {"input_size": (1, 8, 8), "act_layer": "silu"}),
+        ("wrn_10_2", {"input_size": (3, 8, 8)}),
+        ("resnet18", {"input_size": (3, 8, 8)}),
+        ("vit_tiny_patch16_224", {"input_size": (3, 16, 16), "patch_size": 8, "depth": 2, "embed_dim": 48}),
+    ],
+)
+def test_a_picture_is_its_seed_and_its_class(one_thread, name, options):
+    torch.manual_seed(0)
+    jem = timm_jem.create_model(name, num_classes=10, **options).eval()
+
+    def draw(*args, **kwargs):
+        return jem.sample(*args, num_steps=3, **kwargs)
+
+    y, state = torch.arange(16) % 10, torch.get_rng_state()
+    together = draw(y=y, seeds=range(16))
+    for rows in (slice(3, 4), slice(0, 8), slice(5, 16, 3)):
+        assert torch.equal(draw(y=y[rows], seeds=range(16)[rows]), together[rows])
+    assert torch.equal(draw(y=7, seeds=[2]), draw(y=7, seeds=[0, 1, 2, 3])[2:3])
+    assert torch.equal(draw(y=y.flip(0), seeds=torch.arange(16).flip(0)), together.flip(0))
+    for size in (1, 2, 3, 7, 16):
+        assert torch.equal(draw(y=y, seeds=range(16), batch_size=size), together)
+
+    def drawn(n):
+        return draw(n, y=3, generator=torch.Generator().manual_seed(0))
+
+    assert torch.equal(drawn(16)[:8], drawn(8))
+    assert torch.equal(drawn(16)[:1], drawn(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    # E(x): the network's last product has rows of all classes, which round by a batch's size in small batches.
+    of_x = draw(seeds=range(16))
+    for n, size in ((1, 256), (8, 256), (16, 3)):
+        torch.testing.assert_close(draw(seeds=range(n), batch_size=size), of_x[:n], rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_of_one_generator_go_on(jem):
+    y, generator = torch.arange(6) % 4, torch.Generator().manual_seed(0)
+    parts = [jem.sample(y=part, num_steps=2, generator=generator) for part in y.split(3)]
+    whole = jem.sample(y=y, num_steps=2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.cat(parts), whole)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.testing.assert_close(jem.sample(y=y, num_steps=2), whole)
+
+
+def test_seeds_go_with_images_to_start_from(jem):
+    init = torch.zeros(3, 3, 32, 32)
+    x = jem.sample(init=init, seeds=[1, 2, 1], num_steps=2)
+    torch.testing.assert_close(x[0], x[2])
+    assert not torch.allclose(x[0], x[1])
+
+
+def test_the_noise_of_a_seed_is_single_precision_whatever_the_default(jem):
+    expected = jem.sample(2, seeds=[0, 1], num_steps=2)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(jem.sample(2, seeds=[0, 1], num_steps=2), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_sampling_leaves_the_model_as_it_was(jem):
     jem.train()
     jem.backbone.layer1.eval()
@@ -238,6 +310,17 @@ def bad_input(jem):
         "sample init name": (lambda: jem.sample(1, init="noise"), "'buffer' or None"),
         "no chains": (lambda: jem.sample(1, init="buffer"), "no published chains"),
         "generator": (lambda: jem.sample(1, generator=0), "manual_seed"),
+        "generators": (lambda: jem.sample(1, generator=[torch.Generator()]), "list"),
+        "seeds and generator": (lambda: jem.sample(seeds=[1], generator=torch.Generator()), "both generator and seeds"),
+        "seeds and chains": (lambda: jem.sample(seeds=[1], init="buffer"), "generator="),
+        "seeds and n": (lambda: jem.sample(3, seeds=[1, 2]), "2 seeds for 3 images"),
+        "seeds and y": (lambda: jem.sample(y=[0, 1, 2], seeds=[1, 2]), "2 seeds for 3 images"),
+        "seeds and init": (lambda: jem.sample(init=x, seeds=[1]), "1 seeds for 2 images"),
+        "one seed": (lambda: jem.sample(1, seeds=1), "one seed per image"),
+        "no seeds": (lambda: jem.sample(seeds=[]), "n is 0"),
+        "seed range": (lambda: jem.sample(seeds=[2**32]), "0 to 4294967295"),
+        "sample init array": (lambda: jem.sample(init=np.zeros((2, 3, 32, 32))), "init is a ndarray"),
+        "on step": (lambda: jem.sample(1, on_step=5), "on_step is 5"),
         "settings": (lambda: jem.sample(1, sgld_config={"num_steps": 3}), "SGLDConfig"),
         "compiled": (lambda: timm_jem.wrap(torch.compile(jem.backbone)), "wrap the timm model first"),
         "std": (lambda: timm_jem.wrap(jem.backbone, std=(0.0, 0.0, 0.0)), "above 0"),

@@ -4,7 +4,8 @@ import math
 import pytest
 
 from timm_jem import InputError
-from timm_jem.evaluation.report import Report, Result, check_output_dir, comparison, read_report, write_files
+from timm_jem.evaluation.comparison import comparison
+from timm_jem.evaluation.report import Report, Result, check_output_dir, read_report, write_files
 
 
 def report(name="a", value=0.5, **more):
@@ -41,6 +42,11 @@ def test_comparison_averages_runs_of_a_name():
     assert "Measured differently" not in text
     other = Report({"name": "d"}, [Result("Robustness", "Under attack", "ε = 8/255", "PGD", 0.2, 7, "20 steps")])
     assert "Measured differently** (protocol or n): Under attack" in comparison({"a": [report()], "d": [other]})[0]
+
+
+def test_a_run_of_nan_is_shown_among_others():
+    text, _ = comparison({"ours": [report("a", math.nan), report("b", 0.7)], "wild": [report("c", math.inf), report("d", 1.0)]})
+    assert "| ε = 8/255, PGD | nan ± nan | inf ± nan |" in text
 
 
 def test_cards_get_the_results_of_a_type():

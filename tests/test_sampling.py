@@ -1,12 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 from timm_jem import InputError, SGLDConfig, sgld, sgld_step
 from timm_jem.modes import frozen
-from timm_jem.sampling import uniform_noise
+from timm_jem.sampling import chain_generators, draw_classes, draw_seeds, randn, uniform_noise
 
 
 def quadratic(curvature: float):
@@ -66,6 +67,119 @@ def test_same_seed_same_chains_however_they_are_split():
         for size in (None, 1, 3, 7, 100)
     ]
     assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@pytest.mark.parametrize("draw", [randn, uniform_noise])
+@pytest.mark.parametrize("shape", [(1, 2, 2), (3, 3, 3), (1, 4, 4), (3, 8, 8)])
+def test_a_chains_noise_is_what_its_own_generator_draws(draw, shape):
+    seeds = [5, 0, 2**32 - 1, 5]
+    together = draw((4, *shape), generator=chain_generators(seeds))
+    assert torch.equal(together[0], together[3])
+    for row, seed in zip(together, seeds, strict=True):
+        assert torch.equal(row, draw((1, *shape), generator=torch.Generator().manual_seed(seed))[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2), (3, 3, 3), (1, 4, 4), (3, 8, 8)])
+def test_one_generator_a_chain_makes_chains_of_their_own(shape):
+    config, start = SGLDConfig(num_steps=7, noise_std=0.1), torch.ones(6, *shape)
+    together = sgld(quadratic(0.5), start, config, generator=chain_generators(range(6)))
+    alone = sgld(quadratic(0.5), start[:1], config, generator=chain_generators([4]))
+    assert torch.equal(alone[0], together[4])
+    generators = chain_generators(range(6))
+    steps = [0, 1, 4, 2]  # of chains that stop and go on, whose noise is that of chains that don't
+    u = start
+    for num_steps in steps:
+        u = sgld(quadratic(0.5), u, config, generator=generators, num_steps=num_steps)
+    assert torch.equal(u, together)
+    # By hand: a step's noise is the next of the chain's own stream.
+    own, by_hand = torch.Generator().manual_seed(4), start[4]
+    for _ in range(7):
+        by_hand = sgld_step(by_hand, 0.5 * by_hand, torch.randn(shape, generator=own), config)
+    assert torch.equal(by_hand, together[4])
+
+
+def test_a_generator_a_chain_gives_the_variance_of_the_closed_form():
+    expected = 0.3**2 / (1 - 0.5**2)
+    config = SGLDConfig(noise_std=0.3, num_steps=20)
+    u = sgld(quadratic(0.5), torch.zeros(2000, 1, 8, 8), config, generator=chain_generators(range(2000)))
+    assert u.var().item() == pytest.approx(expected, rel=0.02)
+    assert u.mean().abs() < 5 * math.sqrt(expected / u.numel())
+    # Chains of consecutive seeds have nothing to do with each other.
+    assert (u[1:] * u[:-1]).mean().abs() < 5 * expected / math.sqrt(u.numel())
+
+
+def test_seeds_are_distinct_and_the_first_of_more_are_the_same():
+    def draw(n):
+        return draw_seeds(n, torch.Generator().manual_seed(3))
+
+    many = draw(1000)
+    assert len(set(many)) == 1000
+    assert all(0 <= seed < 2**32 for seed in many)
+    assert all(draw(n) == many[:n] for n in (0, 1, 2, 15, 16, 17, 500))
+    generator = torch.Generator().manual_seed(3)
+    assert draw_seeds(400, generator) + draw_seeds(600, generator) == many
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        assert draw_seeds(5) == many[:5]
+
+
+def test_classes_are_drawn_chain_by_chain():
+    weights = torch.tensor([0.1, 0.6, 0.3])
+    drawn = draw_classes(4000, weights, generator=chain_generators(range(4000)))
+    assert (drawn.bincount() / 4000 - weights).abs().max() < 0.03
+    assert torch.equal(draw_classes(1, weights, generator=chain_generators([77])), drawn[77:78])
+
+
+def test_few_chains_in_a_batch_are_filled_up_and_all_at_once_are_as_they_are():
+    seen = []
+
+    def energy_fn(u, y):
+        seen.append(y.tolist())
+        return 0.5 * y * u.square().sum((1, 2, 3))
+
+    start, y = torch.ones(9, 1, 2, 2), torch.arange(9.0)
+    for size, n in [(1, 9), (7, 9), (9, 9), (256, 2), (None, 1)]:
+        u = sgld(energy_fn, start[:n], SGLDConfig(num_steps=1, noise_std=0.0), y=y[:n], batch_size=size)
+        assert torch.equal(u, (start * (1 - y).view(-1, 1, 1, 1))[:n])
+    first, second = [0, 1, 2, 3], [4, 5, 6, 7]
+    assert seen == [first, second, [8, 8, 8, 8], [*range(7)], [7, 8, 8, 8], [*range(9)], [0, 1, 1, 1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": -3}, "num_steps of chains is -3"),
+        ({"num_steps": 2.0}, "num_steps"),
+        ({"denoise_steps": -1}, "denoise_steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"on_step": 5}, "on_step is 5"),
+        ({"generator": chain_generators([1])}, "1 generators for 2 chains"),
+        ({"generator": [1, 2]}, "list of one a chain"),
+        ({"generator": 3}, "int"),
+    ],
+)
+def test_chains_that_cannot_run_are_refused(options, message):
+    with pytest.raises(InputError, match=message) as error:
+        sgld(quadratic(1.0), torch.zeros(2, 1, 2, 2), SGLDConfig(), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_no_chains_are_refused():
+    with pytest.raises(InputError, match=r"\(0, 1, 2, 2\): give at least one"):
+        sgld(quadratic(1.0), torch.zeros(0, 1, 2, 2), SGLDConfig())
+
+
+@pytest.mark.parametrize("bad", [5, "12", None, [1.0], [True], [-1], [2**32], torch.tensor(3), [[1]], torch.tensor([0.5])])
+def test_bad_seeds_are_named(bad):
+    with pytest.raises(InputError, match="whole numbers") as error:
+        chain_generators(bad)
+    assert "\n" not in str(error.value)
+
+
+def test_seeds_come_as_any_row_of_whole_numbers():
+    expected = [torch.randn(3, generator=g) for g in chain_generators([0, 1, 2])]
+    for seeds in (range(3), (0, 1, 2), torch.arange(3), np.arange(3, dtype=np.uint8)):
+        assert all(torch.equal(torch.randn(3, generator=g), e) for g, e in zip(chain_generators(seeds), expected, strict=True))
 
 
 def test_randomness_is_the_generators_alone():

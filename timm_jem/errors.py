@@ -3,7 +3,7 @@
 import math
 import numbers
 
-__all__ = ["InputError", "check_number", "check_whole", "one_line"]
+__all__ = ["InputError", "check_number", "check_whole", "how_to_install", "one_line"]
 
 
 class InputError(ValueError):
@@ -30,3 +30,8 @@ def one_line(error: BaseException) -> str:
     """What another library's exception says, as one line of readable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs one of this package's extras, for messages about a missing library."""
+    return f"pip install 'timm_jem[{extra}]' (from a clone: pip install -e '.[{extra}]')"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole
 from timm_jem.pixels import FAR_FROM_PIXELS
-from timm_jem.sampling import draw_classes, randn
+from timm_jem.sampling import Generators, draw_classes, randn
 
 __all__ = ["ClassGaussians"]
 
@@ -72,7 +72,7 @@ class ClassGaussians:
             check_whole("num_classes of the class Gaussians", num_classes, 1)
             if labels is None or labels.shape != (n,):
                 shape = None if labels is None else tuple(labels.shape)
-                raise InputError(f"labels have shape {shape} for {n} images: give one label an image, shape ({n},)")
+                raise InputError(f"labels have shape {shape} for {n} images: give one label per image, shape ({n},)")
             labels = labels.cpu().long()
             low, high = (int(v) for v in labels.aminmax())
             if low < -1 or high >= num_classes:
@@ -97,7 +97,7 @@ class ClassGaussians:
         self,
         shape,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         device: torch.device | str | None = None,
         y: Tensor | None = None,
     ) -> Tensor:
@@ -105,7 +105,7 @@ class ClassGaussians:
 
         Args:
             shape: (n, C, H, W).
-            generator: the only source of randomness; None: PyTorch's global one.
+            generator: the only source of randomness, or a list of them, one a chain; None: PyTorch's global one.
             device: where the chains go; None: where the Gaussians are.
             y: classes of the chains, int64, shape (n,); None: drawn by ``weights``. One Gaussian of all serves any class.
 
@@ -113,7 +113,7 @@ class ClassGaussians:
             Pixels in [-1, 1], shape (n, C, H, W), float32.
 
         Raises:
-            InputError: chains of another image shape than the fitted images.
+            InputError: chains of another image shape than the fitted images, or another number of generators than of chains.
         """
         n, *image_shape = shape
         num_classes, *fitted = self.means.shape

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,9 @@ from timm_jem.errors import InputError, check_whole
 from timm_jem.hub.folder import write_folder
 from timm_jem.hub.publish import publish
 from timm_jem.hub.published_chains import PublishedChains
-from timm_jem.inputs import as_labels, check_labels, check_model_input
+from timm_jem.inputs import as_labels, check_drawing, check_labels, check_model_input, how_many
 from timm_jem.modes import frozen
-from timm_jem.sampling import SGLDConfig, sgld, uniform_noise
+from timm_jem.sampling import SGLDConfig, chain_generators, draw_seeds, sgld, uniform_noise
 
 __all__ = ["JEM"]
 
@@ -55,7 +55,7 @@ class JEM(nn.Module):
         if not isinstance(sgld, SGLDConfig):
             raise InputError(f"sgld is a {type(sgld).__name__}: give a timm_jem.SGLDConfig")
         if class_names is not None and (isinstance(class_names, str) or len(class_names) != backbone.num_classes):
-            raise InputError(f"{len(class_names)} class names for {backbone.num_classes} classes: give one name a class")
+            raise InputError(f"{len(class_names)} class names for {backbone.num_classes} classes: give one name per class")
         self.backbone = backbone
         self.data_config = dict(data_config)
         self.class_names = None if class_names is None else [str(name) for name in class_names]
@@ -77,7 +77,7 @@ class JEM(nn.Module):
         try:
             values = torch.tensor(self.data_config[name], dtype=torch.float64, device="cpu").expand(channels)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{name} is {self.data_config[name]!r}: give one number a channel, {channels}") from error
+            raise InputError(f"{name} is {self.data_config[name]!r}: give one number per channel, {channels}") from error
         if not values.isfinite().all() or (name == "std" and (values <= 0).any()):
             raise InputError(f"{name} is {self.data_config[name]!r}: give finite numbers{', above 0' * (name == 'std')}")
         dtype = torch.promote_types(reference.dtype, torch.float32)
@@ -166,6 +166,7 @@ class JEM(nn.Module):
         *,
         y: Tensor | list[int] | int | None = None,
         generator: torch.Generator | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
         num_steps: int | None = None,
         sgld_config: SGLDConfig | None = None,
         init: Tensor | Literal["buffer"] | None = None,
@@ -174,73 +175,59 @@ class JEM(nn.Module):
     ) -> Tensor:
         """Draw images by SGLD chains, in eval mode; the model and its flags are left as they were.
 
+        An image is a function of its seed, its class and the model alone, whatever is drawn with it and however it is split
+        into batches: bit for bit on one thread of a CPU, for chains of E(x, y) of most convolutional networks and
+        transformers. Elsewhere networks round by the size of a batch, by some 1e-7 of the gradient a step, and how far
+        apart that takes two chains depends on their number of steps and on how steep the energy is.
+
         Args:
-            n: how many; may be left out where ``y`` or ``init`` tells.
+            n: how many; may be left out where ``y``, ``seeds`` or ``init`` tells.
             y: classes to draw, integers, shape (n,), or one for all: chains of E(x, y). None: chains of E(x), but
                 published chains that have classes go on each under its own.
-            generator: the only source of randomness (None: PyTorch's global one). The same seed gives the same
-                chains, whatever ``batch_size``.
+            generator: what draws the seeds, or the published chains and then the seeds (None: PyTorch's global one). The
+                first images of more are the same.
+            seeds: one a chain instead, whole numbers from 0 to 2³² − 1.
             num_steps: length of the chains; None: for fresh chains the length that was found best after training
                 (``sgld.sample_steps``), for others that of a training iteration (``sgld.num_steps``).
             sgld_config: instead of the model's own settings.
             init: where chains start: model input, shape (n, C, H, W); "buffer": distinct published chains; None:
                 uniform noise.
-            batch_size: how many chains go through the network at once.
+            batch_size: the most chains that go through the network at once, though never fewer than four do.
             on_step: called with (steps done, pixels) after each step.
 
         Returns:
             Model input, shape (n, C, H, W); ``jem.denormalize`` makes pixels of it.
 
         Raises:
-            InputError: ``n`` that disagrees with ``y`` or ``init``, ``y`` out of range, ``num_steps`` < 1, more
-                published chains than there are.
+            InputError: ``n``, ``y``, ``seeds`` and ``init`` that disagree, ``y`` or seeds out of range, ``num_steps`` < 1,
+                more published chains than there are, seeds with a generator or for published chains.
         """
         config = self.sgld if sgld_config is None else sgld_config
         if not isinstance(config, SGLDConfig):
             raise InputError(f"sgld_config is a {type(config).__name__}: give a timm_jem.SGLDConfig")
-        if not (generator is None or isinstance(generator, torch.Generator)):
-            raise InputError(f"generator is a {type(generator).__name__}: give torch.Generator().manual_seed(seed)")
+        check_drawing(init, generator, seeds, batch_size, on_step)
         if num_steps is None:
             num_steps = config.num_steps if init is not None else config.sample_steps or config.num_steps
-        if isinstance(init, str) and init != "buffer":
-            raise InputError(f"init is {init!r}: give model input, 'buffer' or None")
         check_whole("num_steps", num_steps, 1)
-        check_whole("batch_size", batch_size, 1)
+        generators = None if seeds is None else chain_generators(seeds)
         y = None if y is None else as_labels(y, self.num_classes)
-        if n is None:
-            told = [len(t) for t in (init, y) if isinstance(t, Tensor) and t.ndim]
-            if not told:
-                raise InputError("sample doesn't know how many images to draw: give n")
-            n = told[0]
-        check_whole("n", n, 1)
-        device = self.mean.device
+        n, device = how_many(n, init, y, generators), self.mean.device
         if y is not None:
             y = self._check_y(y.expand(n) if y.ndim == 0 else y, n, device)
-        if init is None:
-            u = uniform_noise((n, *self.input_size), generator=generator, device=device)
-        elif isinstance(init, str):
+        if isinstance(init, Tensor):
+            self._check_x(init)
+            u = self.denormalize(init.to(device))
+        elif init == "buffer":
             if self.chains is None:
                 raise InputError("this model has no published chains: leave init out, and chains start from noise")
             u, labels = self.chains.draw(n, y, generator)
             u, y = u.to(device), y if y is not None or labels is None else labels.to(device)
-        else:
-            self._check_x(init)
-            if len(init) != n:
-                raise InputError(f"init holds {len(init)} images and n is {n}: make them agree")
-            u = self.denormalize(init.to(device))
+        generators = generators or chain_generators(draw_seeds(n, generator))
+        if init is None:
+            u = uniform_noise((n, *self.input_size), generator=generators, device=device, dtype=torch.float32)
+        options = {"num_steps": num_steps, "denoise_steps": config.denoise_steps, "batch_size": batch_size, "on_step": on_step}
         with frozen(self):
-            u = sgld(
-                self.pixel_energy,
-                u,
-                config,
-                y=y,
-                generator=generator,
-                num_steps=num_steps,
-                denoise_steps=config.denoise_steps,
-                batch_size=batch_size,
-                on_step=on_step,
-            )
-        return self.normalize(u)
+            return self.normalize(sgld(self.pixel_energy, u, config, y=y, generator=generators, **options))
 
     @property
     def chains(self) -> PublishedChains | None:

@@ -52,7 +52,7 @@ class ReplayBuffer:
         check_whole("replay buffer capacity", capacity, 1)
         check_number("replay buffer restart_prob", restart_prob, least=0, most=1)
         if num_classes is not None and capacity < num_classes:
-            raise InputError(f"replay buffer capacity {capacity} is below {num_classes} classes: give one chain a class")
+            raise InputError(f"replay buffer capacity {capacity} is below {num_classes} classes: raise it")
         self.init, self.generator, self.restart_prob, self.num_classes = init, generator, restart_prob, num_classes
         self.host_generator = torch.Generator().manual_seed(generator.initial_seed())
         self.labels = None if num_classes is None else _slot_classes(capacity, num_classes, device)
@@ -77,7 +77,7 @@ class ReplayBuffer:
         if n > len(self):
             raise InputError(f"{n} chains from a replay buffer of {len(self)}: raise its capacity or lower the batch size")
         if y is not None and y.shape != (n,):
-            raise InputError(f"y has shape {tuple(y.shape)} for {n} chains: give one label a chain, shape ({n},)")
+            raise InputError(f"y has shape {tuple(y.shape)} for {n} chains: give one label per chain, shape ({n},)")
         device = self.chains.device
         if y is None:
             slots = torch.randperm(len(self), generator=self.generator, device=device)[:n]

@@ -4,15 +4,33 @@ Nothing here knows networks' heads or buffers: an energy is a function ``energy_
 returns shape (B,), and a chain's state is a plain tensor of pixels.
 """
 
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from timm_jem.errors import check_number, check_whole
+from timm_jem.errors import InputError, check_number, check_whole
 
-__all__ = ["SGLDConfig", "draw_classes", "randn", "sgld", "sgld_step", "uniform_noise"]
+__all__ = [
+    "Generators",
+    "SGLDConfig",
+    "chain_generators",
+    "draw_classes",
+    "draw_seeds",
+    "randn",
+    "sgld",
+    "sgld_step",
+    "uniform_noise",
+]
+
+_FEWEST = 4  # chains in a batch: matrix products of fewer rows take other paths, and round otherwise
+
+_NOISE_AT_ONCE = 2**20  # numbers
+
+# One stream of numbers for all chains, or one a chain, all of one device; None: PyTorch's global one.
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass(frozen=True)
@@ -58,30 +76,93 @@ class SGLDConfig:
                 check_number(f"sgld {name}", getattr(self, name), above=0)
 
 
-def randn(shape, *, generator: torch.Generator | None = None, device=None, dtype=None) -> Tensor:
-    """Standard normal noise on ``device``, drawn where ``generator`` lives, so that a CPU generator serves any device."""
-    source = generator.device if generator is not None else device
-    return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
+def chain_generators(seeds: Sequence[int] | Tensor) -> list[torch.Generator]:
+    """One generator a chain, so that what a chain draws is a function of its seed alone, whatever is drawn beside it.
+
+    They live on the CPU, and so give the same noise to chains on any device.
+
+    Args:
+        seeds: whole numbers from 0 to 2³² − 1, all that PyTorch's generator of the CPU tells apart.
+
+    Raises:
+        InputError: seeds of another range or type.
+    """
+    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence):
+        raise InputError(f"seeds is {seeds!r}: give a list of whole numbers, one seed per image")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
+            raise InputError(f"a seed is {seed!r}: give whole numbers from 0 to {2**32 - 1}")
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def draw_seeds(n: int, generator: torch.Generator | None = None) -> list[int]:
+    """``n`` distinct seeds for :func:`chain_generators`; the first of them are the same however many are drawn."""
+    device = "cpu" if generator is None else generator.device
+    seeds: dict[int, None] = {}
+    while len(seeds) < n:  # one by one: what CUDA draws at once depends on how much that is
+        seeds[int(torch.randint(2**32, (), generator=generator, device=device))] = None
+    return list(seeds)
+
+
+def randn(shape, *, generator: Generators = None, device=None, dtype=None) -> Tensor:
+    """Standard normal noise on ``device``, drawn where ``generator`` lives, so that a CPU generator serves any device.
+
+    Of a sequence of generators, one for each of the ``shape[0]`` chains, the i-th alone draws the noise of chain i.
+
+    Raises:
+        InputError: another number of generators than of chains, or something else than generators.
+    """
+    return _drawn("normal_", shape, generator, device, dtype)
 
 
 def uniform_noise(
-    shape, *, generator: torch.Generator | None = None, device=None, dtype=None, y: Tensor | None = None
+    shape,
+    *,
+    generator: Generators = None,
+    device=None,
+    dtype=None,
+    y: Tensor | None = None,
 ) -> Tensor:
     """Uniform noise in [-1, 1] pixels: the initial distribution of JEM's chains (arXiv 1912.03263, appendix A).
 
     ``y``, the classes of the new chains, is that of every initial distribution, and makes no difference to this one.
+    ``generator`` and errors as of :func:`randn`.
     """
-    source = generator.device if generator is not None else device
-    return torch.rand(shape, generator=generator, device=source, dtype=dtype).to(device).mul_(2).sub_(1)
+    return _drawn("uniform_", shape, generator, device, dtype).mul_(2).sub_(1)
 
 
-def draw_classes(n: int, weights: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """``n`` classes, int64, shape (n,), drawn by ``weights``, shape (num_classes,), on their device; nothing waits for it."""
+def draw_classes(n: int, weights: Tensor, *, generator: Generators = None) -> Tensor:
+    """``n`` classes, int64, shape (n,), drawn by ``weights``, shape (num_classes,), on their device; nothing waits for it.
+
+    ``generator`` and errors as of :func:`randn`.
+    """
     # An exponential race: the first of arrivals at rates p is class c with probability p[c]. torch.multinomial checks its
     # input on the host where n is 1.
-    source = weights.device if generator is None else generator.device
-    times = torch.empty(n, len(weights), device=source).exponential_(generator=generator)
-    return (weights / times.to(weights.device)).argmax(1)
+    times = _drawn("exponential_", (n, len(weights)), generator, weights.device, None)
+    return (weights / times).argmax(1)
+
+
+def _drawn(fill: str, shape, generator: Generators, device, dtype) -> Tensor:
+    """A new tensor filled by its method ``fill``: all at once by one generator, or row by row by as many as it has rows."""
+    if generator is None or isinstance(generator, torch.Generator):
+        source = device if generator is None else generator.device
+        return getattr(torch.empty(shape, device=source, dtype=dtype), fill)(generator=generator).to(device)
+    _check_generators(generator, shape[0])
+    source = generator[0].device if len(generator) else device
+    numbers = torch.empty(shape, device=source, dtype=dtype)
+    for row, own in zip(numbers, generator, strict=True):
+        getattr(row, fill)(generator=own)
+    return numbers.to(device)
+
+
+def _check_generators(generator: Generators, n: int) -> None:
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    if not (isinstance(generator, Sequence) and all(isinstance(own, torch.Generator) for own in generator)):
+        raise InputError(f"generator is a {type(generator).__name__}: give a torch.Generator, or a list of one per chain")
+    if len(generator) != n:
+        raise InputError(f"{len(generator)} generators for {n} chains: give one for all, or one per chain")
 
 
 def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig) -> Tensor:
@@ -112,7 +193,7 @@ def sgld(
     config: SGLDConfig,
     *,
     y: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     num_steps: int | None = None,
     denoise_steps: int = 0,
     batch_size: int | None = None,
@@ -120,41 +201,74 @@ def sgld(
 ) -> Tensor:
     """Run SGLD chains. No graph outlives a step, no parameter gets a gradient, and nothing waits for the device.
 
-    A step's noise is drawn for all chains at once, before the gradients are taken ``batch_size`` chains at a time:
-    the same seed gives the same chains however they are split.
+    A step's noise is drawn before the gradients are taken ``batch_size`` chains at a time, so that however chains are split
+    they get the same noise; and with one generator a chain, the same whatever other chains there are. Their energies round
+    alike where the network rounds alike in batches of any size: see :meth:`timm_jem.JEM.sample`.
 
     Args:
         energy_fn: ``energy_fn(u)``, or ``energy_fn(u, y)`` when ``y`` is given, to energies of shape (B,).
         u: initial chains, pixels, shape (B, C, H, W); not changed.
         config: see :class:`SGLDConfig`.
         y: labels of the chains, shape (B,); chains of E(x, y) instead of E(x).
-        generator: the only source of randomness; None: PyTorch's global one.
+        generator: the only source of randomness, or a list of them, one a chain (:func:`chain_generators`); None:
+            PyTorch's global one.
         num_steps: instead of ``config.num_steps``.
         denoise_steps: how many of the last steps are without noise.
-        batch_size: chains per gradient evaluation; None: all.
+        batch_size: chains per gradient evaluation, at least four: fewer are filled up by repeating the last, since the
+            matrix products of so few images round differently. None: all at once, just as they are.
         on_step: called with (steps done, chains) after each step.
 
     Returns:
         The final chains, pixels, detached, shape (B, C, H, W).
+
+    Raises:
+        InputError: no chains, fewer than no steps, a ``batch_size`` below 1, another number of generators than of chains,
+            or an ``on_step`` that can't be called.
     """
     num_steps = config.num_steps if num_steps is None else num_steps
+    if len(u) == 0:
+        raise InputError(f"the chains have shape {tuple(u.shape)}: give at least one to start from")
+    check_whole("num_steps of chains", num_steps, 0)
+    check_whole("denoise_steps of chains", denoise_steps, 0)
+    if batch_size is not None:
+        check_whole("batch_size of chains", batch_size, 1)
+    if on_step is not None and not callable(on_step):
+        raise InputError(f"on_step is {on_step!r}: give a function of (steps done, pixels)")
+    _check_generators(generator, len(u))
     with torch.inference_mode(False), torch.enable_grad():
         u = u.detach().clone()  # a clone of an inference tensor is an ordinary one
         y = None if y is None else y.clone()
+        noises = _noises(u, num_steps - denoise_steps if config.noise_std > 0 else 0, generator)
         for step in range(num_steps):
-            noisy = config.noise_std > 0 and step < num_steps - denoise_steps
-            noise = randn(u.shape, generator=generator, device=u.device, dtype=u.dtype) if noisy else None
+            noise = next(noises, None)
             u = sgld_step(u, _gradient(energy_fn, u, y, batch_size), noise, config)
             if on_step is not None:
                 on_step(step + 1, u)
     return u
 
 
+def _noises(u: Tensor, num_steps: int, generator: Generators) -> Iterator[Tensor]:
+    """Standard normal noise of the shape of ``u`` for each step in turn."""
+    block = 1
+    if isinstance(generator, Sequence) and generator[0].device.type == "cpu" and u[0].numel() % 16 == 0:
+        # Going from generator to generator takes longer than drawing for a small image. On the CPU normal numbers come in
+        # sixteens, so that those of several steps at once are those of one step after another.
+        block = max(1, _NOISE_AT_ONCE // u.numel())
+    for start in range(0, num_steps, block):
+        shape = (len(u), min(block, num_steps - start), *u.shape[1:])
+        yield from randn(shape, generator=generator, device=u.device, dtype=u.dtype).unbind(1)
+
+
 def _gradient(energy_fn: Callable[..., Tensor], u: Tensor, y: Tensor | None, batch_size: int | None) -> Tensor:
     gradients = []
-    size = batch_size or max(len(u), 1)
+    size = len(u) if batch_size is None else max(batch_size, _FEWEST)
     for start in range(0, len(u), size):
-        part = u[start : start + size].detach().requires_grad_(True)
-        args = (part,) if y is None else (part, y[start : start + size])
-        gradients.append(torch.autograd.grad(energy_fn(*args).sum(), part)[0])
+        part, labels = u[start : start + size].detach(), None if y is None else y[start : start + size]
+        count = len(part)
+        if batch_size is not None and count < _FEWEST:
+            rows = torch.arange(_FEWEST, device=u.device).clamp(max=count - 1)
+            part, labels = part[rows], None if labels is None else labels[rows]
+        part.requires_grad_(True)
+        args = (part,) if labels is None else (part, labels)
+        gradients.append(torch.autograd.grad(energy_fn(*args).sum(), part)[0][:count])
     return gradients[0] if len(gradients) == 1 else torch.cat(gradients)

@@ -76,7 +76,7 @@ class AutoAugment:
             # Some numbers only break when the policy is used.
             self(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), [[i] for i in range(4)])
         except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
-            raise InputError(f"auto_augment {policy!r} is no policy ({one_line(error)}): {hint}") from error
+            raise InputError(f"auto_augment {policy!r} is not a policy ({one_line(error)}): {hint}") from error
 
     def __call__(self, images: Tensor, seeds: Sequence[Sequence[int]]) -> Tensor:
         """Change each image at random, by its seed alone.

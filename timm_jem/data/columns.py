@@ -91,10 +91,10 @@ def labelling_of(features: Features, config: DataConfig, split: str, column: str
     feature = features[column]
     names = dict(enumerate(feature.names)) if isinstance(feature, ClassLabel) else None
     if split == config.train_split:
-        remedy = "mend or remove the row, or keep rows without labels as unlabelled images with --data.unlabeled_rows true"
+        remedy = "fix or remove the row, or keep rows without labels as unlabelled images with --data.unlabeled_rows true"
         missing = None if config.unlabeled_rows else remedy
     else:
-        missing = "mend or remove the row, or choose another test_split"
+        missing = "fix or remove the row, or choose another test_split"
     return Labelling(column, names, {name: i for i, name in enumerate(class_names)}, missing)
 
 

@@ -86,6 +86,6 @@ class DataConfig:
         check_whole("data shuffle_buffer", self.shuffle_buffer, 1)
         for name in ("labels_per_class", "unlabeled"):
             if self.streaming and getattr(self, name) is not None:
-                raise InputError(f"data {name} is {getattr(self, name)!r}, which goes not with data.streaming: leave one out")
+                raise InputError(f"data {name} is {getattr(self, name)!r}, which excludes data.streaming: drop one")
         if (self.unlabeled, self.unlabeled_split) == (self.dataset, self.train_split):
             raise InputError("data unlabeled is the train split itself: give other images, or labels_per_class")

@@ -149,9 +149,9 @@ def open_image(stored: dict | None, what: str) -> PILImage.Image:
         image = ImageOps.exif_transpose(image)
         image.load()
     except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-        raise InputError(f"{what} has an image that can't be decoded ({one_line(error)}): mend or remove it") from error
+        raise InputError(f"{what} has an image that can't be decoded ({one_line(error)}): repair or remove it") from error
     if image.mode.startswith("I;16"):
         return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise InputError(f"{what} has an image of 32-bit numbers, whose range nobody tells: convert it to 8 or 16 bits")
+        raise InputError(f"{what} has an image of 32-bit numbers, whose range is unknown: convert it to 8 or 16 bits")
     return image

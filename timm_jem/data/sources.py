@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from timm_jem.errors import InputError
 
-__all__ = ["LOADING_ERRORS", "digits", "load"]
+__all__ = ["LOADING_ERRORS", "digits", "hub_id", "load"]
 
 LOADING_ERRORS = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError)
 _STREAM_SHARDS = 64  # of a stored set that is read as a stream: many numbers of processes divide it
@@ -28,8 +28,7 @@ def digits() -> Dataset:
 
 def load(name: str, config_name: str | None, split: str, streaming: bool) -> dict[str, Dataset] | dict[str, IterableDataset]:
     """The splits of a data set; one without splits, or in a single file, has all its rows in ``split``."""
-    path = Path(name)
-    local = path.exists() or name.startswith((".", os.sep)) or name.endswith(".parquet")
+    path, local = Path(name), _is_local(name)
     if name != "digits" and local and not path.exists():
         raise InputError(f"there is no data set at {name}: give a folder, a .parquet file or a Hub name")
     try:
@@ -52,3 +51,12 @@ def load(name: str, config_name: str | None, split: str, streaming: bool) -> dic
         key: rows.to_iterable_dataset(min(_STREAM_SHARDS, len(rows))) if isinstance(rows, Dataset) and len(rows) else rows
         for key, rows in loaded.items()
     }
+
+
+def hub_id(name: str) -> str | None:
+    """The Hub's id of the data set that :func:`load` reads by this name; None: it comes from elsewhere."""
+    return None if name == "digits" or _is_local(name) else name
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).exists() or name.startswith((".", os.sep)) or name.endswith(".parquet")

@@ -66,7 +66,7 @@ def load_splits(config: DataConfig) -> Splits:
         raise InputError(f"{config.dataset} has no split {config.train_split!r}: choose train_split from {', '.join(loaded)}")
     train = loaded[config.train_split]
     if train.features is None:
-        raise InputError(f"{config.dataset} doesn't tell its columns before its rows are read: leave data.streaming out")
+        raise InputError(f"{config.dataset} does not list its columns before its rows are read: leave data.streaming out")
     image_column = find_image_column(train.features, config.dataset, config.image_column, "choose one with --data.image_column")
     label_column = find_label_column(train.features, config)
     if config.streaming and not isinstance(train.features[label_column], ClassLabel):
@@ -155,7 +155,7 @@ def _split_stored(
     rng = np.random.default_rng(config.split_seed)
     rows_of, unlabeled = {"train": np.flatnonzero(labels >= 0)}, np.flatnonzero(labels < 0)
     if len(rows_of["train"]) < 3:
-        raise InputError(f"{config.dataset} has {len(rows_of['train'])} images with labels to train on: three splits need more")
+        raise InputError(f"{config.dataset} has {len(rows_of['train'])} labelled images, too few for three splits")
     if test_split is None:
         rows_of["train"], rows_of["test"] = _hold_out(rows_of["train"], labels, config.test_fraction, rng)
     rows_of["train"], rows_of["val"] = _hold_out(rows_of["train"], labels, config.val_fraction, rng)

@@ -23,7 +23,7 @@ class Labelling:
         column: the label column.
         names: names of a ClassLabel column's values; None: other values are their own names.
         classes: class of each name.
-        missing: how to mend a row without a label, for messages; None: such rows are unlabelled images, of class −1.
+        missing: how to fix a row without a label, for messages; None: such rows are unlabelled images, of class −1.
     """
 
     column: str
@@ -41,7 +41,7 @@ class Labelling:
             return -1
         name = str(value) if self.names is None else self.names.get(value)
         if value is None or name not in self.classes:
-            remedy = self.missing if value in (None, -1) else "mend or remove the row"
+            remedy = self.missing if value in (None, -1) else "fix or remove the row"
             raise InputError(
                 f"{what}, has the label {value!r}, none of the train split's {len(self.classes)} classes: {remedy}"
             )

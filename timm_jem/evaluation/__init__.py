@@ -1,8 +1,11 @@
 """Figures and pictures of trained models.
 
-Each module stands for itself: ``classification``, ``calibration``, ``ood``, ``attacks``, ``refinement``, ``robustness``,
-``generation``, ``extractors``, ``judges``, ``illustrations``, ``intervals``, ``report``, ``pictures`` and, with matplotlib,
-``plots``. recipes/evaluate.py puts them together.
+Measures: ``classification``, ``calibration``, ``ood``, ``attacks``, ``refinement``, ``robustness``, ``generation``,
+``extractors``, ``judges``, ``illustrations`` and ``intervals`` are plain functions, each module by itself; ``pictures`` and
+``plots`` draw.
+
+Reports: ``settings`` says what to measure, ``subject`` loads it, and each ``*_section`` puts the measures of one kind into a
+``section`` of a ``report``; ``comparison`` puts reports side by side. recipes/evaluate.py goes from section to section.
 """
 
 from timm_jem.evaluation.calibration import expected_calibration_error

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import tqdm
 from torch import Tensor, nn
 
-from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.errors import InputError, check_number, check_whole, how_to_install
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.pixels import from_unit
@@ -93,7 +93,7 @@ def check_attackable(images: Tensor, y: Tensor) -> None:
             "i.e. 8-bit images divided by 255"
         )
     if y.shape != images.shape[:1] or len(y) == 0:
-        raise InputError(f"{len(images)} images to attack and labels of shape {tuple(y.shape)}: give a label an image")
+        raise InputError(f"{len(images)} images to attack and labels of shape {tuple(y.shape)}: give one label per image")
     if y.dtype != torch.int64 or y.min() < 0:
         raise InputError(f"labels of images to attack are {y.dtype}, the least is {y.min().item()}: give int64, at least 0")
     if not (images.min() >= 0 and images.max() <= 1):  # NaN included
@@ -291,7 +291,7 @@ def auto_attack(
     try:
         from pyautoattack import AutoAttack
     except ImportError as error:
-        raise InputError("AutoAttack needs pyautoattack: pip install 'timm_jem[robust]'") from error
+        raise InputError(f"AutoAttack needs pyautoattack: {how_to_install('robust')}") from error
     if norm not in ("linf", "l2"):
         raise InputError(f"norm of an attack is {norm!r}: give linf or l2")
     if version not in ("standard", "rand"):

@@ -10,7 +10,12 @@ from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
 
-__all__ = ["accuracy", "predict"]
+__all__ = ["accuracy", "in_batches", "predict"]
+
+
+def in_batches(images: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels in parts of ``size``, as :func:`predict` takes them."""
+    return list(zip(images.split(size), y.split(size), strict=True))
 
 
 @torch.no_grad()

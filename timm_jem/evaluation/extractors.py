@@ -3,7 +3,7 @@
 import hashlib
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from timm_jem.errors import InputError, one_line
+from timm_jem.errors import InputError, how_to_install, one_line
 from timm_jem.evaluation.generation import thumbnails
 from timm_jem.model import JEM
 from timm_jem.models.names import BUILD_ERRORS, check_name
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
 
-__all__ = ["Extractor", "classifier_extractor", "extract", "load_extractor"]
+__all__ = ["Extractor", "classifier_extractor", "extract", "load_extractor", "load_extractors"]
 
 # Covariances of more dimensions than a few thousand can't be estimated from as many images as there are.
 _MAX_PIXELS = 3072
@@ -99,6 +99,20 @@ def load_extractor(spec: str, *, input_size: tuple[int, int, int], device: torch
     raise InputError(f"extractor is {spec!r}: give pixels, thumbnails, inception, inception:FILE or timm:NAME")
 
 
+def load_extractors(
+    specs: Sequence[str], *, input_size: tuple[int, int, int], device: torch.device | str = "cpu"
+) -> list[Extractor]:
+    """As :func:`load_extractor`, for several; "auto" is pixels for images of up to 192 numbers, and thumbnails above.
+
+    Raises:
+        InputError: no specs, or as :func:`load_extractor`.
+    """
+    if not specs:
+        raise InputError("extractors is empty: give auto, pixels, thumbnails, inception or timm:NAME")
+    auto = "pixels" if math.prod(input_size) <= 192 else "thumbnails"
+    return [load_extractor(auto if spec == "auto" else spec, input_size=input_size, device=device) for spec in specs]
+
+
 def _check_channels(spec: str, channels: int, wanted: int) -> None:
     if channels not in (1, wanted):
         raise InputError(f"extractor {spec} reads {wanted} channels, and the images have {channels}: use thumbnails")
@@ -133,7 +147,7 @@ def extract(extractor: Extractor, images: Tensor, *, batch_size: int = 256, desc
         InputError: images that are not 8-bit.
     """
     if images.dtype != torch.uint8:
-        raise InputError(f"features of {images.dtype} images: give 8-bit ones, uint8, as generation.eight_bit makes them")
+        raise InputError(f"features of {images.dtype} images: give 8-bit ones, uint8, as timm_jem.pixels.eight_bit makes them")
     return torch.cat([extractor.features(x).double().cpu() for x in tqdm(images.split(batch_size), desc=desc, leave=False)])
 
 
@@ -142,7 +156,7 @@ def _inception(file: Path | None) -> tuple[nn.Module, str]:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
     except ImportError as error:
-        raise InputError("FID's Inception needs torch-fidelity: pip install 'timm_jem[eval]'") from error
+        raise InputError(f"FID's Inception needs torch-fidelity: {how_to_install('eval')}") from error
     published = URL_INCEPTION_V3.rsplit("/", 1)[1]
     sha256 = Path(published).stem.rsplit("-", 1)[1]  # its first digits
     if file is None:
@@ -162,7 +176,7 @@ def _inception(file: Path | None) -> tuple[nn.Module, str]:
         weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken file makes a reader raise
         raise InputError(
-            f"{file} is no file of weights ({one_line(error)}): give FID's Inception, {URL_INCEPTION_V3}"
+            f"{file} is not a file of weights ({one_line(error)}): give FID's Inception, {URL_INCEPTION_V3}"
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{file} is not FID's Inception: it holds no state dict, so give {URL_INCEPTION_V3}")

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from accelerate.utils import tqdm
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_whole
+from timm_jem.errors import InputError, check_whole, how_to_install
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
-from timm_jem.sampling import sgld, uniform_noise
+from timm_jem.sampling import chain_generators, draw_seeds, sgld, uniform_noise
 
 __all__ = [
     "best_num_steps",
@@ -40,7 +40,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         InputError: fewer than two rows.
     """
     if min(len(a), len(b)) < 2:
-        raise InputError(f"the Fréchet distance of {len(a)} and {len(b)} images is undefined: give two of each at least")
+        raise InputError(f"the Fréchet distance of {len(a)} and {len(b)} images is undefined: give at least two of each")
     a, b = a.double(), b.double()
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.nan  # LAPACK would not survive it
@@ -77,16 +77,16 @@ def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, fl
         InputError: fewer than five images, features of different extractors or not finite; torch-fidelity is missing.
     """
     if min(len(fake), len(real)) < 5:
-        raise InputError(f"quality of {len(fake)} samples against {len(real)} real images: give five of each at least")
+        raise InputError(f"quality of {len(fake)} samples against {len(real)} real images: give at least five of each")
     if fake.ndim != 2 or fake.shape[1:] != real.shape[1:]:
         raise InputError(f"features of shapes {tuple(fake.shape)} and {tuple(real.shape)}: give (N, D) and (M, D), of one kind")
     if not (fake.isfinite().all() and real.isfinite().all()):
-        raise InputError("features are not finite, so they have no precision or recall: mend the extractor or its input")
+        raise InputError("features are not finite, so they have no precision or recall: check the extractor and its input")
     try:
         from torch_fidelity.metric_kid import kid_features_to_metric
         from torch_fidelity.metric_prc import prc_features_to_metric
     except ImportError as error:
-        raise InputError("KID, precision and recall need torch-fidelity: pip install 'timm_jem[eval]'") from error
+        raise InputError(f"KID, precision and recall need torch-fidelity: {how_to_install('eval')}") from error
     fake, real = fake.double(), real.double()
     size = min(1000, len(fake), len(real))
     kid = kid_features_to_metric(
@@ -120,11 +120,11 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float]:
         InputError: fewer than ten samples; torch-fidelity is missing.
     """
     if len(logits) < 10:
-        raise InputError(f"an Inception score of {len(logits)} samples in ten parts: give ten at least")
+        raise InputError(f"an Inception score of {len(logits)} samples in ten parts: give at least ten")
     try:
         from torch_fidelity.metric_isc import isc_features_to_metric
     except ImportError as error:
-        raise InputError("the Inception score needs torch-fidelity: pip install 'timm_jem[eval]'") from error
+        raise InputError(f"the Inception score needs torch-fidelity: {how_to_install('eval')}") from error
     # A probability that underflows in all images would be 0 · log 0 there: NaN.
     log_p = logits.double().log_softmax(1).clamp(min=-700)
     found = isc_features_to_metric(log_p, splits=10, shuffle=True, rng_seed=seed)
@@ -185,7 +185,7 @@ def chains_by_length(
         lengths: numbers of steps, each above ``denoise_steps``.
         y: classes of chains of E(x, y), int64, shape (N,); None: chains of E(x).
         n: how many chains; may be left out where ``y`` or ``init`` tells.
-        generator: the only source of randomness.
+        generator: the only source of randomness. It draws the seeds that ``jem.sample`` would draw: the same chains.
         batch_size: chains through the network at once.
         init: where chains start, pixels in [-1, 1], shape (N, C, H, W); None: uniform noise.
 
@@ -217,14 +217,18 @@ def _views(
 ) -> Iterator[tuple[int, Tensor]]:
     config, device, done = jem.sgld, jem.mean.device, 0
     y = None if y is None else y.to(device)
-    u = uniform_noise((n, *jem.input_size), generator=generator, device=device) if init is None else init.to(device)
+    generators = chain_generators(draw_seeds(n, generator))  # as in jem.sample
+    if init is None:
+        u = uniform_noise((n, *jem.input_size), generator=generators, device=device, dtype=torch.float32)
+    else:
+        u = init.to(device)
     last = config.denoise_steps
     total = len(lengths) * last + max(lengths, default=last) - last
     with tqdm(total=total, desc="chains", leave=False) as bar:
         options = {"y": y, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
         for steps in lengths:
             with frozen(jem):
-                u = sgld(jem.pixel_energy, u, config, generator=generator, num_steps=steps - last - done, **options)
+                u = sgld(jem.pixel_energy, u, config, generator=generators, num_steps=steps - last - done, **options)
                 view = sgld(jem.pixel_energy, u, config, num_steps=last, denoise_steps=last, **options)
             done = steps - last
             yield steps, view
@@ -250,7 +254,12 @@ def best_num_steps(
     Returns:
         The best of ``candidates``, and the distance of each; NaN for chains that ran away, which are never the best of
         several.
+
+    Raises:
+        InputError: no candidates, or one that the noise-free steps use up.
     """
+    if len(candidates) == 0:
+        raise InputError("there are no lengths of chains to choose from: give at least one")
     real = thumbnails(real.to(jem.mean.device))
     chains = chains_by_length(jem, candidates, y=y, generator=generator, batch_size=batch_size)
     distances = {steps: frechet_distance(thumbnails(u), real) for steps, u in chains}

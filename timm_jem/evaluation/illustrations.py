@@ -11,7 +11,7 @@ from torch import Tensor
 from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
-from timm_jem.sampling import uniform_noise
+from timm_jem.sampling import chain_generators, draw_seeds, uniform_noise
 
 __all__ = ["Counterfactuals", "counterfactuals", "distal_adversarials", "interpolation_paths"]
 
@@ -36,8 +36,8 @@ def distal_adversarials(
     Args:
         jem: the model, or any wrapped classifier; its flags are left as they were.
         y: the classes, int64, shape (N,).
-        generator: the only source of randomness (None: PyTorch's global one). The same seed gives the same images,
-            whatever ``batch_size``.
+        generator: the only source of randomness (None: PyTorch's global one). The same seed gives the same noise to start
+            from, image by image, whatever ``batch_size`` and however many follow.
         steps: the most steps.
         step_size: ℓ2 length of a step in pixels in [-1, 1]; None: 0.01 · √(C·H·W), which is 0.01 a pixel on average.
         confidence: where an image stops.
@@ -57,7 +57,8 @@ def distal_adversarials(
     check_number("step_size of distal adversarials", size, above=0)
     _check_labels(jem, y)
     device = jem.mean.device
-    noise = uniform_noise((len(y), *jem.input_size), generator=generator, device=device)
+    generators = chain_generators(draw_seeds(len(y), generator))
+    noise = uniform_noise((len(y), *jem.input_size), generator=generators, device=device, dtype=torch.float32)
     images, probabilities = [], []
     with torch.inference_mode(False), torch.enable_grad(), frozen(jem):
         batches = list(zip(noise.split(batch_size), y.split(batch_size), strict=True))
@@ -147,7 +148,7 @@ def counterfactuals(
         raise InputError(f"images to change have pixels of up to {u.abs().max():.3g}: cut them, u.clamp(-1, 1)")
     _check_labels(jem, y)
     if y.shape != u.shape[:1]:
-        raise InputError(f"{len(u)} images and {len(y)} classes to change to: give a class an image")
+        raise InputError(f"{len(u)} images and {len(y)} classes to change to: give one class per image")
     found = []
     with torch.inference_mode(False), torch.enable_grad(), frozen(jem):
         batches = list(zip(u.split(batch_size), y.split(batch_size), strict=True))
@@ -239,5 +240,5 @@ def _check_pixels(jem: JEM, u: Tensor) -> None:
     if u.ndim != 4 or u.shape[1] != channels or not u.is_floating_point() or len(u) == 0:
         raise InputError(
             f"images have shape {tuple(u.shape)} and dtype {u.dtype}: give pixels in [-1, 1], shape (N, {channels}, H, W), at "
-            "least one; timm_jem.images.to_pixels makes them of 8-bit images"
+            "least one; timm_jem.pixels.to_pixels makes them of 8-bit images"
         )

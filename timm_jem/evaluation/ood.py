@@ -72,7 +72,7 @@ def ood_scores(
             found[_SOFTMAX].append(logits.softmax(1).amax(1))
             found[_LOGIT].append(logits.amax(1))
     if not found[_DENSITY]:
-        raise InputError("there are no images to score: give one at least")
+        raise InputError("there are no images to score: give at least one")
     return {name: torch.cat(parts).cpu().double() for name, parts in found.items()}
 
 
@@ -89,7 +89,7 @@ def _check_images(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise InputError(f"images have dtype {images.dtype} and shape {tuple(images.shape)}: give uint8 (N, C, H, W)")
     if len(images) == 0:
-        raise InputError("there are no images to score: give one at least")
+        raise InputError("there are no images to score: give at least one")
 
 
 def typicality(log_density: Tensor, reference: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def typicality(log_density: Tensor, reference: Tensor) -> Tensor:
         InputError: no held-out images.
     """
     if len(reference) == 0:
-        raise InputError("typicality needs log p(x) of held-out images: give one at least")
+        raise InputError("typicality needs log p(x) of held-out images: give at least one")
     return -(log_density.double() - reference.double().mean()).abs()
 
 
@@ -156,9 +156,9 @@ def _fpr95(positive: np.ndarray, scores: np.ndarray) -> float:
 def _checked(scores: Tensor, name: str) -> np.ndarray:
     scores = torch.as_tensor(scores).detach().cpu().double().numpy()
     if scores.ndim != 1:
-        raise InputError(f"{name} scores have shape {scores.shape}: give one score an image, shape (N,)")
+        raise InputError(f"{name} scores have shape {scores.shape}: give one score per image, shape (N,)")
     if len(scores) == 0:
-        raise InputError(f"there are no {name} scores: give one at least")
+        raise InputError(f"there are no {name} scores: give at least one")
     bad = int((~np.isfinite(scores)).sum())
     if bad:
         raise InputError(f"{bad} of {len(scores)} {name} scores are not finite: the model is broken, or the score overflows")

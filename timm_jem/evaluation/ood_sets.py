@@ -1,13 +1,15 @@
-"""Out-of-distribution sets that need no download."""
+"""Out-of-distribution sets: those that need no download, and any other data set's images."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from timm_jem.data import load_images
 from timm_jem.errors import InputError, check_whole
 
-__all__ = ["constant_images", "interpolations", "uniform_images"]
+__all__ = ["constant_images", "interpolations", "outlier_sets", "uniform_images"]
 
 
 def interpolations(images: Tensor, labels: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -32,7 +34,7 @@ def interpolations(images: Tensor, labels: Tensor, n: int, generator: torch.Gene
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise InputError(f"images have dtype {images.dtype} and shape {tuple(images.shape)}: give uint8 (N, C, H, W)")
     if labels.shape != images.shape[:1]:
-        raise InputError(f"{len(images)} images and labels of shape {tuple(labels.shape)}: give one label an image")
+        raise InputError(f"{len(images)} images and labels of shape {tuple(labels.shape)}: give one label per image")
     classes, label, count = labels.unique(return_inverse=True, return_counts=True)
     if len(classes) < 2:
         raise InputError(f"interpolations need images of two classes, and these have {len(classes)}: give more images")
@@ -68,3 +70,37 @@ def constant_images(n: int, shape: Sequence[int], generator: torch.Generator) ->
     are their limit).
     """
     return uniform_images(n, (shape[0], 1, 1), generator).expand(n, *shape).contiguous()
+
+
+def outlier_sets(specs: Sequence[str], images: Tensor, labels: Tensor, *, count: int, seed: int) -> dict[str, Tensor]:
+    """The sets that are asked for, by the names that reports give them.
+
+    Args:
+        specs: interpolation, uniform, constant, or the Hub names, folders or .parquet files of data sets.
+        images: 8-bit images in distribution, shape (N, C, H, W), in a random order.
+        labels: their classes, integers, shape (N,).
+        count: images in a set; a data set may have fewer.
+        seed: of all sets.
+
+    Returns:
+        For each set uint8, shape (n, C, H, W).
+
+    Raises:
+        InputError: no sets, or a data set that can't be read.
+    """
+    shape = images.shape[1:]
+    sets: dict[str, Tensor] = {}
+    for i, spec in enumerate(specs):
+        generator = torch.Generator().manual_seed(seed + i)
+        if spec == "interpolation":
+            sets[spec] = interpolations(images, labels, count, generator)
+        elif spec == "uniform":
+            sets["uniform noise"] = uniform_images(count, shape, generator)
+        elif spec == "constant":
+            sets["constant colours"] = constant_images(count, shape, generator)
+        else:
+            name = spec if Path(spec).stem in sets else Path(spec).stem
+            sets[name] = load_images(spec, channels=shape[0], size=tuple(shape[1:]), count=count, seed=seed)
+    if not sets:
+        raise InputError("ood is empty: give some of interpolation, uniform, constant, or data sets; or leave the section out")
+    return sets

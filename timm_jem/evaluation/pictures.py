@@ -88,7 +88,7 @@ def stack_pictures(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
         InputError: no pictures.
     """
     if not pictures:
-        raise InputError("there are no pictures to stack: give one at least")
+        raise InputError("there are no pictures to stack: give at least one")
     font = ImageFont.load_default(size=15)
     titles = [_drawable(title) for title, _ in pictures]
     width = max([picture.width for _, picture in pictures] + [8 + round(font.getlength(title)) for title in titles])

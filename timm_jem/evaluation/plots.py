@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, how_to_install
 
 try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
-except ImportError as error:
-    raise InputError("plots need matplotlib: pip install 'timm_jem[eval]'") from error
+except ImportError:  # told by the first figure, so that whatever draws can be imported without it
+    Figure = None
 
 __all__ = ["accuracy_curves", "auroc_table", "quality_curves", "reliability_diagram", "save_figure", "score_histograms"]
 
@@ -29,6 +29,8 @@ def _style(i: int) -> dict[str, str]:
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, Any]:
+    if Figure is None:
+        raise InputError(f"plots need matplotlib: {how_to_install('eval')}")
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     axes = figure.subplots(rows, columns, **options)
     for axis in np.atleast_1d(axes).flat:
@@ -39,7 +41,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **opti
 
 def _check_some(what: str, data: Mapping) -> None:
     if not data or not all(data.values()):
-        raise InputError(f"there is nothing to draw as {what}: give one entry at least, none of them empty")
+        raise InputError(f"there is nothing to draw as {what}: give at least one entry, none of them empty")
 
 
 def reliability_diagram(bins: Mapping[str, Mapping[str, Any]]) -> Figure:

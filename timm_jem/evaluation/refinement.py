@@ -19,7 +19,7 @@ from timm_jem.modes import frozen
 from timm_jem.pixels import from_unit
 from timm_jem.sampling import SGLDConfig, randn, sgld_step
 
-__all__ = ["RefinementConfig", "refined_classifier"]
+__all__ = ["RefinementConfig", "check_second_derivatives", "refined_classifier"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def refined_classifier(
         raise InputError(f"gradient of a refinement is {gradient!r}: give 'identity' or 'through'")
     settings = config.sgld or jem.sgld
     if gradient == "through":
-        _check_second_derivatives(jem)
+        check_second_derivatives(jem)
 
     def refine(u: Tensor, create_graph: bool) -> Tensor:
         for _ in range(config.steps):
@@ -102,8 +102,12 @@ def refined_classifier(
     return classify
 
 
-def _check_second_derivatives(jem: JEM) -> None:
-    """PyTorch tells only when the gradient is taken, in the attacker's code: ask now, with one image."""
+def check_second_derivatives(jem: JEM, remedy: str = "call timm.layers.set_fused_attn(False) before building it") -> None:
+    """Take a second derivative of E(x), with one image: PyTorch says only then that there is none.
+
+    Raises:
+        InputError: the backbone has none; the message ends in ``remedy``.
+    """
     with frozen(jem), torch.inference_mode(False), torch.enable_grad():
         u = torch.zeros(1, *jem.input_size, device=jem.mean.device, dtype=jem.mean.dtype, requires_grad=True)
         slope = torch.autograd.grad(jem.pixel_energy(u).sum(), u, create_graph=True)[0]
@@ -116,5 +120,5 @@ def _check_second_derivatives(jem: JEM) -> None:
                 raise
             raise InputError(
                 f"this backbone has no second derivatives ({one_line(error)}), which the gradient through a refinement "
-                "needs: call timm.layers.set_fused_attn(False) before building it"
+                f"needs: {remedy}"
             ) from error

@@ -1,12 +1,12 @@
-"""What was measured, with how many images, which seed and which protocol: as JSON, as Markdown, and side by side."""
+"""What was measured, with how many images, which seed and which protocol: as JSON, as Markdown, and in a folder."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,18 @@ from torch import Tensor
 from timm_jem.errors import InputError, one_line
 from timm_jem.files import folder_aside
 
-__all__ = ["REPORT_FILE", "Report", "Result", "check_output_dir", "comparison", "fingerprint", "read_report", "write_files"]
+__all__ = [
+    "REPORT_FILE",
+    "Report",
+    "Result",
+    "check_output_dir",
+    "fingerprint",
+    "in_order",
+    "number",
+    "read_report",
+    "write_files",
+    "write_report",
+]
 
 REPORT_FILE = "report.json"
 FORMAT_VERSION = 1
@@ -63,7 +74,7 @@ class Report:
     Attributes:
         subject: what was evaluated, on what, by which command and settings, versions, seconds: JSON data.
         results: the numbers, in the report's order.
-        curves: data of plots that :func:`comparison` overlays, by the plot's name; JSON data.
+        curves: data of plots that :mod:`timm_jem.evaluation.comparison` overlays, by the plot's name; JSON data.
         warnings: what a reader must know before believing the numbers.
         pictures: (section, file name, caption).
     """
@@ -87,10 +98,10 @@ class Report:
         if self.warnings:
             lines += ["**Warnings**", "", *(f"- {warning}" for warning in self.warnings), ""]
         sections = [result.section for result in self.results] + [section for section, _, _ in self.pictures]
-        for section in _in_order(sections):
+        for section in in_order(sections):
             lines += [f"## {section}", ""]
             of_section = [result for result in self.results if result.section == section]
-            for table in _in_order([result.table for result in of_section]):
+            for table in in_order([result.table for result in of_section]):
                 of_table = [result for result in of_section if result.table == table]
                 lines += [f"### {table}", "", *_table(of_table), ""]
                 lines += [f"{_protocols(of_table)}", ""]
@@ -100,7 +111,7 @@ class Report:
         return "\n".join(lines).rstrip() + "\n"
 
     def card_results(self) -> list[dict[str, Any]]:
-        """The results that go on a model card, as :func:`timm_jem.card.model_card` takes them."""
+        """The results that go on a model card, as :func:`timm_jem.hub.card.model_card` takes them."""
         return [
             {
                 "name": result.title,
@@ -120,24 +131,26 @@ def _interval(result: Result) -> str:
     return f"{seed}; {result.interval} [{result.low:.4f}, {result.high:.4f}]" if result.interval else seed
 
 
-def _in_order(names: Sequence[str]) -> list[str]:
+def in_order(names: Sequence[str]) -> list[str]:
+    """Each of the names once, in the order of their first appearance."""
     return list(dict.fromkeys(names))
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A value as tables show it."""
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"  # NaN is "nan"
 
 
 def _table(results: Sequence[Result]) -> list[str]:
     cells = {(result.row, result.column): result for result in results}
-    columns = _in_order([result.column for result in results])
+    columns = in_order([result.column for result in results])
     lines = ["| | " + " | ".join(column or "value" for column in columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for row in _in_order([result.row for result in results]):
+    for row in in_order([result.row for result in results]):
         shown = []
         for column in columns:
             result = cells.get((row, column))
-            interval = f" [{_number(result.low)}, {_number(result.high)}]" if result and result.interval else ""
-            shown.append(f"{_number(result.value)}{interval}" if result else "")
+            interval = f" [{number(result.low)}, {number(result.high)}]" if result and result.interval else ""
+            shown.append(f"{number(result.value)}{interval}" if result else "")
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
     return lines
 
@@ -151,12 +164,12 @@ def _protocols(results: Sequence[Result]) -> str:
         ways.setdefault(f"{result.protocol}; n = {result.n:,}{seed}{interval}.", []).append(result)
     if len(ways) == 1:
         return next(iter(ways))
-    columns = [_in_order([result.column for result in alike]) for alike in ways.values()]
+    columns = [in_order([result.column for result in alike]) for alike in ways.values()]
     by_column = len({column for names in columns for column in names}) == sum(map(len, columns))
     lines = []
     for way, alike in ways.items():
         names = [result.column for result in alike] if by_column else [result.row for result in alike]
-        lines.append(f"- *{'; '.join(_in_order(names))}*: {way}")
+        lines.append(f"- *{'; '.join(in_order(names))}*: {way}")
     return "\n".join(lines)
 
 
@@ -182,7 +195,7 @@ def read_report(path: str | os.PathLike) -> Report:
         raise
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise InputError(
-            f"{file} is no report ({type(error).__name__}: {one_line(error)}): evaluate that model again"
+            f"{file} is not a report ({type(error).__name__}: {one_line(error)}): evaluate that model again"
         ) from error
 
 
@@ -194,71 +207,6 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str, Any]]]:
-    """One table of several models: rows are results, columns models.
-
-    A model with several reports, e.g. of several seeds, is shown as mean ± standard deviation over them.
-
-    Args:
-        reports: by the models' names.
-
-    Returns:
-        Markdown, and the same as JSON data: section, table, row, column, and of each model the values.
-    """
-    keys = _in_order([_key(result) for group in reports.values() for report in group for result in report.results])
-    values: dict[tuple, dict[str, list[float]]] = {key: {} for key in keys}
-    for name, group in reports.items():
-        for report in group:
-            for result in report.results:
-                values[_key(result)].setdefault(name, []).append(result.value)
-    lines = ["# Models side by side", ""]
-    for name, group in reports.items():
-        runs = f", {len(group)} runs: mean ± standard deviation" if len(group) > 1 else ""
-        lines.append(f"- **{name}**: {'; '.join(_in_order([report.subject['name'] for report in group]))}{runs}")
-    lines += _differences(reports)
-    for section in _in_order([key[0] for key in keys]):
-        lines += ["", f"## {section}", ""]
-        for table in _in_order([key[1] for key in keys if key[0] == section]):
-            lines += ["", f"### {table}", "", "| | " + " | ".join(reports) + " |", "| --- |" + " --- |" * len(reports)]
-            for key in keys:
-                if key[:2] == (section, table):
-                    cells = [_mean(values[key].get(name, [])) for name in reports]
-                    lines.append(f"| {', '.join(filter(None, key[2:]))} | " + " | ".join(cells) + " |")
-    data = [
-        {"section": key[0], "table": key[1], "row": key[2], "column": key[3], "values": of_models}
-        for key, of_models in values.items()
-    ]
-    return "\n".join(lines).rstrip() + "\n", data
-
-
-def _key(result: Result) -> tuple[str, str, str, str]:
-    return result.section, result.table, result.row, result.column
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    if len(values) == 1:
-        return _number(values[0])
-    return f"{_number(statistics.fmean(values))} ± {_number(statistics.stdev(values))}"
-
-
-def _differences(reports: dict[str, Sequence[Report]]) -> list[str]:
-    """Warn where numbers of the same name were not measured alike."""
-    every = [report for group in reports.values() for report in group]
-    lines = [
-        f"- **Not alike**: {what} differ between these reports ({', '.join(sorted(found))})"
-        for what, key in (("data sets", "data"), ("presets", "preset"))
-        if len(found := {str(report.subject.get(key)) for report in every}) > 1
-    ]
-    ways: dict[tuple, set[tuple]] = {}
-    for report in every:
-        for result in report.results:
-            ways.setdefault(_key(result), set()).add((result.protocol, result.n))
-    unlike = _in_order([f"{key[1]}" for key, found in ways.items() if len(found) > 1])
-    return lines + ([f"- **Measured differently** (protocol or n): {', '.join(unlike)}"] if unlike else [])
 
 
 def check_output_dir(path: str | os.PathLike, overwrite: bool) -> Path:
@@ -278,18 +226,67 @@ def check_output_dir(path: str | os.PathLike, overwrite: bool) -> Path:
     return folder
 
 
-def write_files(folder: Path, write) -> None:
-    """``write(temporary folder)``, then move its files to ``folder``: all of them are there, or none.
+def write_report(report: Report, folder: Path, drawn: Path, *, missing: Sequence[str] = ()) -> None:
+    """Put a report into its folder, in place of what was there; the pictures of an earlier report go with it.
+
+    Args:
+        report: as far as it goes.
+        folder: made if it isn't there.
+        drawn: a folder on the same file system with pictures that ``folder`` may not have yet; those that the report shows
+            are moved.
+        missing: titles of sections that are still to be measured. The report warns that it lacks them.
 
     Raises:
         InputError: the folder can't be written.
     """
+    if missing:
+        unfinished = f"Unfinished: {', '.join(missing)} not measured, because the evaluation is still running or was stopped."
+        report = replace(report, warnings=[*report.warnings, unfinished])
+    shown = {file for _, file, _ in report.pictures}
+    with _explained(folder):
+        (drawn / REPORT_FILE).write_text(report.as_json(), encoding="utf-8")
+        (drawn / "report.md").write_text(report.as_markdown(), encoding="utf-8")
+        _move([file for file in drawn.iterdir() if file.name in shown or file.name in _OURS], folder, _shown_in(folder) - shown)
+
+
+def write_files(folder: Path, write: Callable[[Path], None], *, stale: Iterable[str] = ()) -> None:
+    """``write(temporary folder)``, then move its files to ``folder``: all of them are there, or none.
+
+    Args:
+        folder: made if it isn't there.
+        write: writes into the folder that it is given.
+        stale: names of files in ``folder`` that must not stay unless ``write`` wrote them again.
+
+    Raises:
+        InputError: the folder can't be written.
+    """
+    with _explained(folder), folder_aside(folder) as aside:
+        write(aside)
+        files = list(aside.iterdir())
+        _move(files, folder, {*stale} - {file.name for file in files})
+
+
+def _move(files: Sequence[Path], folder: Path, stale: Iterable[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    # The report itself last: where it is, all of its pictures are.
+    for file in sorted(files, key=lambda file: file.name in _OURS):
+        os.replace(file, folder / file.name)
+
+
+def _shown_in(folder: Path) -> set[str]:
+    """Names of the pictures of the report that ``folder`` holds; none where it can't be read."""
     try:
-        with folder_aside(folder) as aside:
-            write(aside)
-            folder.mkdir(exist_ok=True)
-            # The report itself last: where it is, all of its pictures are.
-            for file in sorted(aside.iterdir(), key=lambda file: file.name in _OURS):
-                os.replace(file, folder / file.name)
+        pictures = read_report(folder).pictures
+    except InputError:  # nothing there yet, or a report of another version, about to be replaced
+        return set()
+    return {file for _, file, _ in pictures if Path(file).name == file and file.endswith(".png")}
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(f"the report can't be written to {folder} ({one_line(error)}): make room, or give another") from error

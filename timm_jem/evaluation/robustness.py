@@ -14,7 +14,14 @@ from timm_jem.errors import check_number
 from timm_jem.evaluation.attacks import Classifier, PGDConfig, auto_attack, check_attackable, check_logits, pgd
 from timm_jem.sampling import randn, uniform_noise
 
-__all__ = ["Check", "is_correct", "robust_correct", "sanity_checks", "transfer_correct"]
+__all__ = ["NORMS", "Check", "is_correct", "robust_correct", "sanity_checks", "sized", "transfer_correct"]
+
+NORMS = {"linf": "ℓ∞", "l2": "ℓ2"}  # as readers know them
+
+
+def sized(norm: str, epsilon: float) -> str:
+    """The size of an attack, in [0, 1] pixel units, as reports show it: ℓ∞ in grey levels."""
+    return f"ε = {epsilon * 255:g}/255" if norm == "linf" else f"ε = {epsilon:g}"
 
 
 @torch.no_grad()
@@ -141,20 +148,70 @@ def sanity_checks(
     check_number("tolerance", tolerance, least=0)
     check_number("eps of the attack to check", config.eps, above=0)
     options = {"generator": generator, "batch_size": batch_size}
-
-    def accuracy(attack: PGDConfig) -> float:
-        broken = pgd(classifier, images, y, attack, **options, desc="sanity of attacks")
-        return is_correct(classifier, broken, y, batch_size).double().mean().item()
-
     attacked = pgd(classifier, images, y, config, **options, desc="sanity of attacks")
     held = is_correct(classifier, attacked, y, batch_size)
-    base = held.double().mean().item()
+    checks = _pgd_checks(classifier, images, y, config, held.double().mean().item(), tolerance, **options)
+    checks += [
+        Check(
+            "gradients of the loss are not zero",
+            _zero_gradients(classifier, images, y, batch_size),
+            tolerance,
+            "Where it is exactly zero or not finite in the classifier's own precision, gradient attacks go nowhere: a "
+            "rounding, a layer without slope, or a classifier so sure that all other probabilities round to 0. That masks "
+            "gradients too.",
+        ),
+        Check(
+            "random points of the ball break no more",
+            _random_search(classifier, images[held], y[held], config, generator, batch_size) / len(y),
+            tolerance,
+            "Blind search breaks images that the gradient does not.",
+        ),
+    ]
+    if surrogate is not None:
+        transferred = transfer_correct(surrogate, classifier, images, y, config, **options)
+        checks.append(
+            Check(
+                "attacks made on another model break no more",
+                (held & ~transferred).double().mean().item(),
+                tolerance,
+                "Another model's gradient finds what this model's own does not.",
+            )
+        )
+    if importlib.util.find_spec("pyautoattack") is not None:
+        checks.append(
+            Check(
+                "an attack without gradients breaks no more",
+                _square(classifier, images[held], y[held], config, batch_size) / len(y),
+                tolerance,
+                "Square, which only asks for logits, breaks images that PGD does not.",
+            )
+        )
+    return checks
+
+
+def _pgd_checks(
+    classifier: Classifier,
+    images: Tensor,
+    y: Tensor,
+    config: PGDConfig,
+    base: float,
+    tolerance: float,
+    *,
+    generator: torch.Generator | None,
+    batch_size: int,
+) -> list[Check]:
+    """PGD of other sizes and lengths against ``base``, the accuracy under ``config``."""
+
+    def accuracy(attack: PGDConfig) -> float:
+        broken = pgd(classifier, images, y, attack, generator=generator, batch_size=batch_size, desc="sanity of attacks")
+        return is_correct(classifier, broken, y, batch_size).double().mean().item()
+
     whole = 1.0 if config.norm == "linf" else math.sqrt(images[0].numel())
     unbounded = replace(config, eps=whole, steps=max(config.steps, 50), step_size=None)
     longer = accuracy(replace(config, steps=4 * config.steps, step_size=None))
     once = replace(config, steps=1, step_size=2 * config.eps)  # to the edge from any start
     larger = replace(config, eps=2 * config.eps, step_size=None)
-    checks = [
+    return [
         Check(
             "an attack without bound breaks all images",
             accuracy(unbounded),
@@ -185,47 +242,16 @@ def sanity_checks(
             tolerance,
             "A larger ball holds the smaller one: the attack gets lost.",
         ),
-        Check(
-            "gradients of the loss are not zero",
-            _zero_gradients(classifier, images, y, batch_size),
-            tolerance,
-            "Where it is exactly zero or not finite in the classifier's own precision, gradient attacks go nowhere: a "
-            "rounding, a layer without slope, or a classifier so sure that all other probabilities round to 0. That masks "
-            "gradients too.",
-        ),
-        Check(
-            "random points of the ball break no more",
-            _random_search(classifier, images[held], y[held], config, generator, batch_size) / len(y),
-            tolerance,
-            "Blind search breaks images that the gradient does not.",
-        ),
     ]
-    if surrogate is not None:
-        transferred = transfer_correct(surrogate, classifier, images, y, config, **options)
-        checks.append(
-            Check(
-                "attacks made on another model break no more",
-                (held & ~transferred).double().mean().item(),
-                tolerance,
-                "Another model's gradient finds what this model's own does not.",
-            )
-        )
-    if importlib.util.find_spec("pyautoattack") is not None:
-        more = 0
-        if held.any():
-            left, labels = images[held], y[held]
-            square = {"norm": config.norm, "eps": config.eps, "attacks": ["square"], "n_queries": 500}
-            broken = auto_attack(classifier, left, labels, **square, batch_size=batch_size)
-            more = int((~is_correct(classifier, broken, labels, batch_size)).sum())
-        checks.append(
-            Check(
-                "an attack without gradients breaks no more",
-                more / len(y),
-                tolerance,
-                "Square, which only asks for logits, breaks images that PGD does not.",
-            )
-        )
-    return checks
+
+
+def _square(classifier: Classifier, images: Tensor, y: Tensor, config: PGDConfig, batch_size: int) -> int:
+    """How many images Square breaks in 500 queries each."""
+    if not len(images):
+        return 0
+    square = {"norm": config.norm, "eps": config.eps, "attacks": ["square"], "n_queries": 500}
+    broken = auto_attack(classifier, images, y, **square, batch_size=batch_size)
+    return int((~is_correct(classifier, broken, y, batch_size)).sum())
 
 
 def _zero_gradients(classifier: Classifier, images: Tensor, y: Tensor, batch_size: int) -> float:

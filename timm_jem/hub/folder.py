@@ -1,7 +1,8 @@
 """The folder that two readers share: timm's own files, with everything of ours under one key of its config.json.
 
-``model.safetensors`` and ``config.json`` are what ``timm.models.save_for_hf`` writes, so that plain timm reads them. A
-``replay_buffer.safetensors`` may stand beside them. Nothing here reads or writes a pickle.
+``model.safetensors`` and ``config.json`` are what ``timm.models.save_for_hf`` writes, so that plain timm reads them, but with
+the number of classes in one place only, so that transformers reads them, too. A ``replay_buffer.safetensors`` may stand
+beside them. Nothing here reads or writes a pickle.
 """
 
 import copy
@@ -67,7 +68,9 @@ def write_folder(
     try:
         json.dumps(ours)
     except (TypeError, ValueError) as error:
-        raise InputError(f"what is to be kept with the model is not JSON ({one_line(error)}): mend its provenance") from error
+        raise InputError(
+            f"provenance is not JSON ({one_line(error)}): keep only dicts, lists, text, numbers and None in it"
+        ) from error
     backbone = unwrap_model(backbone)
     if any(tensor.is_meta for tensor in backbone.state_dict().values()):
         raise InputError("this model is on the meta device and has no weights to save: build it on a real device")
@@ -87,6 +90,7 @@ def write_folder(
                 )
             except (TypeError, ValueError) as error:
                 raise InputError(f"this backbone can't be saved for timm: {one_line(error)}") from error
+            _number_classes_once(aside / CONFIG_FILE)
             _check_faithful(backbone, aside, tuple(data_config["input_size"]))
             if chains is not None:
                 chains.save(aside / CHAINS_FILE)
@@ -97,6 +101,13 @@ def write_folder(
                 (target / CHAINS_FILE).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"the model can't be written to {target} ({one_line(error)}): make room, or give another") from error
+
+
+def _number_classes_once(file: Path) -> None:
+    """Leave ``num_classes`` at the top only: transformers hands both to timm, as one argument given twice."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _check_faithful(backbone: nn.Module, folder: Path, input_size: tuple[int, int, int]) -> None:
@@ -151,7 +162,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"no {file}: a model saved by save_pretrained, or by timm as safetensors, has one; no pickle is read"
             )
     if (folder / CONFIG_FILE).stat().st_size > _MAX_CONFIG_BYTES:
-        raise InputError(f"{CONFIG_FILE} is larger than {_MAX_CONFIG_BYTES >> 20} MiB: it is no model's configuration")
+        raise InputError(f"{CONFIG_FILE} is larger than {_MAX_CONFIG_BYTES >> 20} MiB: that is no model's configuration")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -164,7 +175,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise InputError(f"{key} in {CONFIG_FILE} is a {type(config[key]).__name__}, not a {kind.__name__}")
     architecture = config.get("architecture", "")
     if ":" in architecture:
-        raise InputError(f"the architecture {architecture!r} in {CONFIG_FILE} is no timm model's name")
+        raise InputError(f"the architecture {architecture!r} in {CONFIG_FILE} is not the name of a timm model")
     check_name(architecture)
     for key in config.get("model_args", {}):
         if key in _LOADING_ARGUMENTS or key.startswith("pretrained"):
@@ -187,7 +198,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as weights:
             return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file.name} is no whole safetensors file ({one_line(error)}): get it again") from error
+        raise InputError(f"{file.name} is not a complete safetensors file ({one_line(error)}): get it again") from error
 
 
 def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -214,7 +225,9 @@ def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
         hook.remove()
     # Where they differ, timm would quietly build a new head.
     if config.get("num_classes", empty.num_classes) != empty.num_classes:
-        raise InputError(f"{CONFIG_FILE} says num_classes {config['num_classes']} and builds {empty.num_classes}: mend it")
+        raise InputError(
+            f"{CONFIG_FILE} says num_classes {config['num_classes']} and builds {empty.num_classes}: make them agree"
+        )
     described = sum(tensor.numel() for tensor in empty.state_dict().values())
     if described > 2 * stored + _LARGEST:
         raise InputError(f"{CONFIG_FILE} describes {described:,} weights and {WEIGHTS_FILE} holds {stored:,}")

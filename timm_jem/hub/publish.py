@@ -1,13 +1,18 @@
 """A saved model with its card and pictures, to the Hub in one commit."""
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from timm_jem.errors import InputError
 from timm_jem.hub.card import CARD_FILE, PICTURES, model_card
+from timm_jem.hub.folder import CONFIG_FILE
+from timm_jem.hub.provenance import Provenance, license_id
 from timm_jem.hub.published_chains import CHAINS_FILE
 from timm_jem.hub.repository import push
 
@@ -27,7 +32,7 @@ def publish(
     Args:
         folder: a model as :func:`timm_jem.hub.folder.write_folder` writes it; card and pictures are added to it.
         repo_id: "user/name"; made if it isn't there.
-        about: what :func:`timm_jem.hub.card.model_card` tells of the model.
+        about: what :func:`timm_jem.hub.card.model_card` tells of the model; "provenance" as the dict that is kept with it.
         pictures: files to show, by their names on the card, which are those of ``timm_jem.hub.card.PICTURES``.
         **options: see :func:`timm_jem.hub.repository.push`.
 
@@ -35,9 +40,11 @@ def publish(
         The commit's URL.
 
     Raises:
-        InputError: a picture that isn't there or that no card shows, or what the Hub refuses.
+        InputError: provenance that no card can tell, or a picture that isn't there or that no card shows, before anything
+            is sent; or what the Hub refuses.
     """
     folder = Path(folder)
+    about = {**about, "provenance": Provenance.read(about["provenance"])}
     for name, file in pictures.items():
         if name not in PICTURES:
             raise InputError(f"no card shows a picture {name!r}: its pictures are {', '.join(PICTURES)}")
@@ -46,6 +53,18 @@ def publish(
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / name)
     shown = [name for name in PICTURES if name in pictures]
-    card = model_card(repo_id=repo_id, has_chains=(folder / CHAINS_FILE).is_file(), pictures=shown, **about)
+    has_chains, chains_have_classes = (folder / CHAINS_FILE).is_file(), False
+    if has_chains:
+        with safe_open(folder / CHAINS_FILE, framework="pt") as chains:
+            chains_have_classes = "labels" in chains.keys()  # noqa: SIM118
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    card = model_card(
+        repo_id=repo_id,
+        weights_license=license_id(config["pretrained_cfg"].get("license")),
+        has_chains=has_chains,
+        chains_have_classes=chains_have_classes,
+        pictures=shown,
+        **about,
+    )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return push(folder, repo_id, **options)

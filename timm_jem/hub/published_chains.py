@@ -106,7 +106,7 @@ class PublishedChains:
                     )
                 images, labels = tensors.get_tensor("images"), tensors.get_tensor("labels") if "labels" in keys else None
         except SafetensorError as error:
-            raise InputError(f"{file.name} is no whole safetensors file ({error}): get it again") from error
+            raise InputError(f"{file.name} is not a complete safetensors file ({error}): get it again") from error
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != tuple(image_shape) or len(images) < 1:
             raise InputError(
                 f"{file.name} holds {images.dtype} of shape {tuple(images.shape)}: this model's images are {image_shape}"

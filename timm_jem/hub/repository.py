@@ -144,7 +144,7 @@ def _has_someones_card(repo_id: str, branch: str | None, token: str | bool | Non
         file = hf_hub_download(repo_id, CARD_FILE, revision=branch, token=token)
     except RemoteEntryNotFoundError:
         return False
-    return not is_generated(Path(file).read_text(encoding="utf-8"))
+    return not is_generated(Path(file).read_text(encoding="utf-8", errors="replace"))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import timm
 
 from timm_jem.errors import InputError
 
-__all__ = ["BUILD_ERRORS", "check_name"]
+__all__ = ["BUILD_ERRORS", "check_name", "registered_by"]
 
 # What timm raises, here and there, when it can't build a model from its arguments.
 BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -21,3 +21,8 @@ def check_name(name: str) -> None:
     close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them all"
     raise InputError(f"unknown model {name!r}: {hint}")
+
+
+def registered_by(name: str) -> str | None:
+    """The package that registered an architecture with timm: "timm", "timm_jem" or another; None: none did."""
+    return timm.models.model_entrypoint(name).__module__.split(".")[0] if timm.is_model(name) else None

@@ -75,10 +75,10 @@ class GuardConfig:
                 check_number(f"guard {f.name}", getattr(self, f.name), above=0)
         if self.snapshot_every % self.check_every:
             raise InputError(
-                f"guard snapshot_every {self.snapshot_every} is no multiple of check_every {self.check_every}: make it one"
+                f"guard snapshot_every {self.snapshot_every} is not a multiple of check_every {self.check_every}: make it one"
             )
         if not self.ladder:
-            raise InputError("guard ladder is empty: give one remedy at least, or max_rollbacks 0")
+            raise InputError("guard ladder is empty: give at least one remedy, or max_rollbacks 0")
 
 
 @dataclass

@@ -129,7 +129,7 @@ class MaximumLikelihood:
                 class_frequencies = torch.ones(buffer.num_classes)
             if class_frequencies.shape != (buffer.num_classes,):
                 raise InputError(
-                    f"class_frequencies has shape {tuple(class_frequencies.shape)}: give one a class, "
+                    f"class_frequencies has shape {tuple(class_frequencies.shape)}: give one per class, "
                     f"shape ({buffer.num_classes},)"
                 )
             class_frequencies = class_frequencies.to(buffer.chains.device)

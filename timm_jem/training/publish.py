@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from timm_jem.data import Splits
+from timm_jem.data.sources import hub_id
 from timm_jem.hub.published_chains import PublishedChains
 from timm_jem.model import JEM
 from timm_jem.training.build import build_model
@@ -50,8 +51,11 @@ def publishable(
         whole.load_state_dict({name: part.full_tensor() if isinstance(part, DTensor) else part for name, part in state})
         whole.sgld = jem.sgld
         jem = whole
+    data, model = settings.data, settings.model
     jem.provenance = {
-        "dataset": settings.data.dataset,
+        "dataset": data.dataset,
+        "datasets": [name for name in (hub_id(data.dataset), hub_id(data.unlabeled or "digits")) if name],
+        "base_model": learner.jem.backbone.pretrained_cfg.get("hf_hub_id") if model.pretrained else None,
         "command": shlex.join(["accelerate", "launch", "recipes/train.py", *record.command]),
         "config": settings.sections(),
         "steps": run.step,

@@ -114,15 +114,13 @@ class Record:
     def samples(self, step: int, jem: JEM, name: str) -> None:
         """Fresh chains from noise, none selected: ten of each of the first 20 classes, a row a class.
 
-        Every process takes part where weights are sharded, otherwise the main one alone.
+        Picture k, counted from 0 along the rows, is ``jem.sample(y=k // 10, seeds=[k])``. Every process takes part where
+        weights are sharded, otherwise the main one alone.
         """
         classes = min(jem.num_classes, 20)
-        train = self.settings.train
-        x = jem.sample(
-            y=torch.arange(classes).repeat_interleave(10),
-            generator=torch.Generator(self.accelerator.device).manual_seed(train.seed),
-            batch_size=max(2, train.batch_size),  # no more memory than a step of training takes
-        )
+        y = torch.arange(classes).repeat_interleave(10)
+        # No more memory than a step of training takes.
+        x = jem.sample(y=y, seeds=range(len(y)), batch_size=max(2, self.settings.train.batch_size))
         if self.main:
             self.picture(step, name, image_grid(jem.denormalize(x), 10, (jem.class_names or ())[:classes]))
 

@@ -71,7 +71,7 @@ def load_tree(file: str | os.PathLike) -> Any:
             description = json.loads((stored.metadata() or {})["tree"])
             return _rebuild(description, stored)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{Path(file).name} is no whole state of a run ({one_line(error)}): take an older one") from error
+        raise InputError(f"{Path(file).name} is not a whole saved state ({one_line(error)}): take an older one") from error
 
 
 def load_tensors(target: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
@@ -95,7 +95,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     try:
         optimizer.load_state_dict(copy_tree(saved))  # it keeps what it is given, and would change it
     except (KeyError, ValueError) as error:
-        raise InputError(f"the saved optimizer is another ({one_line(error)}): resume with the settings of that run") from error
+        raise InputError(f"the saved optimizer differs ({one_line(error)}): resume with the settings of that run") from error
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.ndim and value.shape == local(parameter).shape:

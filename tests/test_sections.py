@@ -1,0 +1,230 @@
+"""The report of an evaluation while it is made: sections that fail, stop, or take the place of earlier ones."""
+
+import json
+import shlex
+
+import evaluate
+import pytest
+import timm
+import torch
+from PIL import Image as PILImage
+from timm.layers import use_fused_attn
+
+import timm_jem
+from timm_jem import InputError
+from timm_jem.evaluation import settings, subject
+from timm_jem.evaluation.pictures_section import _pairs
+from timm_jem.evaluation.report import read_report
+from timm_jem.evaluation.settings import EvaluationConfig
+from timm_jem.evaluation.subject import load_model, load_subject
+
+ON_DIGITS = {"config": {"data": {"dataset": "digits"}}}
+
+
+def saved(folder, backbone):
+    jem = timm_jem.wrap(backbone, input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), provenance=ON_DIGITS)
+    jem.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    return saved(tmp_path_factory.mktemp("sections") / "model", backbone)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        size = {"img_size": 8, "patch_size": 4, "depth": 1, "embed_dim": 16, "num_heads": 2}
+        backbone = timm.create_model("vit_tiny_patch16_224", num_classes=10, in_chans=1, **size)
+        torch.nn.init.normal_(backbone.head.weight)
+    return saved(tmp_path_factory.mktemp("sections") / "vit", backbone)
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    return load_subject(str(model), None, EvaluationConfig(auto_attack_images=0, test_images=20, real_images=20))
+
+
+@pytest.fixture
+def measure(model, loaded, tmp_path, monkeypatch):
+    """Evaluate with these functions as sections, into tmp_path / "out"; those not given measure one number, one picture."""
+
+    def run(flags="", **sections):
+        def simple(name):
+            def section_of_one(subject, config, section):
+                section.add("table", "row", 1.0, 1, "counted")
+                section.picture(f"{name}.png", PILImage.new("L", (4, 4)), "grey")
+
+            return section_of_one
+
+        measures = {name: (name.capitalize(), sections.get(name) or simple(name)) for name in evaluate.MEASURES}
+        monkeypatch.setattr(evaluate, "MEASURES", measures)
+        monkeypatch.setattr(evaluate, "load_subject", lambda *given, **more: loaded)
+        return evaluate.main(shlex.split(f"{model} --output_dir {tmp_path / 'out'} {flags}"))
+
+    return run
+
+
+def pictures(folder):
+    return {path.stem for path in folder.glob("*.png")}
+
+
+def titles(folder):
+    return {result.section for result in read_report(folder).results}
+
+
+def test_each_section_is_on_disk_as_soon_as_it_is_measured(measure, tmp_path):
+    found = []
+
+    def look(subject, config, section):
+        found.append((read_report(tmp_path / "out"), pictures(tmp_path / "out")))
+
+    assert measure("--sections [classification,ood,generation]", generation=look) is None
+    (report, drawn), *_ = found
+    assert [result.section for result in report.results] == ["Classification", "Ood"]
+    assert drawn == {"classification", "ood"}
+    assert report.warnings == ["Unfinished: Generation not measured, because the evaluation is still running or was stopped."]
+    assert read_report(tmp_path / "out").warnings == []
+    assert "Unfinished" not in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (InputError("a score is not finite"), "a score is not finite"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), "lower --batch_size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "lower --batch_size"),
+        (MemoryError("Unable to allocate 30 GiB"), "lower --batch_size"),
+    ],
+    ids=["input", "cuda", "cpu", "numpy"],
+)
+def test_a_section_that_fails_takes_no_other_along(measure, tmp_path, error, reason):
+    def fail(subject, config, section):
+        section.add("table", "row", 1.0, 1, "counted")
+        section.curves["curve"] = 1
+        section.picture("partial.png", PILImage.new("L", (4, 4)), "grey")
+        raise error
+
+    message = measure(robustness=fail)
+    assert "robustness" in message
+    report = read_report(tmp_path / "out")
+    assert titles(tmp_path / "out") == {"Classification", "Ood", "Generation", "Pictures"}
+    assert pictures(tmp_path / "out") == {"classification", "ood", "generation", "pictures"}
+    assert report.curves == {}
+    (warning,) = report.warnings
+    assert warning.startswith("Robustness is left out: ")
+    assert reason in warning
+    assert warning in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug"), IndexError("a bug")])
+def test_what_stops_the_evaluation_leaves_what_was_measured(measure, tmp_path, error):
+    def stop(subject, config, section):
+        section.picture("partial.png", PILImage.new("L", (4, 4)), "grey")
+        raise error
+
+    with pytest.raises(type(error)):
+        measure(robustness=stop)
+    assert titles(tmp_path / "out") == {"Classification", "Ood"}
+    assert pictures(tmp_path / "out") == {"classification", "ood"}
+    assert "Robustness, Generation, Pictures not measured" in (tmp_path / "out" / "report.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_an_earlier_report_goes_with_its_pictures_and_nothing_else(measure, tmp_path):
+    measure()
+    (tmp_path / "out" / "mine.png").write_bytes(b"")
+    measure("--sections [ood] --overwrite true")
+    assert titles(tmp_path / "out") == {"Ood"}
+    assert pictures(tmp_path / "out") == {"ood", "mine"}
+
+
+def test_a_report_names_no_file_outside_its_folder(measure, tmp_path):
+    measure("--sections [ood]")
+    (tmp_path / "secret.png").write_bytes(b"")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report["pictures"].append(["Ood", "../secret.png", "not ours"])
+    (tmp_path / "out" / "report.json").write_text(json.dumps(report))
+    measure("--sections [classification] --overwrite true")
+    assert (tmp_path / "secret.png").exists()
+    assert pictures(tmp_path / "out") == {"classification"}
+
+
+def test_where_nothing_can_be_measured_an_earlier_report_stays(measure, tmp_path):
+    def fail(subject, config, section):
+        raise InputError("chains ran away")
+
+    with pytest.raises(InputError, match="nothing could be measured: ood: chains ran away"):
+        measure("--sections [ood]", ood=fail)
+    assert not (tmp_path / "out").exists()
+    measure("--sections [classification]")
+    with pytest.raises(InputError, match="chains ran away"):
+        measure("--sections [ood] --overwrite true", ood=fail)
+    assert titles(tmp_path / "out") == {"Classification"}
+    assert pictures(tmp_path / "out") == {"classification"}
+
+
+def test_a_picture_that_cannot_be_written_is_a_reason(measure, tmp_path):
+    def full(subject, config, section):
+        section.folder.rmdir()
+        try:
+            section.picture("a.png", PILImage.new("L", (4, 4)), "grey")
+        finally:
+            section.folder.mkdir()
+
+    assert "ood" in measure("--sections [classification,ood]", ood=full)
+    assert "a.png can't be written" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_several_processes_are_refused(measure, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process, not in 2"):
+        measure()
+    assert not (tmp_path / "out").exists()
+
+
+def test_fused_attention_is_built_without_for_the_refinement(vit, tmp_path):
+    before = use_fused_attn()
+    flags = (
+        "--sections [robustness] --attack_images 4 --attack_steps 1 --auto_attack_images 0 --refinement_images 2 "
+        "--refinement_steps 1 --eot 1 --linf_epsilons [0.1] --l2_epsilons [0.5]"
+    )
+    assert evaluate.main(shlex.split(f"{vit} {flags} --output_dir {tmp_path / 'out'}")) is None
+    assert "attack through the refinement" in {result.column for result in read_report(tmp_path / "out").results}
+    assert use_fused_attn() == before
+    assert load_model(str(vit)).backbone.blocks[0].attn.fused_attn == before
+    assert not load_model(str(vit), second_derivatives=True).backbone.blocks[0].attn.fused_attn
+
+
+@pytest.mark.skipif(not use_fused_attn(), reason="timm's fused attention is off")
+def test_a_backbone_without_second_derivatives_is_refused_before_anything_is_measured(vit, tmp_path, monkeypatch):
+    monkeypatch.setattr(subject, "set_fused_attn", lambda *enable: None)  # as in a backbone with kernels of its own
+    with pytest.raises(InputError, match=r"no second derivatives.*--refinement_steps 0"):
+        evaluate.main(shlex.split(f"{vit} --auto_attack_images 0 --output_dir {tmp_path / 'out'}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pairs_of_classes_where_one_image_alone_is_of_another():
+    first, second = _pairs(torch.tensor([3, 3, 5, 3]))
+    assert (first.tolist(), second.tolist()) == ([0, 2], [2, 1])
+    first, second = _pairs(torch.tensor([1, 2, 2, 0, 1]))
+    assert (first.tolist(), second.tolist()) == ([3, 0, 1], [1, 2, 3])
+
+
+@pytest.mark.parametrize(("missing", "extra"), [("matplotlib", "eval"), ("pyautoattack", "robust"), ("torch_fidelity", "eval")])
+def test_a_missing_library_is_named_after_the_model_is_found(model, tmp_path, monkeypatch, missing, extra):
+    monkeypatch.setattr(settings, "find_spec", lambda name: None if name == missing else True)
+    out = f"--output_dir {tmp_path / 'out'}"
+    with pytest.raises(InputError) as error:
+        evaluate.main(shlex.split(f"{model} {out}"))
+    for command in (f"pip install 'timm_jem[{extra}]'", f"pip install -e '.[{extra}]'"):
+        assert command in str(error.value)
+    with pytest.raises(InputError) as error:
+        evaluate.main(shlex.split(f"{tmp_path / 'nosuch'} {out}"))
+    assert "needs" not in str(error.value)
+    assert not (tmp_path / "out").exists()

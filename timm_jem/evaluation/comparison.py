@@ -1,0 +1,147 @@
+"""Several reports side by side: one table, and their curves in one plot each."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from timm_jem.evaluation import plots
+from timm_jem.evaluation.report import Report, Result, in_order, number, read_report, write_files
+from timm_jem.evaluation.robustness import NORMS
+
+__all__ = ["comparison", "overlays", "read_reports", "write_comparison"]
+
+
+def read_reports(entries: Sequence[str]) -> dict[str, list[Report]]:
+    """Reports of "name=FOLDER" or "FOLDER", by name; a folder without one has its report's own.
+
+    Raises:
+        InputError: a folder without a report.
+    """
+    reports: dict[str, list[Report]] = {}
+    for entry in entries:
+        name, path = entry.split("=", 1) if "=" in entry else ("", entry)
+        report = read_report(path)
+        reports.setdefault(name or report.subject["name"], []).append(report)
+    return reports
+
+
+def write_comparison(reports: dict[str, list[Report]], folder: Path) -> None:
+    """compare.md, compare.json and the pictures, in place of those of an earlier comparison.
+
+    Raises:
+        InputError: the folder can't be written.
+    """
+    text, data = comparison(reports)
+    pictures = overlays(reports)
+
+    def write(aside: Path) -> None:
+        for file, (picture, _) in pictures.items():
+            plots.save_figure(picture, aside / file)
+        shown = [f"![{caption}]({file})\n\n*{caption}*\n" for file, (_, caption) in pictures.items()]
+        (aside / "compare.md").write_text("\n".join([text, *shown]), encoding="utf-8")
+        (aside / "compare.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    write_files(folder, write, stale=[*(f"pgd_{norm}.png" for norm in NORMS), "reliability.png", "chain_length.png"])
+
+
+def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str, Any]]]:
+    """One table of several models: rows are results, columns models.
+
+    A model with several reports, e.g. of several seeds, is shown as mean ± standard deviation over them.
+
+    Args:
+        reports: by the models' names.
+
+    Returns:
+        Markdown, and the same as JSON data: section, table, row, column, and of each model the values.
+    """
+    keys = in_order([_key(result) for group in reports.values() for report in group for result in report.results])
+    values: dict[tuple, dict[str, list[float]]] = {key: {} for key in keys}
+    for name, group in reports.items():
+        for report in group:
+            for result in report.results:
+                values[_key(result)].setdefault(name, []).append(result.value)
+    lines = ["# Models side by side", ""]
+    for name, group in reports.items():
+        runs = f", {len(group)} runs: mean ± standard deviation" if len(group) > 1 else ""
+        lines.append(f"- **{name}**: {'; '.join(in_order([report.subject['name'] for report in group]))}{runs}")
+    lines += _differences(reports)
+    for section in in_order([key[0] for key in keys]):
+        lines += ["", f"## {section}", ""]
+        for table in in_order([key[1] for key in keys if key[0] == section]):
+            lines += ["", f"### {table}", "", "| | " + " | ".join(reports) + " |", "| --- |" + " --- |" * len(reports)]
+            for key in keys:
+                if key[:2] == (section, table):
+                    cells = [_mean(values[key].get(name, [])) for name in reports]
+                    lines.append(f"| {', '.join(filter(None, key[2:]))} | " + " | ".join(cells) + " |")
+    data = [
+        {"section": key[0], "table": key[1], "row": key[2], "column": key[3], "values": of_models}
+        for key, of_models in values.items()
+    ]
+    return "\n".join(lines).rstrip() + "\n", data
+
+
+def _key(result: Result) -> tuple[str, str, str, str]:
+    return result.section, result.table, result.row, result.column
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    if len(values) == 1:
+        return number(values[0])
+    with np.errstate(invalid="ignore"):  # a run of inf or NaN, as of chains that ran away, makes both NaN
+        return f"{number(float(np.mean(values)))} ± {number(float(np.std(values, ddof=1)))}"
+
+
+def _differences(reports: dict[str, Sequence[Report]]) -> list[str]:
+    """Warn where numbers of the same name were not measured alike."""
+    every = [report for group in reports.values() for report in group]
+    lines = [
+        f"- **Not alike**: {what} differ between these reports ({', '.join(sorted(found))})"
+        for what, key in (("data sets", "data"), ("presets", "preset"))
+        if len(found := {str(report.subject.get(key)) for report in every}) > 1
+    ]
+    ways: dict[tuple, set[tuple]] = {}
+    for report in every:
+        for result in report.results:
+            ways.setdefault(_key(result), set()).add((result.protocol, result.n))
+    unlike = in_order([f"{key[1]}" for key, found in ways.items() if len(found) > 1])
+    return lines + ([f"- **Measured differently** (protocol or n): {', '.join(unlike)}"] if unlike else [])
+
+
+def overlays(reports: dict[str, list[Report]]) -> dict[str, tuple[Any, str]]:
+    """The curves of all models in one plot each; of several runs of a model, the mean and the range."""
+    pictures = {}
+    for norm, shown in NORMS.items():
+        curves = {}
+        for name, group in reports.items():
+            found = [r.curves[key]["PGD"] for r in group if (key := f"accuracy under PGD, {norm}") in r.curves]
+            if found and all(curve[0] == found[0][0] for curve in found):
+                accuracies = np.array([curve[1] for curve in found])
+                low, high = (found[0][2], found[0][3]) if len(found) == 1 else (accuracies.min(0), accuracies.max(0))
+                curves[name] = (found[0][0], accuracies.mean(0).tolist(), list(low), list(high))
+        if curves:
+            picture = plots.accuracy_curves(curves, norm, f"Accuracy under PGD, {shown}")
+            band = "95 % interval of one run, or range over runs"
+            pictures[f"pgd_{norm}.png"] = picture, f"Accuracy under PGD, {shown}; the band is the {band}."
+
+    def of_runs(plot: str, curve: str) -> dict[str, Any]:
+        """That curve of every run, numbered where a model has several."""
+        return {
+            name if len(group) == 1 else f"{name} {i}": report.curves[plot][curve]
+            for name, group in reports.items()
+            for i, report in enumerate(group, 1)
+            if plot in report.curves
+        }
+
+    if bins := of_runs("reliability", "as it is"):
+        caption = "Accuracy against confidence, before temperature scaling."
+        pictures["reliability.png"] = plots.reliability_diagram(bins), caption
+    if quality := of_runs("quality against length", "fresh chains"):
+        picture = plots.quality_curves(quality, "Fréchet distance to training images")
+        pictures["chain_length.png"] = picture, "Fréchet distance of fresh chains against their length."
+    return pictures

@@ -1,0 +1,179 @@
+"""How close drawn images are to real ones, as a section of a report."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from timm_jem.errors import InputError
+from timm_jem.evaluation.classification import in_batches, predict
+from timm_jem.evaluation.extractors import Extractor, extract
+from timm_jem.evaluation.generation import (
+    chains_by_length,
+    frechet_distance,
+    inception_score,
+    nearest_neighbours,
+    sample_quality,
+)
+from timm_jem.evaluation.judges import fit_judge
+from timm_jem.evaluation.pictures import image_grid
+from timm_jem.evaluation.plots import quality_curves
+from timm_jem.evaluation.section import Section
+from timm_jem.evaluation.settings import EvaluationConfig
+from timm_jem.evaluation.subject import Subject
+from timm_jem.pixels import eight_bit, to_pixels
+
+__all__ = ["SampleSet", "generation_section"]
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Images that are compared with real ones: a row of the tables.
+
+    Attributes:
+        name: of the row.
+        images: uint8, shape (N, C, H, W).
+        asked: the class that each was asked to be, int64, shape (N,); None: any.
+        how: they were made.
+        seed: of their making, or None.
+        fresh: drawn by the model just now, so that they are what a model card tells of.
+    """
+
+    name: str
+    images: Tensor
+    asked: Tensor | None
+    how: str
+    seed: int | None
+    fresh: bool = False
+
+
+def generation_section(subject: Subject, config: EvaluationConfig, section: Section) -> None:
+    """Fresh chains, published ones and real images: distances, what a judge reads, quality by length, and neighbours.
+
+    Raises:
+        InputError: fresh chains are not finite.
+    """
+    fresh = _fresh(subject, config)
+    sets = [fresh]
+    if (chains := subject.model.chains) is not None:
+        labels = None if chains.labels is None else chains.labels[: config.samples]
+        buffered = chains.images[: config.samples]
+        how = "chains of the training's replay buffer, not fresh samples"
+        sets.append(SampleSet("replay buffer", buffered, labels, how, None))
+    test, test_y = subject.test[: config.samples], subject.test_y[: config.samples]
+    sets.append(SampleSet("real test images", test, test_y, "what real images score", config.seed))
+    real = [_quality(config, section, extractor, subject.train, sets) for extractor in subject.extractors]
+    _judged(subject, config, section, sets)
+    _lengths(subject, config, section, real[0])
+    _neighbours(subject, section, fresh.images)
+    _samples(subject, section, fresh)
+
+
+def _fresh(subject: Subject, config: EvaluationConfig) -> SampleSet:
+    jem = subject.model
+    steps = jem.sgld.sample_steps or jem.sgld.num_steps
+    classes = torch.arange(config.samples) % jem.num_classes
+    x = jem.sample(y=classes, generator=subject.generator(), batch_size=config.batch_size)
+    broken = int((~x.flatten(1).isfinite()).any(1).sum())
+    if broken:
+        raise InputError(
+            f"{broken} of {config.samples} fresh chains are not finite after {steps} steps, so there is nothing to measure: "
+            "take smaller or fewer SGLD steps"
+        )
+    how = f"class-conditional chains of {steps} SGLD steps from uniform noise, classes in turn, none left out"
+    images = eight_bit(jem.denormalize(x)).cpu()
+    return SampleSet(f"fresh chains, {steps} steps", images, classes, how, config.seed, fresh=True)
+
+
+def _quality(config: EvaluationConfig, section: Section, extractor: Extractor, train: Tensor, sets: list[SampleSet]) -> Tensor:
+    """Add a table of distances to training images in one extractor; returns the training images' features."""
+    real = extract(extractor, train, batch_size=config.batch_size, desc="features of training images")
+    table = f"Samples against {len(real):,} training images, in {extractor.name}"
+    frechet = "FID" if extractor.name.startswith("FID") else "Fréchet distance"
+    for samples in sets:
+        images = samples.images
+        features = extract(extractor, images, batch_size=config.batch_size, desc=f"features of {samples.name}")
+        quality = sample_quality(features, real, seed=config.seed)
+        way = f"{samples.how}; KID: mean of 100 subsets; precision, recall: k = 3"
+        more = {"seed": samples.seed, "split": "train"}
+        title = f"{frechet} of fresh samples, in {extractor.name}"
+        card = {"type": "frechet_distance", "title": title} if samples.fresh else {}
+        section.add(table, samples.name, quality["frechet"], len(images), way, frechet, **more, **card)
+        for key, column in {"kid": "KID", "precision": "precision", "recall": "recall"}.items():
+            section.add(table, samples.name, quality[key], len(images), way, column, **more)
+        if extractor.logits is not None:
+            scores = torch.cat([extractor.logits(part).cpu() for part in images.split(config.batch_size)])
+            mean, _ = inception_score(scores, seed=config.seed)
+            section.add(table, samples.name, mean, len(images), f"{samples.how}; 10 splits", "IS", seed=samples.seed)
+    return real
+
+
+def _judged(subject: Subject, config: EvaluationConfig, section: Section, sets: list[SampleSet]) -> None:
+    """What an independent classifier reads in the samples."""
+    if subject.judge is None:
+        known = subject.train_y >= 0
+        judge = fit_judge(subject.train[known], subject.train_y[known], seed=config.seed)
+        name, read = judge.name, judge.predict
+    else:
+        name = Path(config.judge).name
+
+        def read(images: Tensor) -> Tensor:
+            nothing = torch.full((len(images),), -1)
+            return predict(subject.judge, in_batches(images, nothing, config.batch_size), desc="judging")[0].argmax(1)
+
+    for samples in sets:
+        if samples.asked is not None:
+            right = read(samples.images) == samples.asked
+            more = {"seed": samples.seed, "split": subject.split}
+            table = "Read as asked by an independent classifier"
+            section.share(table, samples.name, right, f"{samples.how}; by {name}", **more)
+
+
+def _lengths(subject: Subject, config: EvaluationConfig, section: Section, real: Tensor) -> None:
+    """Distance to ``real``, training images' features, against SGLD steps, far beyond the length chains were made for."""
+    jem, count, extractor = subject.model, config.curve_samples, subject.extractors[0]
+    own, k = jem.sgld.sample_steps or jem.sgld.num_steps, jem.sgld.num_steps
+    candidates = {k, own} | {k * 2**i for i in range(20)} | {config.longest_chain}
+    steps = sorted(n for n in candidates if jem.sgld.denoise_steps < n <= max(config.longest_chain, own))
+    classes = torch.arange(count) % jem.num_classes
+    options = {"generator": subject.generator(1), "batch_size": config.batch_size}
+    found = {}
+    for n, u in chains_by_length(jem, steps, y=classes, **options):
+        finite = bool(u.isfinite().all())
+        features = extract(extractor, eight_bit(u).cpu(), batch_size=config.batch_size) if finite else None
+        found[n] = frechet_distance(features, real) if finite else math.nan  # chains that ran away
+    floor = frechet_distance(extract(extractor, subject.test[:count], batch_size=config.batch_size), real)
+    table = f"Fréchet distance against chain length, in {extractor.name}"
+    how = "the same class-conditional chains from noise seen at each length, against training images"
+    for n, value in found.items():
+        section.add(table, f"{n} steps", value, count, how, seed=config.seed, split="train")
+    section.curves["quality against length"] = curve = {"fresh chains": (list(found), list(found.values()))}
+    picture = quality_curves(curve, f"Fréchet distance, {extractor.name}", floor=floor, marks={"fresh chains": own})
+    caption = f"{count} chains seen at growing lengths; the mark is the length that the model uses ({own} steps)."
+    section.picture("chain_length.png", picture, caption)
+
+
+def _neighbours(subject: Subject, section: Section, fresh: Tensor) -> None:
+    """Whether samples are copies of training images."""
+    train, test = subject.train, subject.test[: len(fresh)]
+    distances, rows = nearest_neighbours(fresh, train)
+    of_test, _ = nearest_neighbours(test, train)
+    table = "Distance to the nearest training image"
+    way = f"ℓ2 in [0, 1] pixels, median; among {len(train):,} training images; far below real test images: copies"
+    section.add(table, "fresh chains", distances.median(), len(fresh), way, seed=subject.seed)
+    section.add(table, "real test images", of_test.median(), len(test), way, seed=subject.seed)
+    pairs = torch.cat([fresh[:12], train[rows.flatten()[:12]]])
+    grid = image_grid(to_pixels(pairs), min(12, len(fresh)), ["samples", "nearest training images"])
+    section.picture("neighbours.png", grid, "The first twelve samples and the training images nearest to them.")
+
+
+def _samples(subject: Subject, section: Section, fresh: SampleSet) -> None:
+    """Ten samples of each class, of up to twenty classes, where there are so many."""
+    shown = min(subject.model.num_classes, 20)
+    rows = [torch.nonzero(fresh.asked == label).flatten()[:10] for label in range(shown)]
+    if all(len(of_class) == 10 for of_class in rows):
+        caption = f"Fresh {fresh.how} (seed {fresh.seed}): the first ten of each class."
+        grid = image_grid(to_pixels(fresh.images[torch.cat(rows)]), 10, subject.class_names[:shown])
+        section.picture("samples.png", grid, caption)

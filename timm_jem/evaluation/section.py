@@ -1,0 +1,84 @@
+"""One section of a report, while it is measured."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from timm_jem.errors import InputError, one_line
+from timm_jem.evaluation.intervals import wilson_interval
+from timm_jem.evaluation.plots import save_figure
+from timm_jem.evaluation.report import Report, Result
+
+__all__ = ["BOOTSTRAP", "WILSON", "Section"]
+
+WILSON = "Wilson, 95 %"
+BOOTSTRAP = "bootstrap over images, 95 %"
+
+
+@dataclass
+class Section:
+    """Collects what one section measures. It becomes part of a report as a whole, by :meth:`add_to`, or not at all.
+
+    Attributes:
+        title: of the section.
+        folder: where its pictures are written as soon as they are made.
+        results, curves, warnings, pictures: as :class:`timm_jem.evaluation.report.Report` has them.
+    """
+
+    title: str
+    folder: Path
+    results: list[Result] = field(default_factory=list)
+    curves: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    pictures: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add(self, table: str, row: str, value: float, n: int, protocol: str, column: str = "", **more: Any) -> Result:
+        """One number of ``n`` images; ``more`` are other fields of a :class:`timm_jem.evaluation.report.Result`."""
+        self.results.append(Result(self.title, table, row, column, float(value), n, protocol, **more))
+        return self.results[-1]
+
+    def share(self, table: str, row: str, correct: Tensor, protocol: str, column: str = "", **more: Any) -> Result:
+        """A proportion of images, from ``correct``, bool, shape (n,), with Wilson's interval."""
+        low, high = wilson_interval(int(correct.sum()), len(correct))
+        value = correct.double().mean().item()
+        return self.add(table, row, value, len(correct), protocol, column, low=low, high=high, interval=WILSON, **more)
+
+    def curve(
+        self, table: str, correct: Mapping[float, Tensor], named: Callable[[float], str], protocol: str, **more: Any
+    ) -> tuple[list[float], list[float], list[float], list[float]]:
+        """Proportions that depend on a size, a row each, ``named`` by it.
+
+        Returns:
+            Sizes, values, and lower and upper ends of the intervals: what :func:`timm_jem.evaluation.plots.accuracy_curves`
+            draws.
+        """
+        results = [self.share(table, named(size), right, protocol, **more) for size, right in correct.items()]
+        return list(correct), [r.value for r in results], [r.low for r in results], [r.high for r in results]
+
+    def picture(self, file: str, picture: Any, caption: str) -> None:
+        """Write a PIL image or a matplotlib figure as ``file``, a PNG.
+
+        Raises:
+            InputError: it can't be written.
+        """
+        save = picture.save if isinstance(picture, Image.Image) else lambda path: save_figure(picture, path)
+        try:
+            save(self.folder / file)
+        except OSError as error:
+            raise InputError(f"{file} can't be written to {self.folder} ({one_line(error)}): make room") from error
+        self.pictures.append((self.title, file, caption))
+
+    def warn(self, text: str) -> None:
+        """What a reader must know before believing the numbers."""
+        self.warnings.append(text)
+
+    def add_to(self, report: Report) -> None:
+        """Hand everything over to the report."""
+        report.results += self.results
+        report.curves |= self.curves
+        report.warnings += self.warnings
+        report.pictures += self.pictures

@@ -1,0 +1,150 @@
+"""What an evaluation measures, and how much of it."""
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+from timm_jem.errors import InputError, check_number, check_whole, how_to_install
+
+__all__ = ["PRESETS", "SECTIONS", "EvaluationConfig", "check_libraries", "need"]
+
+SectionName = Literal["classification", "ood", "robustness", "generation", "pictures"]
+SECTIONS: tuple[SectionName, ...] = get_args(SectionName)
+
+# Every number states its own n and interval; "full" is what a paper would report.
+PRESETS: dict[str, dict[str, int]] = {
+    "quick": {
+        "test_images": 2000,
+        "ood_images": 1000,
+        "attack_images": 200,
+        "attack_steps": 20,
+        "attack_restarts": 1,
+        "auto_attack_images": 25,
+        "refinement_images": 50,
+        "refinement_chains": 1,
+        "eot": 3,
+        "samples": 500,
+        "curve_samples": 250,
+        "longest_chain": 500,
+        "real_images": 2000,
+    },
+    "full": {
+        "test_images": 1_000_000,
+        "ood_images": 10_000,
+        "attack_images": 1000,
+        "attack_steps": 100,
+        "attack_restarts": 5,
+        "auto_attack_images": 1000,
+        "refinement_images": 500,
+        "refinement_chains": 1,
+        "eot": 20,
+        "samples": 10_000,
+        "curve_samples": 1000,
+        "longest_chain": 2000,
+        "real_images": 50_000,
+    },
+}
+
+
+@dataclass
+class EvaluationConfig:
+    """What to measure. Sizes that are None are the preset's.
+
+    One class for all sections: they share most of these, and each is a flag of its own name.
+
+    Attributes:
+        preset: quick: minutes on a CPU for small models; full: what a paper would report.
+        sections: which parts of the report.
+        seed: of subsets, chains, attacks and resampling.
+        batch_size: images through the network at once.
+        baseline: another classifier (as MODEL) for transfer attacks and beside the distal adversarials.
+        judge: an independent classifier (as MODEL) that reads the samples; None: a support vector machine on pixels.
+        ood: out-of-distribution sets: interpolation, uniform and constant need no download; others are Hub names,
+            folders or .parquet files.
+        extractors: features for distances of samples: pixels, thumbnails, inception (FID's; inception:PATH where there
+            is no network), timm:NAME; auto: pixels up to 8×8, thumbnails above.
+        test_images: how many test images, at most, for accuracy and calibration.
+        ood_images: how many images of each set, at most.
+        attack_images: how many test images to attack, at most.
+        attack_steps: steps of PGD.
+        attack_restarts: random starts of PGD.
+        linf_epsilons: sizes of ℓ∞ attacks, in [0, 1] pixel units.
+        l2_epsilons: sizes of ℓ2 attacks, in [0, 1] pixel units.
+        linf_epsilon: size of the ℓ∞ attack in AutoAttack, refinement, transfer and the sanity checks.
+        l2_epsilon: size of the ℓ2 attack in AutoAttack and transfer.
+        auto_attack_images: how many images for AutoAttack, at most; 0: no AutoAttack. It needs pyautoattack.
+        refinement_steps: SGLD steps k of the refinement defence (JEM-k); 0: leave it out.
+        refinement_images: how many images for the refinement defence, at most.
+        refinement_chains: chains that vote on each image.
+        eot: noise draws whose mean gradient attacks the refinement.
+        samples: how many fresh chains.
+        curve_samples: how many chains for the curve of quality against SGLD steps.
+        longest_chain: where that curve ends, in SGLD steps.
+        real_images: how many training images to compare samples with, at most.
+
+    Raises:
+        InputError: a value outside its range, or no sections.
+    """
+
+    preset: Literal["quick", "full"] = "quick"
+    sections: list[SectionName] = field(default_factory=lambda: list(SECTIONS))
+    seed: int = 0
+    batch_size: int = 256
+    baseline: str | None = None
+    judge: str | None = None
+    ood: list[str] = field(default_factory=lambda: ["interpolation", "uniform", "constant"])
+    extractors: list[str] = field(default_factory=lambda: ["auto"])
+    test_images: int | None = None
+    ood_images: int | None = None
+    attack_images: int | None = None
+    attack_steps: int | None = None
+    attack_restarts: int | None = None
+    linf_epsilons: list[float] = field(default_factory=lambda: [n / 255 for n in (1, 2, 4, 8, 16, 32, 64)])
+    l2_epsilons: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5, 1.0, 2.0])
+    linf_epsilon: float = 8 / 255
+    l2_epsilon: float = 0.5
+    auto_attack_images: int | None = None
+    refinement_steps: int = 10
+    refinement_images: int | None = None
+    refinement_chains: int | None = None
+    eot: int | None = None
+    samples: int | None = None
+    curve_samples: int | None = None
+    longest_chain: int | None = None
+    real_images: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        least: dict[str, Any] = dict.fromkeys(PRESETS[self.preset], 1)
+        least |= {"auto_attack_images": 0, "refinement_steps": 0, "seed": 0, "batch_size": 1, "samples": 20}
+        for name, value in least.items():
+            check_whole(name, getattr(self, name), value)
+        for name in ("linf_epsilons", "l2_epsilons"):
+            for epsilon in getattr(self, name):
+                check_number(name, epsilon, above=0)
+        check_number("linf_epsilon", self.linf_epsilon, above=0, most=1)
+        check_number("l2_epsilon", self.l2_epsilon, above=0)
+        if not self.sections:
+            raise InputError(f"sections is empty: give some of {', '.join(SECTIONS)}")
+
+    @property
+    def refines(self) -> bool:
+        """Whether the refinement defence is attacked, which needs second derivatives of the model."""
+        return "robustness" in self.sections and self.refinement_steps > 0
+
+
+def need(module: str, what: str, extra: str, otherwise: str = "") -> None:
+    """Raise an InputError that says how to install ``module`` where it is missing."""
+    if find_spec(module) is None:
+        raise InputError(f"{what} needs {module.replace('_', '-')}: {how_to_install(extra)}{otherwise}")
+
+
+def check_libraries(config: EvaluationConfig) -> None:
+    """Raise an InputError for a library that these sections need and that is missing."""
+    need("matplotlib", "a report", "eval")
+    if "robustness" in config.sections and config.auto_attack_images:
+        need("pyautoattack", "AutoAttack", "robust", ", or set auto_attack_images to 0")
+    if "generation" in config.sections:
+        need("torch_fidelity", "the generation section", "eval")

@@ -1,0 +1,235 @@
+"""What is evaluated, on which images, and beside what: everything that the sections of a report share."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import tqdm
+from timm.layers import set_fused_attn, use_fused_attn
+from torch import Tensor
+
+from timm_jem.data import DataConfig, ImageSet, Splits, StreamedSet, load_splits
+from timm_jem.errors import InputError, one_line
+from timm_jem.evaluation.extractors import Extractor, classifier_extractor, load_extractors
+from timm_jem.evaluation.ood_sets import outlier_sets
+from timm_jem.evaluation.refinement import check_second_derivatives
+from timm_jem.evaluation.settings import EvaluationConfig, check_libraries
+from timm_jem.model import JEM
+from timm_jem.modes import frozen
+from timm_jem.pixels import to_pixels
+from timm_jem.wrap import create_model, from_pretrained
+
+__all__ = ["Subject", "check_classes", "data_config", "load_model", "load_subject", "some"]
+
+
+@dataclass
+class Subject:
+    """What all sections share. Every random choice has a generator of its own: no section changes another's numbers.
+
+    Attributes:
+        name: what to call the model in the report.
+        model: on the device that measures.
+        test, val, train: 8-bit images in a random order, so that the first n are an honest subset, shapes (N, C, H, W), on
+            the CPU; ``train`` is empty where samples aren't asked for.
+        test_y, val_y, train_y: their labels, int64, shape (N,), −1 where unknown.
+        test_total: how many test images there are.
+        class_names: in order.
+        data: where the images are from.
+        split: the name of the test split.
+        held_out: what ``val`` is, in words.
+        warnings: what a reader must know about these images.
+        outliers: 8-bit images out of distribution, by name; empty where they aren't asked for.
+        extractors: features of samples; empty where samples aren't asked for.
+        baseline, judge: other classifiers of the same images, or None.
+        seed: of all generators.
+    """
+
+    name: str
+    model: JEM
+    test: Tensor
+    test_y: Tensor
+    val: Tensor
+    val_y: Tensor
+    train: Tensor
+    train_y: Tensor
+    test_total: int
+    class_names: list[str]
+    data: DataConfig
+    split: str
+    held_out: str
+    warnings: list[str]
+    outliers: dict[str, Tensor]
+    extractors: list[Extractor]
+    baseline: JEM | None
+    judge: JEM | None
+    seed: int
+
+    def generator(self, offset: int = 0) -> torch.Generator:
+        """A new generator; other offsets give other numbers."""
+        return torch.Generator().manual_seed(self.seed + 1000 * offset)
+
+
+def load_subject(
+    name: str, data: DataConfig | None, config: EvaluationConfig, *, device: torch.device | str = "cpu"
+) -> Subject:
+    """Load everything that the sections need.
+
+    Args:
+        name: of the model, see :func:`load_model`.
+        data: images to evaluate on; None: those of the model's training.
+        config: what is going to be measured.
+        device: where.
+
+    Raises:
+        InputError: whatever is wrong with the input, a missing library included: it is found before anything is measured.
+    """
+    model = load_model(name, second_derivatives=config.refines)
+    check_libraries(config)
+    baseline, judge = (None if other is None else load_model(other) for other in (config.baseline, config.judge))
+    data, alike = data_config(model, name, data)
+    splits = load_splits(data)
+    for jem, called in ((model, name), (baseline, config.baseline), (judge, config.judge)):
+        if jem is not None:
+            check_classes(jem, splits, called, data.dataset)
+            jem.to(device)
+    test, test_y = some(splits.test, config.test_images, config.seed, "test images")
+    val, val_y = some(splits.val, config.test_images, config.seed, "held-out images")
+    train, train_y = test[:0], test_y[:0]
+    if "generation" in config.sections:
+        train, train_y = some(splits.train, config.real_images, config.seed, "training images")
+    if len(test_y.unique()) < 2:
+        raise InputError(f"the {len(test_y)} test images of {data.dataset} are of one class: give a set of several")
+    _check_finite(model, test[: config.batch_size], name)
+    if config.refines:
+        check_second_derivatives(model, "set --refinement_steps 0 to leave the refinement out")
+    outliers: dict[str, Tensor] = {}
+    if "ood" in config.sections:
+        outliers = outlier_sets(config.ood, test, test_y, count=config.ood_images, seed=config.seed)
+    extractors: list[Extractor] = []
+    if "generation" in config.sections:
+        extractors = load_extractors(config.extractors, input_size=model.input_size, device=device)
+        if judge is not None:
+            extractors.append(classifier_extractor(judge, f"features of {Path(config.judge).name}"))
+    of_split = f"images held out of split {data.train_split}"
+    held_out = f"{of_split}, as in training" if alike else f"{of_split}, which the model may have been trained on"
+    return Subject(
+        name=Path(name).name if Path(name).is_dir() else name,
+        model=model,
+        test=test,
+        test_y=test_y,
+        val=val,
+        val_y=val_y,
+        train=train,
+        train_y=train_y,
+        test_total=len(splits.test),
+        class_names=model.class_names or splits.class_names,
+        data=data,
+        split=data.test_split or "test",
+        held_out=held_out,
+        warnings=[] if alike else [f"Temperature and typicality use {held_out}."],
+        outliers=outliers,
+        extractors=extractors,
+        baseline=baseline,
+        judge=judge,
+        seed=config.seed,
+    )
+
+
+def load_model(name: str, *, second_derivatives: bool = False) -> JEM:
+    """The model of a run, a saved folder, a Hub name, or timm:NAME for timm's own weights.
+
+    Args:
+        name: which.
+        second_derivatives: build its attention without PyTorch's fused kernels, which have none.
+
+    Raises:
+        InputError: nothing there, or not a classifier.
+    """
+    with _unfused_attention() if second_derivatives else contextlib.nullcontext():
+        if name.startswith("timm:"):
+            return create_model(name.removeprefix("timm:"), pretrained=True)
+        path = Path(name)
+        if path.is_dir() and (path / "model").is_dir():
+            path = path / "model"
+        elif path.is_dir() and (path / "config.yaml").is_file() and not (path / "config.json").is_file():
+            raise InputError(f"{name} is a run without a model: wait for it to end, or give one of its best/ models")
+        return from_pretrained(path if path.is_dir() else name)
+
+
+@contextlib.contextmanager
+def _unfused_attention() -> Iterator[None]:
+    before = use_fused_attn(), use_fused_attn(experimental=True)
+    set_fused_attn(False)
+    try:
+        yield
+    finally:
+        set_fused_attn(*before)
+
+
+def data_config(jem: JEM, name: str, given: DataConfig | None) -> tuple[DataConfig, bool]:
+    """The images to evaluate on, and whether they are split as in the model's own training.
+
+    Raises:
+        InputError: none are ``given``, and the model's provenance doesn't say what it was trained on.
+    """
+    trained = jem.provenance.get("config", {}).get("data")
+    own = None
+    if isinstance(trained, dict):
+        known = {f.name for f in fields(DataConfig)}
+        try:
+            own = DataConfig(**{key: value for key, value in trained.items() if key in known})
+        except TypeError as error:
+            raise InputError(f"the data settings of {name} are broken ({one_line(error)}): give --data.dataset") from error
+    if given is None and own is None:
+        raise InputError(f"{name} doesn't say what it was trained on: give --data.dataset")
+    config = own if given is None else given
+    channels, height, width = jem.input_size
+    if config.channels is None:
+        config = replace(config, channels=channels)
+    if config.image_size is None and height == width:
+        config = replace(config, image_size=height)
+    # Which images are held out depends on these alone.
+    held = ("dataset", "config_name", "train_split", "test_split", "test_fraction", "val_fraction", "split_seed", "streaming")
+    alike = own is not None and all(getattr(own, key) == getattr(config, key) for key in held)
+    return replace(config, labels_per_class=None, unlabeled=None), alike
+
+
+def check_classes(jem: JEM, splits: Splits, name: str, dataset: str) -> None:
+    """Raise an InputError unless a model's classes and image shape are the data set's."""
+    ours, theirs = jem.class_names, splits.class_names
+    if jem.num_classes != len(theirs):
+        raise InputError(f"{name} has {jem.num_classes} classes and {dataset} has {len(theirs)}: give its own --data.dataset")
+    if ours is not None and list(ours) != list(theirs):
+        i = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        raise InputError(
+            f"class {i} of {name} is {ours[i]!r} and of {dataset} {theirs[i]!r}: give the data set it was trained for"
+        )
+    if tuple(splits.image_shape) != jem.input_size:
+        raise InputError(f"{name} is for images of {jem.input_size}, {dataset} gives {splits.image_shape}: --data.image_size")
+
+
+def some(images: ImageSet | StreamedSet, count: int, seed: int, desc: str) -> tuple[Tensor, Tensor]:
+    """``count`` images, or all where there are fewer, in a random order of their own, and their labels."""
+    rng = np.random.default_rng(seed)
+    if isinstance(images, ImageSet):
+        rows = rng.permutation(len(images))[:count]
+        parts = np.array_split(rows, max(1, len(rows) // 256))
+        fetched = [images.__getitems__(part.tolist()) for part in tqdm(parts, desc=desc, leave=False)]
+        return torch.cat([part for part, _ in fetched]), torch.cat([labels for _, labels in fetched])
+    streamed = list(tqdm(islice(images.epoch(rng), count), desc=desc, total=count, leave=False))
+    return torch.stack([images.decode(image) for image in streamed]), torch.tensor([image.label for image in streamed])
+
+
+@torch.no_grad()
+def _check_finite(jem: JEM, images: Tensor, name: str) -> None:
+    with frozen(jem):
+        logits = jem(jem.normalize(to_pixels(images.to(jem.mean.device))))
+    if not logits.isfinite().all():
+        broken = int((~logits.isfinite()).any(1).sum())
+        raise InputError(
+            f"{name} gives logits that are not finite for {broken} of {len(logits)} images: its weights are broken"
+        )
