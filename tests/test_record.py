@@ -205,7 +205,7 @@ def test_pictures_of_chains(tmp_path):
     record.samples(4, jem, "samples.png")
     (how,) = asked
     assert how["y"].tolist() == [c for c in range(20) for _ in range(10)]
-    assert (how["batch_size"], how["generator"].initial_seed()) == (7, 0)
+    assert (how["batch_size"], list(how["seeds"])) == (7, list(range(200)))
     assert (tmp_path / "a" / "samples.png").is_file()
     record.close()
 
