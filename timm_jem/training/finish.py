@@ -87,8 +87,8 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
 
 def _explanation(broke: Rollback, rollbacks: int) -> str:
     return (
-        f"gave up after {rollbacks} rollback{'s' * (rollbacks != 1)} at step {broke.step}: {broke.reason}; lower train.lr or sgld.noise_std, "
-        "raise train.objective.energy_l2 or sgld.num_steps, or take a smooth activation"
+        f"gave up after {rollbacks} rollback{'s' * (rollbacks != 1)} at step {broke.step}: {broke.reason}; lower train.lr "
+        "or sgld.noise_std, raise train.objective.energy_l2 or sgld.num_steps, or use a smooth activation"
     )
 
 
