@@ -5,11 +5,22 @@ import tempfile
 
 from loopback_hub import TOKEN, Hub
 
+# Each of pytest's processes has a core; more threads would wait for one another, and recipes set their own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 HUB = Hub()
 HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HOME.name, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """A recipe that is run in this process sets their number for all that follows."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

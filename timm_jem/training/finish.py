@@ -86,9 +86,10 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
 
 
 def _explanation(broke: Rollback, rollbacks: int) -> str:
+    times = f"{rollbacks} rollback{'s' * (rollbacks != 1)}"
     return (
-        f"gave up after {rollbacks} rollback{'s' * (rollbacks != 1)} at step {broke.step}: {broke.reason}; lower train.lr "
-        "or sgld.noise_std, raise train.objective.energy_l2 or sgld.num_steps, or use a smooth activation"
+        f"gave up after {times} at step {broke.step}: {broke.reason}; lower train.lr or sgld.noise_std, "
+        "raise train.objective.energy_l2 or sgld.num_steps, or take a smooth activation"
     )
 
 
