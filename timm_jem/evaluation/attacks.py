@@ -314,11 +314,7 @@ def auto_attack(
             logits = _first_logits(classifier, start, y)
             num_classes = logits.shape[1]
             names = auto_attack_names(version, num_classes) if attacks is None else list(attacks)
-            for name, least in (("apgd-dlr", 3), ("apgd-t", 4)):
-                if name in names and num_classes < least:
-                    raise InputError(f"{name} needs {least} classes, and the classifier has {num_classes}: leave it out")
-            if norm == "l2" and "square" in names and min(start.shape[2:]) < 5:
-                raise InputError(f"square under l2 needs 5 x 5 pixels, and images have {tuple(start.shape[2:])}: leave it out")
+            _check_names(names, num_classes, norm, tuple(start.shape[2:]))
             attack = AutoAttack(
                 lambda x: check_logits(classifier(x)),
                 norm={"linf": "Linf", "l2": "L2"}[norm],
@@ -330,17 +326,29 @@ def auto_attack(
             attack.attacks_to_run = names
             attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, num_classes - 1)
             attack.apgd_targeted.eot_iter = attack.apgd.eot_iter
-            if n_iter is not None:
-                # What its constructor makes of the number of iterations (Croce & Hein, section 3).
-                for apgd in (attack.apgd, attack.apgd_targeted):
-                    apgd.n_iter = apgd.n_iter_orig = n_iter
-                    apgd.n_iter_2 = max(int(0.22 * n_iter), 1)
-                    apgd.n_iter_min = max(int(0.06 * n_iter), 1)
-                    apgd.size_decr = max(int(0.03 * n_iter), 1)
-                attack.fab.n_iter = n_iter
-            if n_queries is not None:
-                attack.square.n_queries = n_queries
+            _set_lengths(attack, n_iter, n_queries)
             broken, _ = attack.run_standard_evaluation(start, y, batch_size=batch_size)
     finally:
         sys.settrace(tracer)
     return broken.detach().to(images.dtype)
+
+
+def _check_names(names: Sequence[str], num_classes: int, norm: str, size: tuple[int, int]) -> None:
+    for name, least in (("apgd-dlr", 3), ("apgd-t", 4)):
+        if name in names and num_classes < least:
+            raise InputError(f"{name} needs {least} classes, and the classifier has {num_classes}: leave it out")
+    if norm == "l2" and "square" in names and min(size) < 5:
+        raise InputError(f"square under l2 needs 5 x 5 pixels, and images have {size}: leave it out")
+
+
+def _set_lengths(attack, n_iter: int | None, n_queries: int | None) -> None:
+    """What AutoAttack's constructor makes of the number of iterations (Croce & Hein, section 3)."""
+    if n_iter is not None:
+        for apgd in (attack.apgd, attack.apgd_targeted):
+            apgd.n_iter = apgd.n_iter_orig = n_iter
+            apgd.n_iter_2 = max(int(0.22 * n_iter), 1)
+            apgd.n_iter_min = max(int(0.06 * n_iter), 1)
+            apgd.size_decr = max(int(0.03 * n_iter), 1)
+        attack.fab.n_iter = n_iter
+    if n_queries is not None:
+        attack.square.n_queries = n_queries
