@@ -27,10 +27,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from timm_jem import InputError
 from timm_jem.errors import check_whole, one_line
 from timm_jem.files import cores, replaced_file
+from timm_jem.stability.curves import Curves
+from timm_jem.stability.jobs import Job, Pool
+from timm_jem.stability.results import LAST_LINES, read_result
 from timm_jem.training import parse_settings
-from timm_jem.training.curves import Curves
-from timm_jem.training.jobs import Job, Pool
-from timm_jem.training.results import LAST_LINES, read_result
 from timm_jem.training.run_folder import RunFolder
 
 TRAIN = Path(__file__).parent / "train.py"
@@ -334,7 +334,7 @@ def report(command: str, config: StabilityConfig, rows: dict[str, dict[str, Any]
 def main(argv: list[str], script: Path = TRAIN) -> int:
     # Everything that can be wrong with the input is found before anything is written or run.
     config, flags = parse(argv)
-    from timm_jem.training.curves_plot import Trace, draw_curves  # says what to install where matplotlib is missing
+    from timm_jem.stability.curves_plot import Trace, draw_curves  # says what to install where matplotlib is missing
 
     variants = read_variants(config.variants, flags)
     runs = plan(config, variants)

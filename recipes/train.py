@@ -103,7 +103,10 @@ def describe(settings: Settings, splits: Splits, run: Run, folder: RunFolder) ->
 
 
 def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollback | None:
-    """Optimiser steps until all are done, the run gives up (the rollback that was one too many is returned), or a signal."""
+    """Optimiser steps until all are done, or the run gives up: then the rollback that was one too many is returned.
+
+    A signal saves, and ends the process.
+    """
     learner, accelerator = run.learner, run.learner.accelerator
     cadence = Cadence(settings, accelerator)
     run.snapshot()
@@ -129,7 +132,7 @@ def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollb
                 if due.validate:
                     validate(settings, splits, run, record)
                 if due.push:
-                    publish(settings, splits, run, record, drawn=due.sample)
+                    publish(settings, splits, run, record)
             if due.checkpoint or due.stop:
                 save(run, record, needed=bool(due.stop))
             elif due.snapshot:
@@ -151,12 +154,12 @@ def validate(settings: Settings, splits: Splits, run: Run, record: Record) -> No
         record.keep_best(run.step, publishable(settings, splits, run, record))
 
 
-def publish(settings: Settings, splits: Splits, run: Run, record: Record, *, drawn: bool) -> None:
-    """Push what there is, with pictures if they were ``drawn`` at this step; training goes on where the Hub says no."""
+def publish(settings: Settings, splits: Splits, run: Run, record: Record) -> None:
+    """Push what there is, with the pictures of this step; training goes on where the Hub says no."""
     jem = publishable(settings, splits, run, record, chains=True)
     if run.learner.accelerator.is_main_process:
         # samples.png is of an earlier end of the run, where there is one.
-        pictures = {**record.folder.pictures(), "samples.png": record.folder.samples(run.step)} if drawn else {}
+        pictures = {**record.folder.pictures(), "samples.png": record.folder.samples(run.step)}
         try:
             push(jem, settings, record, f"Step {run.step}", pictures)
         except InputError as error:

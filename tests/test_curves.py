@@ -7,9 +7,9 @@ from PIL import Image as PILImage
 from safetensors.torch import save_file
 
 from timm_jem import InputError
-from timm_jem.training.curves import Curve, Curves, read_curves
-from timm_jem.training.curves_plot import Trace, draw_curves
-from timm_jem.training.results import read_result, tensors_with_nan
+from timm_jem.stability.curves import Curve, Curves, read_curves
+from timm_jem.stability.curves_plot import Trace, draw_curves
+from timm_jem.stability.results import read_result, tensors_with_nan
 from timm_jem.training.run_folder import RunFolder
 
 

@@ -32,6 +32,7 @@ MAY_IMPORT = {
         "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model",
         "wrap", "data", "evaluation", "training", "version", "errors",
     },
+    "stability": {"stability", "training", "errors"},
     "__init__": {
         "energy", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "version", "errors",
     },

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from timm_jem.training.jobs import Job, Pool, last_line
+from timm_jem.stability.jobs import Job, Pool, last_line
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,19 @@ def test_numbers_go_to_trackers_as_well(tmp_path):
     record.close()
 
 
+def test_a_run_that_goes_on_the_same_way_has_the_same_command(tmp_path, capsys):
+    saved = make(tmp_path / "a", ["--train.lr", "1"])
+    saved.settings.hub.push_to = "user/name"
+    saved.open(0)
+    state = saved.state_dict()
+    saved.close()
+    for flags in (["--train.lr", "1"], []):
+        again = make(tmp_path / "a", flags)
+        again.load_state_dict(state)
+        assert again.command == ["--train.lr", "1"]
+    assert "give --hub.push_to user/name again" in capsys.readouterr().out
+
+
 def test_a_run_that_goes_on_cuts_its_metrics_to_the_checkpoint(tmp_path):
     record = make(tmp_path / "a", ["--train.lr", "1"])
     record.open(0)
@@ -95,7 +108,7 @@ def test_a_run_that_goes_on_cuts_its_metrics_to_the_checkpoint(tmp_path):
     again.log(3, {"loss": torch.tensor(-3.0)})
     again.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path / "a")] == [(1, 1.0), (2, 2.0), (3, -3.0)]
-    assert again.command == ["--train.lr", "1"]
+    assert again.command == ["--train.lr", "1", "--other"]  # what was said later counts
     # A run that starts anew in the folder has metrics of its own; one whose file was shortened goes on at its end.
     (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
     shorter = make(tmp_path / "a")

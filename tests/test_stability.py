@@ -241,7 +241,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(fake_train, tmp_path, argv, va
 
 def test_without_matplotlib_nothing_starts(fake_train, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "timm_jem.training.curves_plot", raising=False)
+    monkeypatch.delitem(sys.modules, "timm_jem.stability.curves_plot", raising=False)
     with pytest.raises(InputError, match=re.escape("pip install 'timm_jem[plots]'")):
         stability.main(["--output_dir", "out"], fake_train)
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ from timm_jem.errors import InputError
 
 __all__ = ["FAR_FROM_PIXELS", "eight_bit", "from_unit", "to_pixels"]
 
-# PublishedChains and noise leave [-1, 1] by a little, images in 0..255 by far.
+# Chains and noise leave [-1, 1] by a little, images in 0..255 by far.
 FAR_FROM_PIXELS = 20.0
 
 

@@ -1,7 +1,7 @@
 """Attacks on classifiers of images in [0, 1]: PGD, and AutoAttack by pyautoattack.
 
-Here alone images are in [0, 1], so that ε = 8/255 is eight grey levels, as the literature has it; a classifier maps such
-images, float, shape (N, C, H, W), to logits. :func:`pixel_classifier` is the only place where they become a model's input.
+Images are in [0, 1] here and in the refinement defence, so that ε = 8/255 is eight grey levels, as the literature has it; a
+classifier maps such images, float, shape (N, C, H, W), to logits. :func:`pixel_classifier` maps them to a model's input.
 """
 
 import contextlib

@@ -19,7 +19,7 @@ CARD_FILE = "README.md"
 # Pictures that a card shows where they are at hand, in this order.
 PICTURES = {
     "samples.png": "Fresh chains from uniform noise, one row a class, none selected.",
-    "buffer.png": "Chains of the replay buffer at the end of training.",
+    "buffer.png": "Chains of the replay buffer.",
     "evaluation/reliability.png": "Accuracy against confidence of test images.",
     "evaluation/ood_auroc.png": "AUROC of each out-of-distribution score against each set.",
     "evaluation/pgd_linf.png": "Accuracy under PGD of growing size.",

@@ -57,12 +57,13 @@ class Cadence:
         stop = list(signals[:1])
         if self.accelerator.num_processes > 1:  # all stop at the same step, and agreeing waits for the device
             stop = gather_object(stop)[:1] if look else []
+        push = hub.push_to is not None and every(hub.every) and not last
         return Due(
             look=look,
             log=every(train.log_every) or last,
-            sample=every(train.sample_every),
+            sample=every(train.sample_every) or push,  # a card shows pictures of its own weights
             validate=every(train.eval_every),
-            push=hub.push_to is not None and every(hub.every) and not last,
+            push=push,
             checkpoint=checkpoint,
             snapshot=every(guard.snapshot_every),
             stop=stop[0] if stop else None,

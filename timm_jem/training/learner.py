@@ -68,7 +68,7 @@ class Learner:
         self.step = 0
         self.remedy = Remedy()
         self._initial_lr = [group["lr"] for group in optimizer.param_groups]
-        self._as_saved, self._sgld = _as_saved(jem), jem.sgld
+        self._as_saved, self._sgld = _without_casts(jem), jem.sgld
         self._set_lr()
 
     def published(self) -> JEM:
@@ -203,7 +203,7 @@ class Learner:
         self._set_lr()
 
 
-def _as_saved(jem: JEM) -> JEM:
+def _without_casts(jem: JEM) -> JEM:
     """The model on the same weights without accelerate's casts, which are in the forward of the object that it prepared."""
     if "forward" not in vars(jem) or isinstance(jem, FSDPModule):  # one that is sharded can't be told apart from its hooks
         return jem

@@ -43,6 +43,9 @@ class Drawn:
 class Method(Protocol):
     """What :class:`timm_jem.training.Learner` trains by. Any object with these members is one; there is nothing to inherit.
 
+    recipes/train.py takes the one that :func:`timm_jem.training.build.build_method` returns. In a batch ``y`` is −1 where an
+    image has no label.
+
     Attributes:
         watched: names of terms that must not run away from their own past; see
             :class:`timm_jem.training.DivergenceGuard`.

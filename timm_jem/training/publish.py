@@ -54,7 +54,7 @@ def publishable(
     data, model = settings.data, settings.model
     jem.provenance = {
         "dataset": data.dataset,
-        "datasets": [name for name in (hub_id(data.dataset), hub_id(data.unlabeled or "digits")) if name],
+        "datasets": [name for source in (data.dataset, data.unlabeled) if source and (name := hub_id(source))],
         "base_model": learner.jem.backbone.pretrained_cfg.get("hf_hub_id") if model.pretrained else None,
         "command": shlex.join(["accelerate", "launch", "recipes/train.py", *record.command]),
         "config": settings.sections(),

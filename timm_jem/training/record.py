@@ -173,11 +173,16 @@ class Record:
             "metrics_bytes": self._metrics.tell() if self.main else 0,
             "sections": self.settings.sections(),
             "command": self.command,
+            "push_to": self.settings.hub.push_to,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the record of a checkpoint, and say which settings are others now. Before :meth:`open`."""
-        self.best, self.seconds, self.command = state["best"], state["seconds"], state["command"]
+        self.best, self.seconds = state["best"], state["seconds"]
+        if self.command != state["command"]:
+            self.command = [*state["command"], *self.command]  # what was said later overrides
+        if state["push_to"] is not None and self.settings.hub.push_to is None:
+            self.accelerator.print(f"note: nothing will be pushed; the run was: give --hub.push_to {state['push_to']} again")
         self._metrics_bytes = broadcast_object_list([state["metrics_bytes"]])[0]
         for line in differences(state["sections"], self.settings.sections()):
             self.accelerator.print(f"note: {line}")

@@ -191,5 +191,5 @@ class RunFolder:
 
 
 def _numbered(dataset: str) -> Iterable[Path]:
-    stem = Path("runs") / Path(dataset).stem
+    stem = Path("runs") / (Path(dataset).stem or Path(dataset).resolve().stem)
     return (stem if n == 1 else Path(f"{stem}-{n}") for n in count(1))

@@ -77,8 +77,8 @@ class TrainConfig:
         threads: CPU threads of a process; None: this machine's cores divided among its processes, where
             ``accelerate launch`` by itself gives one.
         workers: processes that decode images, for data sets not kept in memory; None: as the machine's cores allow.
-        log_every, sample_every, eval_every: optimiser steps between lines of metrics.jsonl, pictures and validations;
-            0: only at the end.
+        log_every: optimiser steps between lines of metrics.jsonl.
+        sample_every, eval_every: optimiser steps between pictures and validations; 0: only at the end.
         checkpoint_every: optimiser steps between checkpoints for --resume; 0: only when the last step is done, or when stopped
             by SIGTERM or SIGINT.
         keep_checkpoints: how many.

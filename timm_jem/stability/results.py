@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from timm_jem.errors import InputError, one_line
-from timm_jem.training.curves import Curves, read_curves
+from timm_jem.stability.curves import Curves, read_curves
 from timm_jem.training.run_folder import RunFolder
 
 __all__ = ["LAST_LINES", "RunResult", "read_result", "tensors_with_nan"]

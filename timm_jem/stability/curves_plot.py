@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from timm_jem.errors import InputError
-from timm_jem.training.curves import Curve, Curves
+from timm_jem.stability.curves import Curve, Curves
 
 try:
     from matplotlib import colormaps

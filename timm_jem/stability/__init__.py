@@ -1,0 +1,1 @@
+"""What recipes/stability.py needs: runs side by side, what they left on disk, and their curves."""
