@@ -244,7 +244,7 @@ def broken(tmp_path):
         (save, {"val_fraction": 0.99}, "lower it"),
         (save, {"test_split": "train"}, "the train split"),
         (lambda t: save(t, images=[PILImage.fromarray(np.ones((8, 8), np.float32))] * 12), {}, "row 0 .*convert it"),
-        (lambda t: save(t, images=pictures(2)), {}, "2 images"),
+        (lambda t: save(t, images=pictures(2)), {}, "2 labelled images"),
     ],
 )
 def test_bad_data_is_named(tmp_path, make, settings, message):
@@ -335,7 +335,7 @@ def test_rows_without_labels(tmp_path):
     assert splits.labeled.labels.min() == splits.val.labels.min() == splits.test.labels.min() == 0
     assert torch.equal(splits.class_frequencies, splits.labeled.labels.bincount() / len(splits.labeled))
     marked([None] * 9 + [0, 1]).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(InputError, match="2 images with labels"):
+    with pytest.raises(InputError, match="2 labelled images"):
         load_splits(DataConfig(str(tmp_path / "rows.parquet"), unlabeled_rows=True))
 
 
@@ -442,7 +442,7 @@ def test_streams_that_cannot_be(tmp_path):
         load_splits(DataConfig(path, streaming=True, stream_held_out=2))
     assert "\n" not in str(error.value)
     for bad in ({"labels_per_class": 1}, {"unlabeled": "digits"}):
-        with pytest.raises(InputError, match=rf"{next(iter(bad))} .*not with data\.streaming"):
+        with pytest.raises(InputError, match=rf"{next(iter(bad))} .*excludes data\.streaming"):
             DataConfig("cifar10", streaming=True, **bad)
     with pytest.raises(InputError, match="the train split itself"):
         DataConfig("cifar10", unlabeled="cifar10")

@@ -208,17 +208,17 @@ def test_files_that_are_not_fids_inception(inception, tmp_path, monkeypatch):
 
     for name in ("broken.safetensors", "broken.pth"):
         (tmp_path / name).write_bytes(b"\x80\x02 nonsense")
-        assert "no file of weights" in refused(f"inception:{tmp_path / name}")
+        assert "not a file of weights" in refused(f"inception:{tmp_path / name}")
     whole = (inception[0] / "weights.pth").read_bytes()
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
-    assert "no file of weights" in refused(f"inception:{tmp_path / 'half.pth'}")
+    assert "not a file of weights" in refused(f"inception:{tmp_path / 'half.pth'}")
     (tmp_path / "folder.pth").mkdir()
     assert "there is no file" in refused(f"inception:{tmp_path / 'folder.pth'}")
 
     (tmp_path / "bare.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))
     torch.save({"fc.bias": Malicious()}, tmp_path / "zip.pth")
     for name in ("bare.pth", "zip.pth"):
-        assert "no file of weights" in refused(f"inception:{tmp_path / name}")
+        assert "not a file of weights" in refused(f"inception:{tmp_path / name}")
     assert not (tmp_path / "executed").exists()
     pickle.loads((tmp_path / "bare.pth").read_bytes())
     assert (tmp_path / "executed").exists()  # it would have been

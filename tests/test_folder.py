@@ -156,7 +156,7 @@ def set_args(folder, **arguments):
         (lambda f: (f / "config.json").write_text("[1]"), "holds a list"),
         (lambda f: edit(f, architecture="wrn_10_11"), "did you mean wrn_10_1"),
         (lambda f: edit(f, architecture=None), "architecture in config.json is a NoneType"),
-        (lambda f: edit(f, architecture="hf-hub:user/other"), "no timm model's name"),
+        (lambda f: edit(f, architecture="hf-hub:user/other"), "not the name of a timm model"),
         (lambda f: edit(f, architecture="../../evil"), "unknown model"),
         (lambda f: edit(f, num_classes="3"), "num_classes in config.json is a str"),
         (lambda f: edit(f, num_classes=-4, model_args={"in_chans": 1, "num_classes": 3}), "says num_classes -4 and builds 3"),

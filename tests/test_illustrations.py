@@ -198,7 +198,7 @@ def test_energies_along_lines_are_those_of_the_model():
         (lambda jem, u: distal_adversarials(jem, torch.tensor([], dtype=torch.long)), "at least one"),
         (lambda jem, u: distal_adversarials(jem, Y, confidence=1.5), "confidence"),
         (lambda jem, u: distal_adversarials(jem, Y, step_size=0), "step_size"),
-        (lambda jem, u: counterfactuals(jem, u, Y[:5]), "a class an image"),
+        (lambda jem, u: counterfactuals(jem, u, Y[:5]), "one class per image"),
         (lambda jem, u: counterfactuals(jem, u * 3, Y), "cut them"),
         (lambda jem, u: counterfactuals(jem, u * math.nan, Y), "cut them"),
         (lambda jem, u: counterfactuals(jem, u.expand(-1, 3, -1, -1), Y), "1, H, W"),

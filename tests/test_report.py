@@ -69,7 +69,7 @@ def test_what_is_no_report_is_one_line(tmp_path):
         read_report(tmp_path)
     for text in ("[]", "{}", "nonsense", '{"format_version": 1}', '{"format_version": 1, "results": [{"a": 1}]}'):
         (tmp_path / "report.json").write_text(text)
-        with pytest.raises(InputError, match="is no report") as error:
+        with pytest.raises(InputError, match="is not a report") as error:
             read_report(tmp_path)
         assert "\n" not in str(error.value)
     (tmp_path / "report.json").write_text(json.dumps({"format_version": 99}))

@@ -154,7 +154,7 @@ def test_few_chains_in_a_batch_are_filled_up_and_all_at_once_are_as_they_are():
         ({"batch_size": 0}, "batch_size"),
         ({"on_step": 5}, "on_step is 5"),
         ({"generator": chain_generators([1])}, "1 generators for 2 chains"),
-        ({"generator": [1, 2]}, "list of one a chain"),
+        ({"generator": [1, 2]}, "list of one per chain"),
         ({"generator": 3}, "int"),
     ],
 )

@@ -58,7 +58,7 @@ def test_other_models_are_refused():
     assert target["a"].sum() == 0
     parameter = torch.nn.Parameter(torch.zeros(2))
     other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))])
-    with pytest.raises(InputError, match="optimizer is another"):
+    with pytest.raises(InputError, match="optimizer differs"):
         load_optimizer(torch.optim.SGD([parameter]), other.state_dict())
 
 
