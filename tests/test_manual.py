@@ -15,6 +15,7 @@ import stability
 import timm
 import torch
 import train
+from accelerate.state import AcceleratorState
 from recipe_processes import ROOT, launch
 
 import timm_jem
@@ -200,6 +201,10 @@ def test_stability_commands_run(tmp_path, monkeypatch, command):
 
 @pytest.mark.parametrize("command", commands("recipes/benchmark.py"))
 def test_benchmark_commands_run(capsys, command):
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process's accelerators share their precision
     small = "--model wrn_10_1 --image_size 8 --batch_size 2 --num_steps 2 --rounds 1 --score_images 4"
-    benchmark.main([*shlex.split(command)[2:], *shlex.split(small)])
+    try:
+        benchmark.main([*shlex.split(command)[2:], *shlex.split(small)])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
     assert re.search(r"^overhead \d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)
