@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 import timm_jem
 from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
 from timm_jem.training import Batch, Learner, MaximumLikelihood, Remedy, refuse_unsupported
+from timm_jem.training.publish import whole_state
 from timm_jem.training.state import copy_tree
 
 SHAPE, SIZE, STEPS = (1, 8, 8), 6, 20
@@ -104,6 +105,23 @@ def test_two_processes_train_as_one_does(tmp_path, shard):
     # The same chains, in another order of slots.
     together = torch.cat([first["buffer"]["chains"], second["buffer"]["chains"]])
     torch.testing.assert_close(together, alone.method.buffer.chains, rtol=0, atol=1e-5)
+
+
+def a_sharded_model_made_whole(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
+    jem = timm_jem.create_model("wrn_10_1", num_classes=3, input_size=SHAPE, norm_layer="batchnorm2d")
+    before = copy_tree(jem.state_dict())
+    fully_shard(jem)
+    assert any(isinstance(part, DTensor) for part in jem.state_dict().values())
+    whole = whole_state(jem)
+    assert set(whole) == set(before)
+    assert any("running_mean" in name for name in whole)
+    assert all(torch.equal(whole[name], before[name]) for name in before)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_model_with_batch_norm_can_be_made_whole(tmp_path):
+    torch.multiprocessing.spawn(a_sharded_model_made_whole, (str(tmp_path),), nprocs=1)
 
 
 @pytest.mark.parametrize("norm", [None, "batchnorm2d"])

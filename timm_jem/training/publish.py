@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from timm_jem.data import Splits
@@ -20,7 +21,7 @@ from timm_jem.training.run import Run
 from timm_jem.training.settings import Settings
 from timm_jem.version import __version__
 
-__all__ = ["publishable", "push"]
+__all__ = ["publishable", "push", "whole_state"]
 
 
 def publishable(
@@ -46,9 +47,7 @@ def publishable(
     jem = learner.published()
     if is_sharded(accelerator):
         whole = build_model(settings, splits, accelerator.device)
-        # Buffers such as BatchNorm's are plain tensors.
-        state = jem.state_dict().items()
-        whole.load_state_dict({name: part.full_tensor() if isinstance(part, DTensor) else part for name, part in state})
+        whole.load_state_dict(whole_state(jem))
         whole.sgld = jem.sgld
         jem = whole
     data, model = settings.data, settings.model
@@ -73,6 +72,12 @@ def publishable(
     if chains and settings.hub.replay_buffer and settings.train.objective.needs_chains and buffer is not None:
         jem.chains = PublishedChains.of_pixels(buffer.chains, buffer.labels)
     return jem
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a sharded model, whole; all processes call it."""
+    # Buffers such as BatchNorm's are plain tensors.
+    return {name: part.full_tensor() if isinstance(part, DTensor) else part for name, part in model.state_dict().items()}
 
 
 def push(jem: JEM, settings: Settings, record: Record, message: str, pictures: Mapping[str, Path]) -> None:
