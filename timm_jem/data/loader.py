@@ -95,7 +95,7 @@ class ImageStream(_Batches):
         seed: of the order and of ``auto_augment``. Global random generators are neither used nor changed.
         rank, world: this process and how many there are.
         workers: processes that read ahead; 0: read when asked.
-        auto_augment: a timm policy for each image (see :class:`timm_jem.augmentation.AutoAugment`), seeded by ``seed`` and
+        auto_augment: a timm policy for each image (see :class:`timm_jem.data.augmentation.AutoAugment`), seeded by ``seed`` and
             the image's position.
 
     ``next`` gives 8-bit images (B, C, H, W) and int64 labels (B,), on the CPU.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, how_to_install
 from timm_jem.stability.curves import Curve, Curves
 
 try:
@@ -16,7 +16,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 except ImportError as error:
-    raise InputError("the curves need matplotlib: pip install 'timm_jem[plots]'") from error
+    raise InputError(f"the curves need matplotlib: {how_to_install('plots')}") from error
 
 __all__ = ["Trace", "draw_curves"]
 

@@ -104,7 +104,7 @@ def _choose_length(settings: Settings, splits: Splits, jem: JEM) -> dict[str, An
         torch.arange(train.sample_count) % jem.num_classes,
         settings.lengths(jem.sgld.num_steps),
         generator=torch.Generator(jem.mean.device).manual_seed(train.seed),
-        batch_size=max(2, train.batch_size),
+        batch_size=train.batch_size,
     )
     jem.sgld = replace(jem.sgld, sample_steps=best_length)
     return {"sample_steps": best_length, "val_frechet_by_steps": distances}

@@ -120,7 +120,7 @@ class Record:
         classes = min(jem.num_classes, 20)
         y = torch.arange(classes).repeat_interleave(10)
         # No more memory than a step of training takes.
-        x = jem.sample(y=y, seeds=range(len(y)), batch_size=max(2, self.settings.train.batch_size))
+        x = jem.sample(y=y, seeds=range(len(y)), batch_size=self.settings.train.batch_size)
         if self.main:
             self.picture(step, name, image_grid(jem.denormalize(x), 10, (jem.class_names or ())[:classes]))
 

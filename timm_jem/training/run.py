@@ -147,8 +147,11 @@ class Run:
                 f"{checkpoint} was written with {len(files)} process{'es' * (len(files) > 1)} and goes on with {world}: chains "
                 "are dealt out anew, their randomness starts afresh, and a streamed data set goes on about where it was"
             )
-            states = lambda i: load_tree(files[i])["state"]["learner"]  # noqa: E731
-            self.learner.load_state_dicts(len(files), states, self._process_seed() + 7919 * saved["state"]["learner"]["step"])
+            self.learner.load_state_dicts(
+                len(files),
+                lambda i: load_tree(files[i])["state"]["learner"],
+                self._process_seed() + 7919 * saved["state"]["learner"]["step"],
+            )
             self.stream.load_state_dict(saved["state"]["stream"], old_world=len(files))
         self.guard.load_state_dict(saved["guard"])
         self.rollbacks = list(saved["rollbacks"])

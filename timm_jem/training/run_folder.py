@@ -52,13 +52,11 @@ class RunFolder:
             InputError: a folder that holds something else, or a run that can't go on.
         """
         found = cls.find(output_dir, dataset, resume)
-        if found is not None and resume != "auto":
+        if found is not None:
             if output_dir is not None and Path(output_dir).resolve() != found.path.resolve():
                 raise InputError(f"resume is {resume}, and a run goes on in its own folder: leave output_dir {output_dir} out")
-            if not found.checkpoints.is_dir():
+            if resume != "auto" and not found.checkpoints.is_dir():
                 raise InputError(f"{found} has no checkpoints: give a run's folder, such as runs/digits, or --resume auto")
-            return found
-        if found is not None:
             return found
         if output_dir is None:
             return cls(next(path for path in _numbered(dataset) if not path.exists()), numbered_by=dataset)

@@ -213,9 +213,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_name(self.model.name)
-        if taken := {"num_classes", "input_size", "class_names", "sgld", "drop_rate", "drop_path_rate"} & set(
-            self.model.kwargs
-        ):
+        reserved = {"num_classes", "input_size", "class_names", "sgld", "drop_rate", "drop_path_rate"}
+        if taken := reserved & set(self.model.kwargs):
             raise InputError(f"model.kwargs has {', '.join(sorted(taken))}, which other settings give: leave it out")
         if not self.lengths():
             raise InputError(
