@@ -71,6 +71,7 @@ setup(
             *robust,
             "pytest",
             "pytest-xdist",
+            "peft",
             "ruff",
             "setuptools>=77",  # builds the wheel that is tested
             "tensorboard",

@@ -78,7 +78,7 @@ def about(subject: Subject, config: EvaluationConfig, name: str, argv: list[str]
     return {
         "name": subject.name,
         "model": name,
-        "weights": fingerprint(jem.state_dict()),
+        "weights": fingerprint(jem.backbone.state_dict()),
         "data": data.dataset,
         "preset": config.preset,
         "command": shlex.join(["python", "recipes/evaluate.py", *argv]),

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     evaluation = run.path / "evaluation"
     if (evaluation / REPORT_FILE).is_file():
         report = read_report(evaluation)
-        if report.subject.get("weights") != fingerprint(jem.state_dict()):
+        if report.subject.get("weights") != fingerprint(jem.backbone.state_dict()):
             raise InputError(f"{evaluation} is of other weights than {run.model}: evaluate again, or remove it")
         # The report's own pictures, and none that an earlier one left.
         shown = {f"{evaluation.name}/{file}": evaluation / file for _, file, _ in report.pictures}

@@ -345,10 +345,63 @@ def test_chains_of_no_class_and_of_limited_size(jem):
         PublishedChains.of_pixels(torch.zeros(10, 1, 8, 8), max_bytes=63)
 
 
+U8 = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.rand(4, 1, 8, 8), None, "float32.*of_pixels"),
+        (U8[0], None, r"shape \(1, 8, 8\)"),
+        (U8[:0], None, r"\(0, 1, 8, 8\)"),
+        ([1], None, "a list"),
+        (U8.to("meta"), None, "meta device"),
+        (U8[:, :, :7], None, r"images of \(1, 7, 8\)"),
+        (U8, torch.tensor([0, 1]), "labels"),
+        (U8, torch.tensor([0.0, 1, 2]), "float32"),
+        (U8, torch.tensor([0, 1, 3]), "not one of 3 classes"),
+        (U8, torch.tensor([0, -1, 2]), "label -1"),
+        (U8[:1].expand(2**20 + 1, 1, 8, 8), None, "above 64 MiB"),
+    ],
+)
+def test_chains_are_checked_when_they_are_set_as_when_they_are_read(jem, images, labels, message):
+    with pytest.raises(InputError, match=message) as error:
+        jem.chains = PublishedChains(images, labels)
+    assert "\n" not in str(error.value)
+    assert jem.chains is None
+
+
+@pytest.mark.parametrize(
+    ("u", "labels", "message"),
+    [
+        (U8, None, "uint8"),
+        (torch.zeros(0, 1, 8, 8), None, r"\(0, 1, 8, 8\)"),
+        (torch.full((3, 1, 8, 8), torch.nan), None, "NaN"),
+        (torch.zeros(3, 1, 8, 8), torch.tensor([0]), "one a chain"),
+        (None, None, "NoneType"),
+    ],
+)
+def test_chains_to_publish_are_pixels(u, labels, message):
+    with pytest.raises(InputError, match=message):
+        PublishedChains.of_pixels(u, labels)
+
+
+def test_chains_in_any_layout_are_saved_and_another_head_refuses_them(jem, tmp_path):
+    images = torch.randint(256, (1, 8, 8, 5), dtype=torch.uint8).permute(3, 0, 1, 2)
+    jem.chains = PublishedChains(images, torch.arange(10).remainder(3)[::2])
+    jem.save_pretrained(tmp_path)
+    assert torch.equal(timm_jem.from_pretrained(tmp_path).chains.images, images)
+    jem.backbone.reset_classifier(2)
+    jem.class_names = None
+    for call in (lambda: jem.save_pretrained(tmp_path), lambda: jem.sample(1, init="buffer")):
+        with pytest.raises(InputError, match="not one of 2 classes"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"images": torch.zeros(3, 1, 9, 8, dtype=torch.uint8)}, "uint8"),
+        ({"images": torch.zeros(3, 1, 9, 8, dtype=torch.uint8)}, r"images of \(1, 9, 8\)"),
         ({"images": torch.zeros(3, 1, 8, 8)}, "float32"),
         ({"images": torch.zeros(3, 1, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0, 1, 3])}, "labels"),
         ({"images": torch.zeros(3, 1, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0, 1])}, "labels"),

@@ -150,8 +150,26 @@ def test_bad_input_is_named():
         with pytest.raises(InputError, match=match) as error:
             ClassGaussians.fit(**{"images": images, **kwargs})
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="fit them"):
-        ClassGaussians.fit(images)((2, 3, 3, 3))
+    fitted = ClassGaussians.fit(images, y, 2)
+    for call, match in (
+        (lambda: fitted((2, 3, 3, 3)), "fit them"),
+        (lambda: fitted(5), "shape of chains is 5"),
+        (lambda: fitted((2, *SHAPE[1:])), r"give \(n, C, H, W\)"),
+        (lambda: fitted((-1, *SHAPE)), "number of chains is -1"),
+        (lambda: fitted((2, *SHAPE), y=torch.tensor([0, -1])), "label -1"),
+        (lambda: fitted((2, *SHAPE), y=torch.tensor([0, 2])), "label 2"),
+        (lambda: fitted((2, *SHAPE), y=torch.tensor([0])), r"int64, shape \(2,\)"),
+        (lambda: fitted((2, *SHAPE), y=[0, 1]), "a list"),
+        (lambda: fitted((2, *SHAPE), generator=3), "generator"),
+        (lambda: ClassGaussians(fitted.means, fitted.factors, fitted.residual_std, None), "weights"),
+        (lambda: ClassGaussians(fitted.means[:1], fitted.factors, fitted.residual_std, fitted.weights), "disagree"),
+        (lambda: ClassGaussians.fit(None), "NoneType"),
+        (lambda: ClassGaussians.fit(images, [0, 1, 0, 1], 2), "a list"),
+        (lambda: ClassGaussians.fit(images, y.float(), 2), "float32"),
+    ):
+        with pytest.raises(InputError, match=match) as error:
+            call()
+        assert "\n" not in str(error.value)
 
 
 def test_a_chain_with_its_own_generator_starts_at_its_own_place():

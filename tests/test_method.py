@@ -151,7 +151,7 @@ def test_cross_entropy_can_have_its_own_views(norm):
 def test_chains_leave_batch_norm_and_gradients_alone():
     jem, buffer, u, y = make(norm=True)
     jem.train()
-    before = {k: v.clone() for k, v in jem.state_dict().items()}
+    before = {k: v.clone() for k, v in jem.backbone.state_dict().items()}
     terms = run(jem, buffer, u, y)
     # The running statistics are those of the data alone: evaluation meets images, not chains.
     assert jem.backbone.norm.num_batches_tracked == 1

@@ -1,6 +1,7 @@
 import copy
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -103,17 +104,14 @@ def jem():
     return timm_jem.create_model("test_resnet", num_classes=4, input_size=(3, 32, 32)).eval()
 
 
-def test_the_state_dict_is_the_backbones(jem):
-    assert list(jem.state_dict()) == list(jem.backbone.state_dict())
-    wrapped = nn.ModuleDict({"inner": jem})
-    assert list(wrapped.state_dict()) == [f"inner.{key}" for key in jem.backbone.state_dict()]
+def test_the_state_dict_is_an_ordinary_modules(jem):
+    assert list(jem.state_dict()) == [f"backbone.{key}" for key in jem.backbone.state_dict()]
+    assert {name for name, _ in jem.named_parameters()} <= set(jem.state_dict())
     other = timm_jem.create_model("test_resnet", num_classes=4, input_size=(3, 32, 32)).eval()
-    nn.ModuleDict({"inner": other}).load_state_dict(wrapped.state_dict())
+    nn.ModuleDict({"inner": other}).load_state_dict(nn.ModuleDict({"inner": jem}).state_dict())
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(other(x), jem(x))
-    timm.create_model("test_resnet", num_classes=4).load_state_dict(jem.state_dict())
-    with pytest.raises(RuntimeError, match="Missing key"):
-        jem.load_state_dict({})
+    timm.create_model("test_resnet", num_classes=4).load_state_dict(jem.backbone.state_dict())
 
 
 def test_normalisation_is_timms():
@@ -292,6 +290,11 @@ def test_class_conditional_chains_descend_their_own_energy():
     assert jem.sample(5, y=1, num_steps=1).shape == (5, 1, 2, 2)
 
 
+def in_autocast(jem, x):
+    with torch.autocast("cpu"):
+        return jem.energy(x)
+
+
 def bad_input(jem):
     x = torch.zeros(2, 3, 32, 32)
     return {
@@ -307,10 +310,16 @@ def bad_input(jem):
         "sample y shape": (lambda: jem.sample(3, y=torch.tensor([0, 1])), r"y has shape \(2,\)"),
         "sample y high": (lambda: jem.sample(1, y=9), "0 to 3"),
         "sample steps": (lambda: jem.sample(1, num_steps=0), "num_steps is 0"),
+        "sample many steps": (lambda: jem.sample(1, num_steps=10**12), "from 1 to 100,000"),
         "sample n": (lambda: jem.sample(0), "n is 0"),
+        "sample many": (lambda: jem.sample(10**12), "draw fewer at a time"),
+        "sample too many digits": (lambda: jem.sample(10**5000), "too many digits"),
+        "autocast": (lambda: in_autocast(jem, x.double()), "float64 and the model torch.float32"),
         "sample nothing": (lambda: jem.sample(), "give n"),
         "sample init": (lambda: jem.sample(3, init=x), "make them agree"),
-        "nan": (lambda: jem.energy(torch.full_like(x, torch.nan)), "nan in pixels"),
+        "nan": (lambda: jem.energy(torch.full_like(x, torch.nan)), "2 of 2 images in x have values that are NaN or infinite"),
+        "infinite": (lambda: jem.energy(x.index_fill(0, torch.tensor([1]), torch.inf)), "1 of 2 images"),
+        "half range": (lambda: jem.score(torch.full_like(x, 2000.0)), r"0\.\.255"),
         "double": (lambda: jem.energy(x.double()), "float64 and the model torch.float32"),
         "y text": (lambda: jem.sample(y="cat"), "holds no labels"),
         "y ragged": (lambda: jem.sample(y=[0, None]), "holds no labels"),
@@ -342,6 +351,13 @@ def bad_input(jem):
         "unknown model": (lambda: timm_jem.create_model("resnet_18"), "did you mean resnet18"),
         "headless": (lambda: timm_jem.wrap(timm.create_model("test_resnet", num_classes=0)), "reset_classifier"),
         "not timm": (lambda: timm_jem.wrap(nn.Linear(2, 2)), "timm.create_model"),
+        "class names of a set": (lambda: timm_jem.wrap(jem.backbone, class_names={*"abcd"}), "a set: give a list of 4 names"),
+        "class names of a dict": (lambda: timm_jem.wrap(jem.backbone, class_names=dict.fromkeys("abcd")), "is a dict"),
+        "class names of an iterator": (lambda: timm_jem.wrap(jem.backbone, class_names=iter("abcd")), "give a list"),
+        "class names of a number": (lambda: timm_jem.wrap(jem.backbone, class_names=5), "class_names is a int"),
+        "provenance": (lambda: timm_jem.wrap(jem.backbone, provenance="digits"), "provenance is a str"),
+        "mean": (lambda: timm_jem.wrap(jem.backbone, mean=(10**400,) * 3), "mean of a channel"),
+        "chains": (lambda: setattr(jem, "chains", torch.zeros(2, 3, 32, 32)), "chains is a Tensor"),
         "class names": (lambda: timm_jem.wrap(jem.backbone, class_names=["a"]), "1 class names for 4 classes"),
         "input size": (
             lambda: timm_jem.wrap(timm.create_model("vit_tiny_patch16_224", num_classes=2), input_size=(3, 32, 32)),
@@ -388,3 +404,62 @@ def test_a_model_made_without_memory_keeps_its_normalisation():
 def test_numpys_whole_numbers_are_whole_numbers(jem):
     assert jem.sample(np.int64(2), num_steps=np.int64(1), y=np.array([0, 1])).shape == (2, 3, 32, 32)
     assert SGLDConfig(num_steps=np.int64(3), step_size=np.float32(2)).num_steps == 3
+
+
+@pytest.mark.parametrize(
+    "y", [np.array([3, 1]), np.array([1, 3])[::-1], np.array([3, 1], dtype=object), np.array([3, 1], ">i8"), [3, 1]]
+)
+def test_labels_come_in_any_layout(jem, y):
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(jem.energy(x, y), jem.energy(x, torch.tensor([3, 1])))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"])
+def test_labels_come_in_any_whole_type(jem, dtype):
+    x, y = torch.randn(2, 3, 32, 32), np.array([3, 1], dtype=dtype)
+    for labels in (y, torch.from_numpy(y)):
+        assert torch.equal(jem.energy(x, labels), jem.energy(x, torch.tensor([3, 1])))
+        assert jem.sample(y=labels, num_steps=1).shape == x.shape
+    with pytest.raises(InputError, match="label 4"):
+        jem.energy(x, np.array([3, 4], dtype=dtype))
+
+
+def test_chains_that_ran_away_are_model_input_all_the_same(jem):
+    wild = SGLDConfig(step_size=1e9, noise_std=0.0)
+    x = jem.sample(4, sgld_config=wild, num_steps=1, seeds=range(4))
+    assert jem.denormalize(x).abs().max() > 1000
+    torch.testing.assert_close(jem.energy(x), jem.pixel_energy(jem.denormalize(x)), rtol=1e-3, atol=1e-3)
+    assert jem.score(x).shape == x.shape
+    assert jem.sample(init=x, num_steps=1).shape == x.shape
+
+
+def test_threads_draw_from_one_model_and_leave_it_as_it_was():
+    jem = timm_jem.create_model("test_resnet", num_classes=2, input_size=(3, 16, 16)).train()
+    jem.backbone.fc.weight.requires_grad_(False)
+    before = copy.deepcopy(jem.state_dict())
+    flags = [m.training for m in jem.modules()], [p.requires_grad for p in jem.parameters()]
+    options = {"seeds": [0, 1, 2, 3], "num_steps": 8}
+    expected = jem.sample(**options)
+    with ThreadPoolExecutor(4) as threads:
+        drawn = list(threads.map(lambda _: jem.sample(**options), range(12)))
+    assert all(torch.equal(x, expected) for x in drawn)
+    assert flags == ([m.training for m in jem.modules()], [p.requires_grad for p in jem.parameters()])
+    assert all(torch.equal(value, before[name]) for name, value in jem.state_dict().items())
+
+
+def test_what_was_changed_behind_the_models_back_is_not_saved(jem, tmp_path):
+    for name, value, message in (
+        ("class_names", {*"abcd"}, "give a list"),
+        ("class_names", ["a"], "1 class names"),
+        ("sgld", {"num_steps": 3}, "SGLDConfig"),
+        ("provenance", [1], "provenance is a list"),
+    ):
+        other = copy.deepcopy(jem)
+        setattr(other, name, value)
+        for call in (
+            lambda other=other: other.save_pretrained(tmp_path / "m"),
+            lambda other=other: other.push_to_hub("user/m"),
+        ):
+            with pytest.raises(InputError, match=message):
+                call()
+    assert not list(tmp_path.iterdir())

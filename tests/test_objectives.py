@@ -126,9 +126,33 @@ def test_nan_is_passed_on():
         {"w_ce": -0.1},
         {"label_smoothing": 1.0},
         {"label_smoothing": -0.1},
+        {"w_x": 10**400},
+        {"w_ce": 1e300},
     ],
 )
 def test_bad_weights_are_named(bad):
     (name,) = bad
     with pytest.raises(InputError, match=name):
         ObjectiveConfig(**bad)
+
+
+def test_logits_and_labels_of_another_kind_are_named():
+    logits, y, logits_neg, y_neg = batch()
+    config = ObjectiveConfig(w_xy=1.0)
+    for arguments, message in (
+        ((logits[0], y), r"logits is .*shape \(4,\)"),
+        ((logits[:0], y[:0]), r"\(0, 4\)"),
+        ((None, y), "NoneType"),
+        ((logits, y[:3]), r"give y as int64, shape \(6,\)"),
+        ((logits, y.float()), "float32"),
+        ((logits, y + 4), "label"),
+        ((logits, y - 5), "label -"),
+        ((logits, y.tolist()), "a list"),
+        ((logits, y, logits_neg[:, :3]), "logits_neg is of 3 classes"),
+        ((logits, y, logits_neg, y_neg[:1], config), "y_neg"),
+        ((logits, y, logits_neg, None, config), "y_neg is missing"),
+        ((logits, y, logits_neg, y_neg, {"w_x": 1.0}), "ObjectiveConfig"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            joint_loss(*arguments)
+        assert "\n" not in str(error.value)

@@ -184,24 +184,61 @@ def test_resume_is_bit_exact():
         assert torch.equal(slots, slots2)
 
 
-def test_bad_input_is_named():
-    with pytest.raises(InputError, match="capacity"):
-        make(capacity=0)
-    with pytest.raises(InputError, match="restart_prob"):
-        make(restart_prob=float("nan"))
-    with pytest.raises(InputError, match="5 classes"):
-        make(capacity=4, num_classes=5)
-    with pytest.raises(InputError, match="51 chains"):
-        make().draw(51)
-    with pytest.raises(InputError, match="no classes"):
-        make().draw(1, torch.tensor([0]))
-    with pytest.raises(InputError, match="shape"):
-        make().load_state_dict(make(capacity=49).state_dict())
-    with pytest.raises(InputError, match="classes"):
-        make().load_state_dict(make(num_classes=2).state_dict())
-    with pytest.raises(InputError, match="image shapes"):
-        redistribute([], 0, 1, 4)
-    with pytest.raises(InputError, match="having classes"):
-        redistribute(states([4]), 0, 1, 4, 2)
-    with pytest.raises(InputError, match="3 classes"):
-        redistribute(states([4], num_classes=2), 0, 1, 4, 3)
+BAD = [
+    (lambda: make(capacity=0), "capacity"),
+    (lambda: make(capacity=10**12), "make fewer"),
+    (lambda: make(restart_prob=float("nan")), "restart_prob"),
+    (lambda: make(capacity=4, num_classes=5), "5 classes"),
+    (lambda: make(num_classes=0), "num_classes is 0"),
+    (lambda: make(num_classes=-1), "num_classes is -1"),
+    (lambda: make(num_classes=2.0), "num_classes"),
+    (lambda: make(init=None), "init of a replay buffer is None"),
+    (lambda: make(init=lambda shape, **_: torch.zeros(shape[0], 3)), r"shape \(50, 3\)"),
+    (lambda: make(init=lambda shape, **_: torch.zeros(shape, dtype=torch.uint8)), "uint8"),
+    (lambda: make(generator=0), "manual_seed"),
+    (lambda: ReplayBuffer((2, 2), init=uniform_noise, generator=torch.Generator()), r"give \(C, H, W\)"),
+    (lambda: ReplayBuffer((1, 2, 0), init=uniform_noise, generator=torch.Generator()), "a side"),
+    (lambda: make().draw(51), "51 chains"),
+    (lambda: make().draw(-1), "number of chains to draw is -1"),
+    (lambda: make().draw(2.0), "number of chains to draw"),
+    (lambda: make().draw(1, torch.tensor([0])), "no classes"),
+    (lambda: make(num_classes=3).draw(1, torch.tensor([3])), "label 3"),
+    (lambda: make(num_classes=3).draw(1, torch.tensor([-1])), "label -1"),
+    (lambda: make(num_classes=3).draw(1, torch.tensor([0.0])), "float32"),
+    (lambda: make(num_classes=3).draw(2, torch.tensor([0])), "one label per chain"),
+    (lambda: make(num_classes=3).draw(1, [0]), "a list"),
+    (lambda: make().put(torch.tensor([50]), torch.zeros(1, 1, 2, 2)), "the number 50"),
+    (lambda: make().put(torch.tensor([0.0]), torch.zeros(1, 1, 2, 2)), "slots are"),
+    (lambda: make().put(torch.tensor([0]), torch.zeros(1, 1, 2, 1)), r"give shape \(1, 1, 2, 2\)"),
+    (lambda: make().put(torch.tensor([0]), None), "chains are a NoneType"),
+    (lambda: make().reseed("x"), "seed"),
+    (lambda: make().load_state_dict(make(capacity=49).state_dict()), "shape"),
+    (lambda: make().load_state_dict(make(num_classes=2).state_dict()), "classes"),
+    (lambda: make(num_classes=3).load_state_dict(make(num_classes=2).state_dict()), "not of 3 classes"),
+    (lambda: make().load_state_dict({}), "no saved replay buffer"),
+    (lambda: make().load_state_dict(None), "no saved replay buffer"),
+    (lambda: make().load_state_dict({"chains": torch.zeros(50, 1, 2, 2)}), "generators"),
+    (lambda: redistribute([], 0, 1, 4), "image shapes"),
+    (lambda: redistribute([{}], 0, 1, 4), "no saved replay buffer"),
+    (lambda: redistribute(states([4]), 0, 1, 4, 2), "having classes"),
+    (lambda: redistribute(states([4], num_classes=2), 0, 1, 4, 3), "3 classes"),
+    (lambda: redistribute(states([4]), 1, 1, 4), "rank is 1"),
+    (lambda: redistribute(states([4]), 0, 0, 4), "world is 0"),
+    (lambda: redistribute(states([4]), 0, 1, 0), "capacity"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(InputError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_a_state_that_is_refused_changes_nothing():
+    buffer = make()
+    before = {name: value.clone() for name, value in buffer.state_dict().items()}
+    for name in ("generator", "host_generator"):
+        with pytest.raises(InputError, match="generators"):
+            buffer.load_state_dict(make(generator=torch.Generator().manual_seed(7)).state_dict() | {name: torch.zeros(3)})
+        assert all(torch.equal(value, before[name]) for name, value in buffer.state_dict().items())

@@ -164,6 +164,51 @@ def test_chains_that_cannot_run_are_refused(options, message):
     assert "\n" not in str(error.value)
 
 
+def gives(value):
+    return lambda u: value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((quadratic(1.0), None, SGLDConfig()), "chains are a NoneType"),
+        ((quadratic(1.0), torch.zeros(2, 1, 2, 2, dtype=torch.uint8), SGLDConfig()), "uint8"),
+        ((quadratic(1.0), torch.zeros(2, 1, 2, 2), {"num_steps": 1}), "SGLDConfig"),
+        ((None, torch.zeros(2, 1, 2, 2), SGLDConfig()), "energy_fn is None"),
+        ((gives(3.0), torch.zeros(2, 1, 2, 2), SGLDConfig()), "a float for 2 chains"),
+        ((gives(torch.zeros(2)), torch.zeros(2, 1, 2, 2), SGLDConfig()), "graph"),
+        ((lambda u: u.sum(), torch.zeros(2, 1, 2, 2), SGLDConfig()), r"shape \(\) for 2 chains"),
+        ((lambda u: u.sum((2, 3)), torch.zeros(2, 1, 2, 2), SGLDConfig()), r"shape \(2, 1\)"),
+        ((gives(torch.zeros(2, requires_grad=True)), torch.zeros(2, 1, 2, 2), SGLDConfig()), "graph"),
+    ],
+)
+def test_energies_and_chains_of_another_kind_are_named(arguments, message):
+    with pytest.raises(InputError, match=message) as error:
+        sgld(*arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [5, "ab", (), (-1, 2), (2.5, 2), (2**20, 2**20, 2**20), None])
+def test_noise_of_no_shape_is_named(shape):
+    for draw in (randn, uniform_noise):
+        with pytest.raises(InputError, match="shape"):
+            draw(shape)
+
+
+def test_other_arguments_of_noise_are_named():
+    for call, message in (
+        (lambda: randn((2, 2), dtype=torch.int64), "dtype"),
+        (lambda: draw_seeds(-1), "number of seeds"),
+        (lambda: draw_seeds(10**12), "number of seeds"),
+        (lambda: draw_seeds(1, 5), "generator"),
+        (lambda: draw_classes(2, [0.5, 0.5]), "weights"),
+        (lambda: draw_classes(-1, torch.ones(2)), "number of classes"),
+        (lambda: sgld_step(torch.zeros(2, 3), torch.zeros(3), None, SGLDConfig()), "another"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
 def test_no_chains_are_refused():
     with pytest.raises(InputError, match=r"\(0, 1, 2, 2\): give at least one"):
         sgld(quadratic(1.0), torch.zeros(0, 1, 2, 2), SGLDConfig())
@@ -223,6 +268,20 @@ def test_frozen_restores_every_flag_even_after_an_error():
     assert ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]) == flags
 
 
+def test_the_last_of_several_contexts_restores_the_flags():
+    model = timm.create_model("test_resnet", num_classes=2).train()
+    other = torch.nn.Sequential(model)  # shares its layers
+    first, second = frozen(model), frozen(other)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(m.training for m in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    second.__exit__(None, None, None)
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_frozen_can_leave_batch_norm_in_train_mode_without_moving_its_statistics():
     model = timm.create_model("resnet18", num_classes=2).train()
     model.layer1.eval()
@@ -263,6 +322,16 @@ def test_clamps_hold_along_the_chains():
         {"pixel_clamp": float("nan")},
         {"sample_steps": 0},
         {"denoise_steps": -1},
+        # What a hostile file asks for.
+        {"num_steps": 10**12},
+        {"num_steps": 10**5000},
+        {"sample_steps": 100_001},
+        {"denoise_steps": 10**400},
+        {"step_size": 1e308},
+        {"step_size": 10**400},
+        {"noise_std": 1e30},
+        {"grad_clamp": 1e39},
+        {"pixel_clamp": 10**400},
     ],
 )
 def test_bad_settings_are_named(bad):

@@ -69,3 +69,19 @@ def test_features_and_checkpointing_as_timm_users_expect():
 def test_impossible_depths_are_refused():
     with pytest.raises(ValueError, match="6n \\+ 4"):
         timm.create_model("wrn_10_1", depth=12)
+    with pytest.raises(ValueError, match="width of at least 1"):
+        timm.create_model("wrn_10_1", width=0)
+
+
+@pytest.mark.parametrize(("pool", "features"), [("avg", 64), ("max", 64), ("avgmax", 64), ("catavgmax", 128)])
+def test_every_pooling_of_timm(pool, features):
+    model = timm.create_model("wrn_10_1", num_classes=3, global_pool=pool)
+    x = torch.randn(2, 3, 8, 8)
+    assert model.fc.in_features == features
+    assert model(x).shape == (2, 3)
+    model = timm.create_model("wrn_10_1", num_classes=3)
+    model.reset_classifier(5, global_pool=pool)
+    assert model(x).shape == (2, 5)
+    model.reset_classifier(4)
+    assert model(x).shape == (2, 4)
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, features)

@@ -1,15 +1,28 @@
 """What a timm classifier tells of itself: whether it is one, its images, its classes."""
 
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from timm.data.model_config import resolve_input_data_config
+from timm.models import group_parameters
+from timm.optim import auto_group_layers
 from timm.utils import unwrap_model
-from torch import nn
+from torch import Tensor, nn
 
-from timm_jem.errors import InputError, one_line
+from timm_jem.errors import InputError, check_number, one_line, quoted
+from timm_jem.inputs import values_known
 
-__all__ = ["architecture", "check_classifier", "label_names", "resolve_data_config", "warn_of_zero_head"]
+__all__ = [
+    "architecture",
+    "check_classifier",
+    "label_names",
+    "normalisation",
+    "parameter_groups",
+    "resolve_data_config",
+    "warn_of_zero_head",
+]
 
 
 def architecture(model: nn.Module) -> str:
@@ -67,12 +80,40 @@ def label_names(model: nn.Module) -> list[str] | None:
     return list(names) if isinstance(names, (list, tuple)) and len(names) == model.num_classes else None
 
 
+def normalisation(data_config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a model's input, [0, 1] pixel units, shape (1, C, 1, 1) each.
+
+    Raises:
+        InputError: they are not one number per channel, or one for all, or no normalisation goes by them.
+    """
+    channels, found = data_config["input_size"][0], []
+    for name, bounds in (("mean", {"least": -1e6, "most": 1e6}), ("std", {"above": 0, "most": 1e6})):
+        given = data_config.get(name)
+        values = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Mapping)) else [given]
+        if len(values) not in (1, channels):
+            raise InputError(f"{name} is {quoted(given)}: give one number per channel, {channels}")
+        for value in values:
+            check_number(f"{name} of a channel", value, **bounds)
+        with torch.inference_mode(False):  # gradients pass through what they make
+            # On the CPU, also where new tensors are to have no memory.
+            numbers = torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
+            found.append(numbers.expand(channels).reshape(1, channels, 1, 1).to(device, dtype))
+    return found[0], found[1]
+
+
+def parameter_groups(model: nn.Module, coarse: bool = False) -> dict[str, int]:
+    """The layer, counted from the input, of each parameter by its name, as timm's layer-wise learning rates take it."""
+    if hasattr(model, "group_matcher"):
+        return group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    return auto_group_layers(model)
+
+
 def warn_of_zero_head(model: nn.Module, stacklevel: int) -> None:
     """Warn where the head's weights are all zero: energies are flat in x, and chains can't move."""
     head = model.get_classifier()
     heads = head if isinstance(head, (tuple, list)) else (head,)
     weights = [p for h in heads if isinstance(h, nn.Module) for k, p in h.named_parameters() if k.endswith("weight")]
-    if weights and not any(w.is_meta or bool(w.any()) for w in weights):
+    if weights and not any(not values_known(w) or bool(w.any()) for w in weights):
         warnings.warn(
             f"the head of {architecture(model)} is all zeros, so its energy is flat and chains can't move: "
             f"call model.reset_classifier({model.num_classes}) before wrap, or load trained weights",

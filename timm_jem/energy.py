@@ -7,6 +7,9 @@ arXiv 1912.03263, section 3). One sign everywhere in this package: **lower energ
 import torch
 from torch import Tensor
 
+from timm_jem.errors import InputError
+from timm_jem.inputs import kind
+
 __all__ = ["energy", "log_density"]
 
 
@@ -22,7 +25,14 @@ def energy(logits: Tensor, y: Tensor | None = None) -> Tensor:
 
     Returns:
         Energies in nats, shape (B,).
+
+    Raises:
+        InputError: logits or labels of another shape or type; the labels' range is left to the caller, as it takes time.
     """
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point() or not logits.shape[1]:
+        raise InputError(f"logits are {kind(logits)}: give floating-point f(x), shape (B, num_classes)")
+    if y is not None and not (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == logits.shape[:1]):
+        raise InputError(f"y is {kind(y)} for logits of shape {tuple(logits.shape)}: give int64, shape ({len(logits)},)")
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if y is None:
         return -logits.logsumexp(dim=1)

@@ -1,11 +1,13 @@
 """Where chains start: Gaussians fitted to the images of each class."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_whole
+from timm_jem.errors import InputError, check_whole, quoted
+from timm_jem.inputs import check_label_values, kind
 from timm_jem.pixels import FAR_FROM_PIXELS
 from timm_jem.sampling import Generators, draw_classes, randn
 
@@ -32,12 +34,26 @@ class ClassGaussians:
         factors: F, pixels, shape (K, D, rank).
         residual_std: s, pixels, shape (K, C, H, W).
         weights: the classes' shares of the labelled images, shape (K,).
+
+    Raises:
+        InputError: tensors that are not floating-point, or whose shapes disagree.
     """
 
     means: Tensor
     factors: Tensor
     residual_std: Tensor
     weights: Tensor
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise InputError(f"{field.name} of class Gaussians is {kind(value)}: give a floating-point tensor")
+        classes, pixels = len(self.weights), self.means[:1].numel()
+        agree = self.means.ndim == 4 and self.means.shape == self.residual_std.shape and self.weights.ndim == 1
+        if not (agree and self.means.numel() and self.factors.ndim == 3 and self.factors.shape[:2] == (classes, pixels)):
+            shapes = ", ".join(f"{field.name} {tuple(getattr(self, field.name).shape)}" for field in fields(self))
+            raise InputError(f"the shapes of class Gaussians disagree ({shapes}): take them from ClassGaussians.fit")
 
     @classmethod
     def fit(
@@ -58,8 +74,8 @@ class ClassGaussians:
             InputError: fewer than two images, images or labels of wrong shape or range, a negative rank.
         """
         check_whole("rank of the class Gaussians", rank, 0)
-        if images.ndim != 4 or len(images) < 2:
-            raise InputError(f"images have shape {tuple(images.shape)}: give at least two images, shape (N, C, H, W)")
+        if not isinstance(images, Tensor) or images.ndim != 4 or len(images) < 2 or not images.numel():
+            raise InputError(f"images are {kind(images)}: give at least two images, shape (N, C, H, W)")
         if not (images.dtype == torch.uint8 or images.is_floating_point()):
             raise InputError(f"images have dtype {images.dtype}: give uint8, or floating-point pixels in [-1, 1]")
         low, high = (float(v) for v in images.aminmax())
@@ -70,16 +86,10 @@ class ClassGaussians:
             groups, counts = [torch.arange(n)], torch.tensor([n])
         else:
             check_whole("num_classes of the class Gaussians", num_classes, 1)
-            if labels is None or labels.shape != (n,):
-                shape = None if labels is None else tuple(labels.shape)
-                raise InputError(f"labels have shape {shape} for {n} images: give one label per image, shape ({n},)")
-            labels = labels.cpu().long()
-            low, high = (int(v) for v in labels.aminmax())
-            if low < -1 or high >= num_classes:
-                raise InputError(
-                    f"the label {low if low < -1 else high} is none of {num_classes} classes: "
-                    f"give 0 to {num_classes - 1}, or -1 for unknown"
-                )
+            if not isinstance(labels, Tensor) or labels.shape != (n,) or labels.dtype != torch.int64:
+                raise InputError(f"labels are {kind(labels)} for {n} images: give one label per image, int64, shape ({n},)")
+            labels = labels.cpu()
+            check_label_values(labels, num_classes, least=-1)
             groups = [(labels == c).nonzero().squeeze(1) for c in range(num_classes)]
             counts = torch.tensor([len(group) for group in groups])
             if not counts.any():
@@ -113,13 +123,22 @@ class ClassGaussians:
             Pixels in [-1, 1], shape (n, C, H, W), float32.
 
         Raises:
-            InputError: chains of another image shape than the fitted images, or another number of generators than of chains.
+            InputError: chains of another image shape than the fitted images, another number of generators or classes than of
+                chains, or, on the CPU, classes that there are not.
         """
+        if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 4:
+            raise InputError(f"the shape of chains is {quoted(shape)}: give (n, C, H, W)")
         n, *image_shape = shape
+        check_whole("number of chains", n, 0)
         num_classes, *fitted = self.means.shape
         if image_shape != fitted:
             raise InputError(f"chains of shape {tuple(image_shape)} from Gaussians of {tuple(fitted)}: fit them to such images")
         home = self.means.device
+        if y is not None:
+            if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (n,):
+                raise InputError(f"y is {kind(y)} for {n} chains: give classes, int64, shape ({n},)")
+            if y.device.type == "cpu" and num_classes > 1:
+                check_label_values(y, num_classes)
         if num_classes == 1:
             y = torch.zeros(n, dtype=torch.long, device=home)
         elif y is None:

@@ -1,14 +1,62 @@
-"""Checks of what a joint energy model is given: model input and labels."""
+"""Checks of what functions are given: model input, labels, logits, class names, and what chains are drawn with."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_whole
+from timm_jem.errors import InputError, check_whole, quoted
 from timm_jem.pixels import FAR_FROM_PIXELS
 
-__all__ = ["as_labels", "check_drawing", "check_labels", "check_model_input", "how_many"]
+__all__ = [
+    "MOST_NUMBERS",
+    "as_labels",
+    "check_drawing",
+    "check_images",
+    "check_label_values",
+    "check_labels",
+    "check_model_input",
+    "check_provenance",
+    "checked_names",
+    "how_many",
+    "kind",
+    "values_known",
+]
+
+# In one tensor of images: 16 GiB in single precision, beyond which a count or a size is a mistake.
+MOST_NUMBERS = 2**32
+
+
+def kind(value) -> str:
+    """What was given, for messages: a tensor's dtype and shape, or a type's name."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def values_known(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor's values: not where it has none, nor where a program is traced or transformed."""
+    return not (
+        tensor.is_meta
+        or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__  # a fake one, say
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad, ...
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def check_images(name: str, u, shape: Sequence[int] | None = None) -> None:
+    """Raise an InputError unless ``u`` is a tensor of floating-point images, shape (N, C, H, W), or of ``shape``."""
+    expected = "(N, C, H, W)" if shape is None else tuple(shape)
+    if not isinstance(u, Tensor):
+        raise InputError(f"{name} is a {type(u).__name__}: give a tensor of shape {expected}")
+    if u.ndim != 4 if shape is None else u.shape != tuple(shape):
+        raise InputError(f"{name} has shape {tuple(u.shape)}: give {expected}")
+    if not u.is_floating_point():
+        raise InputError(f"{name} has dtype {u.dtype}: give floating-point pixels in [-1, 1]")
 
 
 def check_model_input(
@@ -20,6 +68,9 @@ def check_model_input(
     denormalize: Callable[[Tensor], Tensor],
 ) -> None:
     """Raise an InputError unless ``x`` is model input.
+
+    However far chains of a model ran, they are its input; images in 0..255, which nobody means to give, are told by having
+    nothing below 0.
 
     Args:
         x: what was given.
@@ -38,22 +89,32 @@ def check_model_input(
         raise InputError(f"x has shape {tuple(x.shape)}: this backbone takes {expected} only; resize the images")
     if not x.is_floating_point():
         raise InputError(f"x has dtype {x.dtype}: give model input, e.g. jem.normalize(images / 127.5 - 1)")
-    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-        raise InputError(f"x has dtype {x.dtype} and the model {dtype}: give x.to({dtype})")
-    if x.numel() and not torch.compiler.is_compiling():
-        farthest = float(denormalize(x.detach()).abs().amax())
-        if not farthest <= FAR_FROM_PIXELS:
+    if x.dtype != dtype:
+        castable = not x.is_meta and torch.float64 not in (x.dtype, dtype)
+        if not (castable and torch.is_autocast_enabled(x.device.type)):
+            raise InputError(f"x has dtype {x.dtype} and the model {dtype}: give x.to({dtype})")
+    if x.numel() and values_known(x):
+        lowest, highest = (float(v) for v in torch.aminmax(denormalize(x.detach())))
+        if not (abs(lowest) < float("inf") and abs(highest) < float("inf")):  # nor is it with NaN
+            broken = int((~x.detach().flatten(1).isfinite()).any(1).sum())
             raise InputError(
-                f"x is {farthest:.0f} in pixels, far outside [-1, 1]: give model input, "
-                "e.g. jem.normalize(images / 127.5 - 1) for images in 0..255"
+                f"{broken} of {len(x)} images in x have values that are NaN or infinite: "
+                "if they are chains, they ran away, so give sample a smaller step_size or fewer steps, or leave them out"
+            )
+        if lowest >= 0 and highest > FAR_FROM_PIXELS:
+            raise InputError(
+                f"x is {lowest:.0f} to {highest:.0f} in pixels, whose range is [-1, 1]: give model input, e.g. "
+                "jem.normalize(images / 127.5 - 1) for images in 0..255; of chains that ran away take jem.pixel_energy"
             )
 
 
 def as_labels(y: Tensor | list[int] | int, num_classes: int) -> Tensor:
     """Labels as a tensor, whatever they came as, still unchecked."""
+    if isinstance(y, np.ndarray):  # PyTorch takes neither all of numpy's layouts nor objects
+        y = y.tolist() if y.dtype == object else y.astype(y.dtype.newbyteorder("="))
     try:
         return torch.as_tensor(y)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"y is a {type(y).__name__} that holds no labels: give integers, 0 to {num_classes - 1}") from error
 
 
@@ -68,17 +129,47 @@ def check_labels(y: Tensor | list[int] | int, n: int, num_classes: int, device: 
         raise InputError(f"y has dtype {y.dtype}: give integer class labels")
     if y.shape != (n,):
         raise InputError(f"y has shape {tuple(y.shape)} for {n} images: give one label per image, shape ({n},)")
-    if n and not torch.compiler.is_compiling():
+    y = y.long()  # PyTorch finds no extremes of uint16
+    check_label_values(y, num_classes)
+    return y
+
+
+def check_label_values(y: Tensor, count: int, least: int = 0, name: str = "y") -> None:
+    """Raise an InputError where ``y``, int64, is not in [``least``, ``count``); ``least`` is −1 where labels may be unknown."""
+    if y.numel() and values_known(y):
         low, high = (int(v) for v in torch.aminmax(y))
-        if low < 0 or high >= num_classes:
-            raise InputError(f"y holds the label {low if low < 0 else high}: this model's classes are 0 to {num_classes - 1}")
-    return y.long()
+        if low < least or high >= count:
+            wrong, unknown = low if low < least else high, ", or -1 for unknown" if least < 0 else ""
+            what = "the label" if name == "y" else "the number"
+            raise InputError(f"{name} holds {what} {wrong}: give 0 to {count - 1}{unknown}")
+
+
+def checked_names(class_names, num_classes: int) -> list[str] | None:
+    """The names of ``num_classes`` classes in order, or None.
+
+    Raises:
+        InputError: no sequence of names, or another number of them.
+    """
+    if class_names is None:
+        return None
+    names = class_names.tolist() if isinstance(class_names, np.ndarray) else class_names
+    if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
+        raise InputError(f"class_names is a {type(names).__name__}: give a list of {num_classes} names, in the classes' order")
+    if len(names) != num_classes:
+        raise InputError(f"{len(names)} class names for {num_classes} classes: give one name per class")
+    return [str(name) for name in names]
+
+
+def check_provenance(provenance: Any) -> None:
+    """Raise an InputError unless ``provenance`` is a dict or None."""
+    if not (provenance is None or isinstance(provenance, Mapping)):
+        raise InputError(f"provenance is a {type(provenance).__name__}: give a dict of JSON data")
 
 
 def check_drawing(init, generator, seeds, batch_size, on_step) -> None:
     """Raise an InputError for what ``JEM.sample`` can't start from, draw with, or report to."""
     if not (init is None or isinstance(init, Tensor) or (isinstance(init, str) and init == "buffer")):
-        what = repr(init) if isinstance(init, str) else f"a {type(init).__name__}"
+        what = quoted(init) if isinstance(init, str) else f"a {type(init).__name__}"
         raise InputError(f"init is {what}: give a tensor of model input, shape (n, C, H, W), 'buffer' or None")
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise InputError(f"generator is a {type(generator).__name__}: give torch.Generator().manual_seed(seed)")
@@ -88,15 +179,17 @@ def check_drawing(init, generator, seeds, batch_size, on_step) -> None:
         raise InputError("seeds don't choose among published chains: give generator=torch.Generator().manual_seed(seed)")
     check_whole("batch_size", batch_size, 1)
     if on_step is not None and not callable(on_step):
-        raise InputError(f"on_step is {on_step!r}: give a function of (steps done, pixels)")
+        raise InputError(f"on_step is {quoted(on_step)}: give a function of (steps done, pixels)")
 
 
-def how_many(n: int | None, init: Tensor | str | None, y: Tensor | None, seeds: Sequence | None) -> int:
+def how_many(
+    n: int | None, init: Tensor | str | None, y: Tensor | None, seeds: Sequence | None, image_shape: Sequence[int]
+) -> int:
     """The number of images to draw: ``n``, or that of the images they start from, of their classes, or of their seeds.
 
     Raises:
-        InputError: nothing tells it, or there are more or fewer images to start from, or seeds. Labels are left to
-            :func:`check_labels`.
+        InputError: nothing tells it, they are more than any memory holds at once, or there are more or fewer images to
+            start from, or seeds. Labels are left to :func:`check_labels`.
     """
     images = len(init) if isinstance(init, Tensor) and init.ndim else None
     labels = len(y) if y is not None and y.ndim else None
@@ -106,6 +199,11 @@ def how_many(n: int | None, init: Tensor | str | None, y: Tensor | None, seeds: 
     if n is None:
         raise InputError("sample doesn't know how many images to draw: give n")
     check_whole("n", n, 1)
+    n = int(n)  # numpy's overflow
+    if n * math.prod(image_shape) > MOST_NUMBERS:
+        raise InputError(
+            f"{quoted(n)} images of {tuple(image_shape)} are more than {MOST_NUMBERS:,} numbers: draw fewer at a time"
+        )
     if images not in (None, n):
         raise InputError(f"init holds {images} images and n is {n}: make them agree")
     if chains not in (None, n):

@@ -10,15 +10,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from timm_jem.backbone import architecture
+from timm_jem.backbone import architecture, normalisation, parameter_groups
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, check_whole
 from timm_jem.hub.folder import write_folder
 from timm_jem.hub.publish import publish
 from timm_jem.hub.published_chains import PublishedChains
-from timm_jem.inputs import as_labels, check_drawing, check_labels, check_model_input, how_many
+from timm_jem.inputs import (
+    as_labels,
+    check_drawing,
+    check_labels,
+    check_model_input,
+    check_provenance,
+    checked_names,
+    how_many,
+)
 from timm_jem.modes import frozen
-from timm_jem.sampling import SGLDConfig, chain_generators, draw_seeds, sgld, uniform_noise
+from timm_jem.sampling import MOST_STEPS, SGLDConfig, chain_generators, draw_seeds, sgld, uniform_noise
 
 __all__ = ["JEM"]
 
@@ -28,8 +36,8 @@ class JEM(nn.Module):
 
     Every method takes and returns *model input* (normalised by the backbone's mean and std), shape (B, C, H, W).
     Chains, noise and step sizes live in *pixels* in [-1, 1]; :meth:`normalize` and :meth:`denormalize` go between.
-    The state dict is the backbone's, key by key. Build it with :func:`timm_jem.wrap` or
-    :func:`timm_jem.create_model`, load it with :func:`timm_jem.from_pretrained`.
+    It is an ordinary module whose only part is ``backbone``: what timm reads and writes is ``jem.backbone.state_dict()``.
+    Build it with :func:`timm_jem.wrap` or :func:`timm_jem.create_model`, load it with :func:`timm_jem.from_pretrained`.
 
     Args:
         backbone: maps model input to logits, shape (B, num_classes); has an attribute ``num_classes`` > 0.
@@ -39,7 +47,13 @@ class JEM(nn.Module):
         sgld: how chains move; the defaults of :meth:`sample`.
         provenance: what the model was trained on and how; JSON data, kept with it.
         fixed_input_size: whether the backbone takes images of that size only.
+
+    Raises:
+        InputError: settings that are no such thing, or a backbone built in inference mode, which has no gradients.
     """
+
+    # TorchScript compiles what it finds; of this class that is forward alone.
+    __jit_unused_properties__ = ("chains", "device", "dtype", "input_size", "mean", "num_classes", "std")
 
     def __init__(
         self,
@@ -52,47 +66,56 @@ class JEM(nn.Module):
         fixed_input_size: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(sgld, SGLDConfig):
-            raise InputError(f"sgld is a {type(sgld).__name__}: give a timm_jem.SGLDConfig")
-        if class_names is not None and (isinstance(class_names, str) or len(class_names) != backbone.num_classes):
-            raise InputError(f"{len(class_names)} class names for {backbone.num_classes} classes: give one name per class")
         self.backbone = backbone
         self.data_config = dict(data_config)
-        self.class_names = None if class_names is None else [str(name) for name in class_names]
+        self.class_names = checked_names(class_names, backbone.num_classes)
         self.sgld = sgld
         self.fixed_input_size = fixed_input_size
-        self.provenance = dict(provenance or {})
+        self.provenance = {} if provenance is None else provenance
+        self._check_settings()
+        self.provenance = dict(self.provenance)
         self._chains: PublishedChains | Path | None = None  # a file is read when they are first asked for
+        if any(parameter.is_inference() for parameter in backbone.parameters()):
+            raise InputError("this backbone was built in torch.inference_mode and has no gradients: build it outside")
+        self._mean_std = normalisation(self.data_config, self.device, torch.promote_types(self.dtype, torch.float32))
+
+    def _check_settings(self) -> None:
+        """All attributes are open to change, so that they are checked again when the model is saved."""
+        if not isinstance(self.sgld, SGLDConfig):
+            raise InputError(f"sgld is a {type(self.sgld).__name__}: give a timm_jem.SGLDConfig")
+        checked_names(self.class_names, self.num_classes)
+        check_provenance(self.provenance)
         if len(self.input_size) != 3:
             raise InputError(f"input_size is {self.input_size}: give (C, H, W)")
         for side in self.input_size:
             check_whole("input_size", side, 1)
-        for name in ("mean", "std"):
-            self.register_buffer(name, self._per_channel(name), persistent=False)
-        self.register_state_dict_post_hook(_drop_backbone_prefix)
-        self.register_load_state_dict_pre_hook(_add_backbone_prefix)
 
-    def _per_channel(self, name: str) -> Tensor:
-        channels, reference = self.input_size[0], next(self.backbone.parameters(), torch.empty(0))
-        try:
-            values = torch.tensor(self.data_config[name], dtype=torch.float64, device="cpu").expand(channels)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{name} is {self.data_config[name]!r}: give one number per channel, {channels}") from error
-        if not values.isfinite().all() or (name == "std" and (values <= 0).any()):
-            raise InputError(f"{name} is {self.data_config[name]!r}: give finite numbers{', above 0' * (name == 'std')}")
-        dtype = torch.promote_types(reference.dtype, torch.float32)
-        return values.reshape(1, channels, 1, 1).to(reference.device, dtype)
+    def _normalisation(self) -> tuple[Tensor, Tensor]:
+        # No buffers: half precision would round those, and what loads weights without memory would lose them.
+        made, device, dtype = self._mean_std[0], self.device, torch.promote_types(self.dtype, torch.float32)
+        if (made.device, made.dtype) != (device, dtype):
+            self._mean_std = normalisation(self.data_config, device, dtype)
+        return self._mean_std
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "JEM":
-        # Half precision would round the normalisation, and to_empty would lose it.
-        super()._apply(fn, recurse)
-        self.mean, self.std = self._per_channel("mean"), self._per_channel("std")
-        return self
+    @property
+    def mean(self) -> Tensor:
+        """Of the backbone's input, [0, 1] pixel units, shape (1, C, 1, 1), on the weights' device."""
+        return self._normalisation()[0]
+
+    @property
+    def std(self) -> Tensor:
+        """Of the backbone's input, [0, 1] pixel units, shape (1, C, 1, 1), on the weights' device."""
+        return self._normalisation()[1]
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the weights, and so of model input."""
-        return next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), self.mean.dtype)
+        return next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the weights; the CPU where there are none, as on the meta device and where they are offloaded."""
+        return next((p.device for p in self.backbone.parameters() if not p.is_meta), torch.device("cpu"))
 
     @property
     def num_classes(self) -> int:
@@ -107,13 +130,37 @@ class JEM(nn.Module):
         """Logits f(x), shape (B, num_classes): the backbone's own, bit for bit."""
         return self.backbone(x)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As of any module.
+
+        Raises:
+            InputError: a state dict of the backbone alone, as timm's are.
+        """
+        names = set(state_dict) if isinstance(state_dict, Mapping) else set()
+        if names & set(self.backbone.state_dict()) and not names & set(self.state_dict()):
+            raise InputError("this is a state dict of the backbone alone: use jem.backbone.load_state_dict")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's, for ``timm.optim.create_optimizer_v2``: parameters that no weight decay is for."""
+        return {f"backbone.{name}" for name in getattr(self.backbone, "no_weight_decay", set)()}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The backbone's, for ``timm.optim.create_optimizer_v2(..., layer_decay=...)``: a parameter's layer by its name."""
+        layers = parameter_groups(self.backbone, coarse)
+        return lambda name: layers[name.removeprefix("backbone.")]
+
     def normalize(self, u: Tensor) -> Tensor:
         """Pixels in [-1, 1] to model input: (u − (2·mean − 1)) / (2·std); the identity for mean = std = 0.5."""
-        return ((u - (2 * self.mean - 1)) / (2 * self.std)).to(self.dtype)
+        mean, std = (values.to(u.device) for values in self._normalisation())
+        return ((u - (2 * mean - 1)) / (2 * std)).to(self.dtype)
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Model input to pixels in [-1, 1]: the inverse of :meth:`normalize`."""
-        return x * (2 * self.std) + (2 * self.mean - 1)
+        mean, std = (values.to(x.device) for values in self._normalisation())
+        return x * (2 * std) + (2 * mean - 1)
 
     def energy(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """E(x) = −logsumexp f(x), or E(x, y) = −f(x)[y]; shape (B,). Lower energy = likelier.
@@ -137,7 +184,8 @@ class JEM(nn.Module):
         """∇ₓ log p(x), or ∇ₓ log p(x, y), with respect to model input; shape of ``x``, detached.
 
         Works under ``no_grad``, leaves parameters without gradients, and is that of :meth:`energy` in the module's
-        present train or eval mode, where a forward in train mode moves BatchNorm statistics. Errors as :meth:`energy`.
+        present train or eval mode, where a forward in train mode moves BatchNorm statistics. Under ``torch.func.vmap`` take
+        ``torch.func.grad`` of :meth:`log_density` instead. Errors as :meth:`energy`.
         """
         self._check_x(x)
         y = None if y is None else self._check_y(y, len(x), x.device)
@@ -175,6 +223,9 @@ class JEM(nn.Module):
     ) -> Tensor:
         """Draw images by SGLD chains, in eval mode; the model and its flags are left as they were.
 
+        Several threads may draw from one model at once. None may train it meanwhile, and ``on_step`` must leave its modes
+        alone: a chain in train mode would move BatchNorm statistics.
+
         An image is a function of its seed, its class and the model alone, whatever is drawn with it and however it is split
         into batches, up to rounding: some networks, and all on several threads or a GPU, round by the size of a batch. On one
         thread of a CPU wrn_10_1, resnet18 and a small ViT gave the same images bit for bit, and wrn_10_2 and convnext_atto
@@ -202,16 +253,17 @@ class JEM(nn.Module):
             InputError: ``n``, ``y``, ``seeds`` and ``init`` that disagree, ``y`` or seeds out of range, ``num_steps`` < 1,
                 more published chains than there are, seeds with a generator or for published chains.
         """
+        self._check_weights()
         config = self.sgld if sgld_config is None else sgld_config
         if not isinstance(config, SGLDConfig):
             raise InputError(f"sgld_config is a {type(config).__name__}: give a timm_jem.SGLDConfig")
         check_drawing(init, generator, seeds, batch_size, on_step)
         if num_steps is None:
             num_steps = config.num_steps if init is not None else config.sample_steps or config.num_steps
-        check_whole("num_steps", num_steps, 1)
+        check_whole("num_steps", num_steps, 1, MOST_STEPS)
         generators = None if seeds is None else chain_generators(seeds)
         y = None if y is None else as_labels(y, self.num_classes)
-        n, device = how_many(n, init, y, generators), self.mean.device
+        n, device = how_many(n, init, y, generators, self.input_size), self.device
         if y is not None:
             y = self._check_y(y.expand(n) if y.ndim == 0 else y, n, device)
         if isinstance(init, Tensor):
@@ -231,13 +283,23 @@ class JEM(nn.Module):
 
     @property
     def chains(self) -> PublishedChains | None:
-        """Published chains, read from their file when first asked for; None: there are none. They are saved with the model."""
+        """Published chains, read from their file when first asked for; None: there are none. They are saved with the model.
+
+        Raises:
+            InputError: set or asked for, a broken file, or chains of other images or classes than the model's.
+        """
         if isinstance(self._chains, Path):
             self._chains = PublishedChains.load(self._chains, self.input_size, self.num_classes)
+        elif self._chains is not None:
+            self._chains.check_fit(self.input_size, self.num_classes)  # the model may have another head by now
         return self._chains
 
     @chains.setter
     def chains(self, chains: PublishedChains | Path | None) -> None:
+        if isinstance(chains, PublishedChains):
+            chains.check_fit(self.input_size, self.num_classes)
+        elif not (chains is None or isinstance(chains, Path)):
+            raise InputError(f"chains is a {type(chains).__name__}: give timm_jem.PublishedChains, or None")
         self._chains = chains.resolve() if isinstance(chains, Path) else chains
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, replay_buffer: bool = True) -> None:
@@ -253,6 +315,7 @@ class JEM(nn.Module):
         Raises:
             InputError: a backbone that plain timm would rebuild as another function, or provenance that is not JSON.
         """
+        self._check_settings()
         ours = {"sgld": asdict(self.sgld), "provenance": self.provenance}
         write_folder(
             self.backbone,
@@ -292,6 +355,7 @@ class JEM(nn.Module):
         Raises:
             InputError: what :meth:`save_pretrained` refuses, before anything is sent; or what the Hub refuses.
         """
+        self._check_settings()
         about = {
             "architecture": architecture(self.backbone),
             "parameters": sum(p.numel() for p in self.parameters()),
@@ -316,18 +380,16 @@ class JEM(nn.Module):
                 overwrite_card=overwrite_card,
             )
 
+    def _check_weights(self) -> None:
+        first = next(self.backbone.parameters(), None)
+        offloaded = hasattr(self, "_hf_hook")  # accelerate's, which brings weights when they are needed
+        if first is not None and first.is_meta and not offloaded:
+            raise InputError("this model is on the meta device and has no weights: load them first")
+
     def _check_x(self, x: Tensor) -> None:
+        if not (isinstance(x, Tensor) and x.is_meta):
+            self._check_weights()
         check_model_input(x, self.input_size, fixed_size=self.fixed_input_size, dtype=self.dtype, denormalize=self.denormalize)
 
     def _check_y(self, y: Tensor, n: int, device: torch.device) -> Tensor:
         return check_labels(y, n, self.num_classes, device)
-
-
-def _drop_backbone_prefix(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    for key in [key for key in state_dict if key.startswith(f"{prefix}backbone.")]:
-        state_dict[prefix + key[len(prefix) + len("backbone.") :]] = state_dict.pop(key)
-
-
-def _add_backbone_prefix(module: nn.Module, state_dict: dict, prefix: str, *args) -> None:
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        state_dict[f"{prefix}backbone.{key[len(prefix) :]}"] = state_dict.pop(key)

@@ -1,7 +1,9 @@
 """Train and eval state of networks: frozen while chains move, statistics kept while a loss is taken."""
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -9,10 +11,17 @@ from timm_jem.errors import InputError
 
 __all__ = ["batch_norms", "frozen", "in_eval_mode", "statistics_kept"]
 
+_lock = threading.Lock()
+# Of what open contexts hold, by object and attribute: how many do, and the value from before the first.
+_held: dict[tuple[int, str], tuple[int, Any]] = {}
+
 
 @contextlib.contextmanager
 def frozen(model: nn.Module, batch_norm: str = "eval") -> Iterator[nn.Module]:
     """Within the context ``model`` is in eval mode and needs no parameter gradients; each flag is then restored.
+
+    Several threads may be in this context with one model, or with models that share layers: flags are restored when the
+    last one leaves. A thread that trains the model meanwhile finds it in eval mode and without gradients.
 
     Args:
         model: any module.
@@ -25,23 +34,10 @@ def frozen(model: nn.Module, batch_norm: str = "eval") -> Iterator[nn.Module]:
     """
     if batch_norm not in ("eval", "train"):
         raise InputError(f"batch_norm of frozen is {batch_norm!r}: give 'eval' or 'train'")
-    training = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     mixing = batch_norms(model) if batch_norm == "train" else []
-    try:
-        for module, _ in training:
-            module.training = False
-        for module in mixing:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with statistics_kept(mixing):
-            yield model
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    calm = set(model.modules()) - set(mixing)
+    with _set(calm, "training", False), _set(model.parameters(), "requires_grad", False), statistics_kept(mixing):
+        yield model
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -52,23 +48,34 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
 @contextlib.contextmanager
 def statistics_kept(layers: list[nn.Module]) -> Iterator[None]:
     """Within the context BatchNorm ``layers`` in train mode normalise batches as ever, but running statistics stay."""
-    tracking = [layer.track_running_stats for layer in layers]
-    try:
-        for layer in layers:
-            layer.track_running_stats = False
+    with _set(layers, "track_running_stats", False):
         yield
-    finally:
-        for layer, flag in zip(layers, tracking, strict=True):
-            layer.track_running_stats = flag
 
 
 @contextlib.contextmanager
 def in_eval_mode(layers: list[nn.Module]) -> Iterator[None]:
-    """Within the context ``layers``, which are in train mode, are in eval mode."""
+    """Within the context ``layers`` are in eval mode; each is then as it was."""
+    with _set(layers, "training", False):
+        yield
+
+
+@contextlib.contextmanager
+def _set(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """Within the context the attribute ``name`` of ``objects`` is ``value``; the last of several to end restores it."""
+    done = []
     try:
-        for layer in layers:
-            layer.training = False
+        with _lock:
+            for item in objects:
+                count, before = _held.get((id(item), name), (0, getattr(item, name)))
+                _held[id(item), name] = count + 1, before
+                done.append(item)
+                setattr(item, name, value)
         yield
     finally:
-        for layer in layers:
-            layer.training = True
+        with _lock:
+            for item in done:
+                count, before = _held.pop((id(item), name))
+                if count > 1:
+                    _held[id(item), name] = count - 1, before
+                else:
+                    setattr(item, name, before)

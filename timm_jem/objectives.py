@@ -8,6 +8,7 @@ from torch import Tensor
 
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, check_number
+from timm_jem.inputs import check_label_values, kind
 
 __all__ = ["ObjectiveConfig", "joint_loss"]
 
@@ -26,7 +27,7 @@ class ObjectiveConfig:
             meaning (Szegedy et al., CVPR 2016, arXiv 1512.00567, section 7; JEM: 0).
 
     Raises:
-        InputError: a weight that is negative or not finite, or a ``label_smoothing`` outside [0, 1).
+        InputError: a weight that is negative, not finite or above 10⁹, or a ``label_smoothing`` outside [0, 1).
     """
 
     w_ce: float = 1.0
@@ -37,7 +38,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            check_number(f"objective {field.name}", getattr(self, field.name), least=0)
+            check_number(f"objective {field.name}", getattr(self, field.name), least=0, most=1e9)
         if self.label_smoothing >= 1:
             raise InputError(f"objective label_smoothing is {self.label_smoothing!r}: give a number below 1")
 
@@ -86,11 +87,15 @@ def joint_loss(
         term), and ``l2``.
 
     Raises:
-        InputError: ``w_xy`` > 0 without ``y_neg``, or labels of wrong shape.
+        InputError: ``w_xy`` > 0 without ``y_neg``, logits or labels of wrong shape or type, or, on the CPU, labels that are no
+            classes.
     """
+    if not isinstance(config, ObjectiveConfig):
+        raise InputError(f"config is a {type(config).__name__}: give a timm_jem.ObjectiveConfig")
+    _check("logits", logits, "y", y)
+    _check("logits_neg", logits_neg, "y_neg", y_neg, like=logits)
     logits_ce, y_ce = logits if logits_ce is None else logits_ce, y if y_ce is None else y_ce
-    if y_ce.shape != logits_ce.shape[:1]:
-        raise InputError(f"{len(logits_ce)} images for the cross-entropy and labels of shape {tuple(y_ce.shape)}: give y_ce")
+    _check("logits_ce", logits_ce, "y_ce", y_ce, like=logits)
     ce = F.cross_entropy(logits_ce, y_ce, ignore_index=-1, reduction="sum", label_smoothing=config.label_smoothing)
     ce = ce / (y_ce != -1).sum().clamp(min=1)
     loss = config.w_ce * ce
@@ -117,3 +122,18 @@ def _energy_where_known(logits: Tensor, y: Tensor) -> Tensor:
     """E(x, y), or E(x) where y is −1."""
     unknown = y == -1
     return torch.where(unknown, energy(logits), energy(logits, y.masked_fill(unknown, 0)))
+
+
+def _check(name: str, logits: Tensor | None, of: str, y: Tensor | None, like: Tensor | None = None) -> None:
+    if logits is None and like is not None:
+        return
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point() or not logits.numel():
+        raise InputError(f"{name} is {kind(logits)}: give floating-point logits, shape (B, num_classes)")
+    if like is not None and logits.shape[1] != like.shape[1]:
+        raise InputError(f"{name} is of {logits.shape[1]} classes and logits of {like.shape[1]}: give those of one model")
+    if y is None and of == "y_neg":
+        return
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != logits.shape[:1]:
+        raise InputError(f"{of} is {kind(y)} for {name} of {len(logits)} images: give {of} as int64, shape ({len(logits)},)")
+    if y.device.type == "cpu":  # elsewhere it would have to be waited for
+        check_label_values(y, logits.shape[1], least=-1)

@@ -12,16 +12,25 @@ FAR_FROM_PIXELS = 20.0
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """8-bit images to pixels in [-1, 1]: u / 127.5 − 1, float32, same shape."""
-    return images.float().div_(127.5).sub_(1)
+    """8-bit images to pixels in [-1, 1]: u / 127.5 − 1, float32, same shape.
+
+    Raises:
+        InputError: no tensor, or one of booleans or complex numbers.
+    """
+    if not isinstance(images, Tensor) or images.dtype == torch.bool or images.is_complex():
+        raise InputError(f"images are {images.dtype if isinstance(images, Tensor) else type(images).__name__}: give 8-bit ones")
+    return images.float().div(127.5).sub_(1)
 
 
 def eight_bit(u: Tensor) -> Tensor:
     """Pixels as 8-bit images, uint8, same shape: cut to [-1, 1] and rounded, as what is published or shown is.
 
     Raises:
-        InputError: a pixel is NaN, which no 8-bit image can say.
+        InputError: a pixel is NaN, which no 8-bit image can say; or no tensor of floating-point pixels.
     """
+    if not isinstance(u, Tensor) or not u.is_floating_point():
+        what = u.dtype if isinstance(u, Tensor) else type(u).__name__
+        raise InputError(f"pixels are {what}: give floating-point ones in [-1, 1], e.g. images / 127.5 - 1")
     if u.isnan().any():
         broken = int(u.flatten(1).isnan().any(1).sum())
         raise InputError(f"{broken} of {len(u)} images have pixels that are NaN: their chains ran away, so use fewer steps")

@@ -1,12 +1,13 @@
 """The replay buffer: chains that persist between training iterations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.errors import InputError, check_number, check_whole, one_line, quoted
+from timm_jem.inputs import check_label_values, kind
 
 __all__ = ["ReplayBuffer", "redistribute"]
 
@@ -35,7 +36,7 @@ class ReplayBuffer:
         labels: classes of the slots, int64, shape (capacity,), or None.
 
     Raises:
-        InputError: a capacity, probability or class count out of range.
+        InputError: a capacity, probability, class count or image shape out of range, or an ``init`` that gives other chains.
     """
 
     def __init__(
@@ -51,12 +52,28 @@ class ReplayBuffer:
     ) -> None:
         check_whole("replay buffer capacity", capacity, 1)
         check_number("replay buffer restart_prob", restart_prob, least=0, most=1)
-        if num_classes is not None and capacity < num_classes:
-            raise InputError(f"replay buffer capacity {capacity} is below {num_classes} classes: raise it")
+        if num_classes is not None:
+            check_whole("replay buffer num_classes", num_classes, 1)
+            if capacity < num_classes:
+                raise InputError(f"replay buffer capacity {capacity} is below {num_classes} classes: raise it")
+        if not isinstance(image_shape, Sequence) or isinstance(image_shape, str) or len(image_shape) != 3:
+            raise InputError(f"the image shape of a replay buffer is {quoted(image_shape)}: give (C, H, W)")
+        for side in image_shape:
+            check_whole("a side of a replay buffer's images", side, 1)
+        if not callable(init):
+            raise InputError(f"init of a replay buffer is {quoted(init)}: give a function such as timm_jem.uniform_noise")
+        if not isinstance(generator, torch.Generator):
+            raise InputError(f"generator is a {type(generator).__name__}: give torch.Generator().manual_seed(seed)")
         self.init, self.generator, self.restart_prob, self.num_classes = init, generator, restart_prob, num_classes
         self.host_generator = torch.Generator().manual_seed(generator.initial_seed())
         self.labels = None if num_classes is None else _slot_classes(capacity, num_classes, device)
-        self.chains = init((capacity, *image_shape), generator=generator, device=device, y=self.labels)
+        self.chains = self._fresh((capacity, *image_shape), torch.device(device), self.labels)
+
+    def _fresh(self, shape: tuple[int, ...], device: torch.device, y: Tensor | None) -> Tensor:
+        chains = self.init(shape, generator=self.generator, device=device, y=y)
+        if not isinstance(chains, Tensor) or not chains.is_floating_point() or chains.shape != shape:
+            raise InputError(f"init gives {kind(chains)}: a replay buffer's is to give pixels of shape {shape}")
+        return chains
 
     def __len__(self) -> int:
         return len(self.chains)
@@ -72,12 +89,16 @@ class ReplayBuffer:
             Chains (a copy), pixels, shape (n, C, H, W), and their slots, int64, shape (n,).
 
         Raises:
-            InputError: more chains than there are slots, or ``y`` of wrong shape or for a buffer without classes.
+            InputError: more chains than there are slots, or ``y`` of wrong shape or type, for a buffer without classes, or, on
+                the CPU, of classes that there are not.
         """
+        check_whole("number of chains to draw", n, 0)
         if n > len(self):
-            raise InputError(f"{n} chains from a replay buffer of {len(self)}: raise its capacity or lower the batch size")
-        if y is not None and y.shape != (n,):
-            raise InputError(f"y has shape {tuple(y.shape)} for {n} chains: give one label per chain, shape ({n},)")
+            raise InputError(
+                f"{quoted(n)} chains from a replay buffer of {len(self)}: raise its capacity or lower the batch size"
+            )
+        if y is not None and (not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (n,)):
+            raise InputError(f"y is {kind(y)} for {n} chains: give one label per chain, int64, shape ({n},)")
         device = self.chains.device
         if y is None:
             slots = torch.randperm(len(self), generator=self.generator, device=device)[:n]
@@ -89,13 +110,14 @@ class ReplayBuffer:
         if count:
             places = torch.randperm(n, generator=self.generator, device=device)[:count]
             classes = None if self.labels is None else self.labels[slots[places]]
-            fresh = self.init((count, *chains.shape[1:]), generator=self.generator, device=device, y=classes)
-            chains[places] = fresh.to(chains.dtype)
+            chains[places] = self._fresh((count, *chains.shape[1:]), device, classes).to(chains.dtype)
         return chains, slots
 
     def _slots_of_classes(self, y: Tensor) -> Tensor:
         if self.labels is None:
             raise InputError("this replay buffer has no classes: build it with num_classes, or draw without y")
+        if y.device.type == "cpu":  # elsewhere it would have to be waited for
+            check_label_values(y, self.num_classes)
         # The k-th wish for a class gets the k-th slot of that class in a random order of all slots.
         order = torch.randperm(len(self), generator=self.generator, device=self.chains.device)
         order = order[self.labels[order].argsort(stable=True)]
@@ -108,11 +130,24 @@ class ReplayBuffer:
         return order[first[y] + nth]
 
     def put(self, slots: Tensor, chains: Tensor) -> None:
-        """Write ``chains`` (pixels, shape (n, C, H, W)) back to their ``slots``, shape (n,)."""
+        """Write ``chains`` (pixels, shape (n, C, H, W)) back to their ``slots``, shape (n,).
+
+        Raises:
+            InputError: slots or chains of wrong shape or type, or, on the CPU, slots that there are not.
+        """
+        if not isinstance(slots, Tensor) or slots.dtype != torch.int64 or slots.ndim != 1:
+            raise InputError(f"slots are {kind(slots)}: give those that draw gave, int64, shape (n,)")
+        if not isinstance(chains, Tensor) or chains.shape != (len(slots), *self.chains.shape[1:]):
+            raise InputError(
+                f"chains are {kind(chains)} for {len(slots)} slots: give shape {(len(slots), *self.chains.shape[1:])}"
+            )
+        if slots.device.type == "cpu":
+            check_label_values(slots, len(self), name="slots")
         self.chains[slots] = chains.detach().to(self.chains.dtype)
 
     def reseed(self, seed: int) -> None:
         """Start all randomness anew from ``seed``, after a rollback say; chains stay."""
+        check_whole("seed of a replay buffer", seed, -(2**63), 2**64 - 1)
         self.generator.manual_seed(seed)
         self.host_generator.manual_seed(seed)
 
@@ -129,8 +164,10 @@ class ReplayBuffer:
         """Restore ``state_dict``.
 
         Raises:
-            InputError: chains of another shape, or with classes where this buffer has none (or the reverse).
+            InputError: no such state, chains of another shape, or with classes where this buffer has none (or the reverse);
+                the buffer is as before.
         """
+        _check_state(state)
         if state["chains"].shape != self.chains.shape:
             raise InputError(
                 f"saved chains have shape {tuple(state['chains'].shape)}, this replay buffer {tuple(self.chains.shape)}: "
@@ -138,11 +175,16 @@ class ReplayBuffer:
             )
         if ("labels" in state) != (self.labels is not None):
             raise InputError("saved chains and this replay buffer differ in having classes: build it as it was saved")
+        if self.labels is not None and not torch.equal(state["labels"].to(self.labels), self.labels):
+            raise InputError(f"the saved chains are not of {self.num_classes} classes: build it as it was saved")
+        before = self.generator.get_state()
+        try:
+            self.generator.set_state(state["generator"])
+            self.host_generator.set_state(state["host_generator"])
+        except (KeyError, RuntimeError, TypeError) as error:
+            self.generator.set_state(before)
+            raise InputError(f"the generators of the saved chains are not this device's ({one_line(error)})") from error
         self.chains.copy_(state["chains"])
-        if self.labels is not None:
-            self.labels.copy_(state["labels"])
-        self.generator.set_state(state["generator"])
-        self.host_generator.set_state(state["host_generator"])
 
 
 def redistribute(states: list[dict[str, Any]], rank: int, world: int, capacity: int, num_classes: int | None = None) -> Tensor:
@@ -165,8 +207,14 @@ def redistribute(states: list[dict[str, Any]], rank: int, world: int, capacity: 
         (capacity, C, H, W).
 
     Raises:
-        InputError: no states, states of images of several shapes, or of other classes than ``num_classes``.
+        InputError: no states, states of images of several shapes, or of other classes than ``num_classes``, or a ``rank``,
+            ``world`` or ``capacity`` out of range.
     """
+    check_whole("world", world, 1)
+    check_whole("rank", rank, 0, world - 1)
+    check_whole("replay buffer capacity", capacity, 1 if num_classes is None else num_classes)
+    for state in states:
+        _check_state(state)
     shapes = {tuple(state["chains"].shape[1:]) for state in states}
     if len(shapes) != 1:
         raise InputError(f"the saved chains have {len(shapes)} image shapes: give the replay buffers of one run")
@@ -183,6 +231,13 @@ def redistribute(states: list[dict[str, Any]], rank: int, world: int, capacity: 
         of_class = (labels == c).nonzero().squeeze(1)
         parts.append(of_class[(rank * slots + torch.arange(slots, device=pool.device)) % len(of_class)])
     return pool[torch.cat(parts)]
+
+
+def _check_state(state: Any) -> None:
+    chains, labels = (state.get(name) if isinstance(state, Mapping) else None for name in ("chains", "labels"))
+    whole = isinstance(chains, Tensor) and chains.is_floating_point() and chains.ndim == 4
+    if not whole or (labels is not None and not (isinstance(labels, Tensor) and labels.shape == chains.shape[:1])):
+        raise InputError(f"{quoted(state)} is no saved replay buffer: give what ReplayBuffer.state_dict returned")
 
 
 def _slot_classes(capacity: int, num_classes: int, device: torch.device | str) -> Tensor:

@@ -4,6 +4,7 @@ Nothing here knows networks' heads or buffers: an energy is a function ``energy_
 returns shape (B,), and a chain's state is a plain tensor of pixels.
 """
 
+import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.errors import InputError, check_number, check_whole, quoted
+from timm_jem.inputs import MOST_NUMBERS, kind
 
 __all__ = [
+    "MOST_STEPS",
     "Generators",
     "SGLDConfig",
     "chain_generators",
@@ -24,6 +27,10 @@ __all__ = [
     "sgld_step",
     "uniform_noise",
 ]
+
+# Of a chain: far above any in use, and what a file that is to keep its reader busy for ever may ask for.
+MOST_STEPS = 100_000
+_FAR = 1e9  # a factor or bound in pixels that is above this is a mistake; single precision holds 3e38
 
 _FEWEST = 4  # chains in a batch: matrix products of fewer rows take other paths, and round otherwise
 
@@ -42,9 +49,9 @@ class SGLDConfig:
     ``step_size`` multiplies the gradient itself, without the ½.
 
     Attributes:
-        num_steps: steps K of a chain per training iteration (paper: 20).
-        step_size: factor of the energy's gradient (paper: 1).
-        noise_std: standard deviation of a step's Gaussian noise, pixels (paper: 0.01).
+        num_steps: steps K of a chain per training iteration (paper: 20); as all numbers of steps at most 100,000.
+        step_size: factor of the energy's gradient (paper: 1); at most 10⁹.
+        noise_std: standard deviation of a step's Gaussian noise, pixels (paper: 0.01); at most 2, their whole range.
         grad_clamp: elementwise bound of the gradient, or None (paper: none; JEM++, arXiv 2109.09032: 1).
         pixel_clamp: elementwise bound of the chain after each step, or None (paper: none; JEM++: 1).
         sample_steps: steps of a fresh chain in ``JEM.sample``, ``denoise_steps`` included; None: ``num_steps``.
@@ -53,7 +60,7 @@ class SGLDConfig:
             a chain always carries.
 
     Raises:
-        InputError: a value outside its range, NaN included.
+        InputError: a value outside its range, NaN included: settings come with models of others, too.
     """
 
     num_steps: int = 20
@@ -65,15 +72,15 @@ class SGLDConfig:
     denoise_steps: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("sgld num_steps", self.num_steps, 1)
+        check_whole("sgld num_steps", self.num_steps, 1, MOST_STEPS)
         if self.sample_steps is not None:
-            check_whole("sgld sample_steps", self.sample_steps, 1)
-        check_whole("sgld denoise_steps", self.denoise_steps, 0)
-        check_number("sgld step_size", self.step_size, above=0)
-        check_number("sgld noise_std", self.noise_std, least=0)
+            check_whole("sgld sample_steps", self.sample_steps, 1, MOST_STEPS)
+        check_whole("sgld denoise_steps", self.denoise_steps, 0, MOST_STEPS)
+        check_number("sgld step_size", self.step_size, above=0, most=_FAR)
+        check_number("sgld noise_std", self.noise_std, least=0, most=2)
         for name in ("grad_clamp", "pixel_clamp"):
             if getattr(self, name) is not None:
-                check_number(f"sgld {name}", getattr(self, name), above=0)
+                check_number(f"sgld {name}", getattr(self, name), above=0, most=_FAR)
 
 
 def chain_generators(seeds: Sequence[int] | Tensor) -> list[torch.Generator]:
@@ -89,15 +96,17 @@ def chain_generators(seeds: Sequence[int] | Tensor) -> list[torch.Generator]:
     """
     seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
     if isinstance(seeds, str) or not isinstance(seeds, Sequence):
-        raise InputError(f"seeds is {seeds!r}: give a list of whole numbers, one seed per image")
+        raise InputError(f"seeds is {quoted(seeds)}: give a list of whole numbers, one seed per image")
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
-            raise InputError(f"a seed is {seed!r}: give whole numbers from 0 to {2**32 - 1}")
+            raise InputError(f"a seed is {quoted(seed)}: give whole numbers from 0 to {2**32 - 1}")
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
 def draw_seeds(n: int, generator: torch.Generator | None = None) -> list[int]:
     """``n`` distinct seeds for :func:`chain_generators`; the first of them are the same however many are drawn."""
+    check_whole("number of seeds", n, 0, 2**31)  # half of them all, beyond which distinct ones are hard to find
+    _check_generators(generator, 0)
     device = "cpu" if generator is None else generator.device
     seeds: dict[int, None] = {}
     while len(seeds) < n:  # one by one: what CUDA draws at once depends on how much that is
@@ -137,6 +146,9 @@ def draw_classes(n: int, weights: Tensor, *, generator: Generators = None) -> Te
 
     ``generator`` and errors as of :func:`randn`.
     """
+    check_whole("number of classes to draw", n, 0)
+    if not isinstance(weights, Tensor) or weights.ndim != 1 or not weights.is_floating_point():
+        raise InputError("the weights of classes are no row of floating-point numbers: give one a class")
     # An exponential race: the first of arrivals at rates p is class c with probability p[c]. torch.multinomial checks its
     # input on the host where n is 1.
     times = _drawn("exponential_", (n, len(weights)), generator, weights.device, None)
@@ -145,6 +157,7 @@ def draw_classes(n: int, weights: Tensor, *, generator: Generators = None) -> Te
 
 def _drawn(fill: str, shape, generator: Generators, device, dtype) -> Tensor:
     """A new tensor filled by its method ``fill``: all at once by one generator, or row by row by as many as it has rows."""
+    _check_shape(shape, dtype)
     if generator is None or isinstance(generator, torch.Generator):
         source = device if generator is None else generator.device
         return getattr(torch.empty(shape, device=source, dtype=dtype), fill)(generator=generator).to(device)
@@ -154,6 +167,17 @@ def _drawn(fill: str, shape, generator: Generators, device, dtype) -> Tensor:
     for row, own in zip(numbers, generator, strict=True):
         getattr(row, fill)(generator=own)
     return numbers.to(device)
+
+
+def _check_shape(shape, dtype: torch.dtype | None) -> None:
+    if not isinstance(shape, Sequence) or not shape or isinstance(shape, str):
+        raise InputError(f"the shape of chains is {quoted(shape)}: give (n, C, H, W)")
+    for side in shape:
+        check_whole("a side of the shape of chains", side, 0)
+    if math.prod(map(int, shape)) > MOST_NUMBERS:
+        raise InputError(f"chains of shape {quoted(tuple(shape))} are more than {MOST_NUMBERS:,} numbers: make fewer at a time")
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise InputError(f"the dtype of noise is {quoted(dtype)}: give a floating-point one, or None")
 
 
 def _check_generators(generator: Generators, n: int) -> None:
@@ -177,6 +201,8 @@ def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig)
     Returns:
         The chains one step later, a new tensor. Source: JEM (arXiv 1912.03263), eq. 3, with untied step and noise.
     """
+    if grad.shape != u.shape or (noise is not None and noise.shape != u.shape):
+        raise InputError(f"chains of shape {tuple(u.shape)} with gradients or noise of another: give the same")
     if config.grad_clamp is not None:
         grad = grad.clamp(-config.grad_clamp, config.grad_clamp)
     u = torch.add(u, grad, alpha=-config.step_size)
@@ -222,18 +248,26 @@ def sgld(
         The final chains, pixels, detached, shape (B, C, H, W).
 
     Raises:
-        InputError: no chains, fewer than no steps, a ``batch_size`` below 1, another number of generators than of chains,
-            or an ``on_step`` that can't be called.
+        InputError: no chains, fewer than no steps, a ``batch_size`` below 1, another number of generators or labels than of
+            chains, an ``on_step`` that can't be called, or energies that are not of shape (B,) or don't depend on ``u``.
     """
+    if not isinstance(config, SGLDConfig):
+        raise InputError(f"the settings of chains are a {type(config).__name__}: give a timm_jem.SGLDConfig")
+    if not callable(energy_fn):
+        raise InputError(f"energy_fn is {quoted(energy_fn)}: give a function of chains that returns their energies")
     num_steps = config.num_steps if num_steps is None else num_steps
+    if not isinstance(u, Tensor) or not u.is_floating_point() or u.ndim == 0:
+        raise InputError(f"the chains are {kind(u)}: give floating-point pixels, shape (B, C, H, W)")
     if len(u) == 0:
         raise InputError(f"the chains have shape {tuple(u.shape)}: give at least one to start from")
-    check_whole("num_steps of chains", num_steps, 0)
-    check_whole("denoise_steps of chains", denoise_steps, 0)
+    if y is not None and not (isinstance(y, Tensor) and y.shape[:1] == u.shape[:1]):
+        raise InputError(f"y is {kind(y)} for {len(u)} chains: give a tensor of one label per chain, shape ({len(u)},)")
+    check_whole("num_steps of chains", num_steps, 0, MOST_STEPS)
+    check_whole("denoise_steps of chains", denoise_steps, 0, MOST_STEPS)
     if batch_size is not None:
         check_whole("batch_size of chains", batch_size, 1)
     if on_step is not None and not callable(on_step):
-        raise InputError(f"on_step is {on_step!r}: give a function of (steps done, pixels)")
+        raise InputError(f"on_step is {quoted(on_step)}: give a function of (steps done, pixels)")
     _check_generators(generator, len(u))
     with torch.inference_mode(False), torch.enable_grad():
         u = u.detach().clone()  # a clone of an inference tensor is an ordinary one
@@ -270,5 +304,13 @@ def _gradient(energy_fn: Callable[..., Tensor], u: Tensor, y: Tensor | None, bat
             part, labels = part[rows], None if labels is None else labels[rows]
         part.requires_grad_(True)
         args = (part,) if labels is None else (part, labels)
-        gradients.append(torch.autograd.grad(energy_fn(*args).sum(), part)[0][:count])
+        energies, gradient = energy_fn(*args), None
+        if isinstance(energies, Tensor) and energies.shape == part.shape[:1] and energies.requires_grad:
+            (gradient,) = torch.autograd.grad(energies.sum(), part, allow_unused=True)
+        if gradient is None:
+            raise InputError(
+                f"energy_fn gives {kind(energies)} for {len(part)} chains: give energies of shape ({len(part)},), with the "
+                "graph that leads to the chains"
+            )
+        gradients.append(gradient[:count])
     return gradients[0] if len(gradients) == 1 else torch.cat(gradients)

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, check_whole, one_line, quoted
+from timm_jem.inputs import kind
 from timm_jem.pixels import eight_bit, to_pixels
 
 __all__ = ["CHAINS_FILE", "MAX_CHAINS_BYTES", "PublishedChains"]
@@ -18,17 +19,50 @@ CHAINS_FILE = "replay_buffer.safetensors"
 MAX_CHAINS_BYTES = 64 * 2**20
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class PublishedChains:
     """Chains that stopped where training ended, for :meth:`timm_jem.JEM.sample` to go on from.
 
     Attributes:
         images: 8-bit pixels, uint8, shape (N, C, H, W).
         labels: classes of class-conditional chains, int64, shape (N,), or None for chains of E(x).
+
+    Raises:
+        InputError: no such images or labels, or more than travel with a model.
     """
 
     images: Tensor
     labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
+            raise InputError(
+                f"published chains are {kind(images)}: give 8-bit images, uint8, shape (N, C, H, W); "
+                "PublishedChains.of_pixels makes them of pixels"
+            )
+        if labels is not None and not (
+            isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+        ):
+            raise InputError(f"labels of published chains are {kind(labels)}: give int64, shape ({len(images)},)")
+        if images.is_meta or (labels is not None and labels.is_meta):
+            raise InputError("published chains are on the meta device and hold nothing: give those of a real one")
+        if labels is not None and labels.min() < 0:
+            raise InputError(f"published chains have the label {int(labels.min())}: give classes, 0 and above")
+        if max(images.nbytes, 0 if labels is None else labels.nbytes) > MAX_CHAINS_BYTES:
+            raise InputError(f"published chains are above {MAX_CHAINS_BYTES >> 20} MiB: publish fewer")
+
+    def check_fit(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        """Raise an InputError unless these are chains of a model of such images and classes."""
+        if tuple(self.images.shape[1:]) != tuple(image_shape):
+            raise InputError(
+                f"published chains are images of {tuple(self.images.shape[1:])}: this model's images are {tuple(image_shape)}"
+            )
+        if self.labels is not None and self.labels.max() >= num_classes:
+            raise InputError(
+                f"published chains have labels up to {int(self.labels.max())} that are not one of {num_classes} classes: "
+                "set jem.chains = None, or to chains of this model"
+            )
 
     @classmethod
     def of_pixels(cls, u: Tensor, labels: Tensor | None = None, *, max_bytes: int = MAX_CHAINS_BYTES) -> "PublishedChains":
@@ -38,7 +72,15 @@ class PublishedChains:
             u: pixels, shape (N, C, H, W); what leaves [-1, 1] is cut.
             labels: classes, shape (N,), or None.
             max_bytes: the most that the images may take.
+
+        Raises:
+            InputError: ``u`` that is no such tensor or holds NaN, labels of another number, or no room for one chain.
         """
+        if not isinstance(u, Tensor) or not u.is_floating_point() or u.ndim != 4 or not u.numel():
+            raise InputError(f"chains to publish are {kind(u)}: give floating-point pixels in [-1, 1], shape (N, C, H, W)")
+        if labels is not None and not (isinstance(labels, Tensor) and labels.shape == u.shape[:1]):
+            raise InputError(f"labels of published chains are {kind(labels)}: give one a chain, shape ({len(u)},)")
+        check_whole("max_bytes of published chains", max_bytes, 0)
         n = min(len(u), max_bytes // max(u[0].numel(), 1))
         if n < 1:
             raise InputError(f"one chain of shape {tuple(u.shape[1:])} is above {max_bytes} bytes: leave the replay buffer out")
@@ -60,6 +102,9 @@ class PublishedChains:
         Raises:
             InputError: more chains than there are, or classes of chains that have none.
         """
+        check_whole("number of published chains to draw", n, 1)
+        if y is not None and not (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == (n,)):
+            raise InputError(f"y is {kind(y)}: give classes, int64, shape ({quoted(n)},)")
         device = None if generator is None else generator.device
         order = torch.randperm(len(self), generator=generator, device=device).cpu()
         if y is None:
@@ -83,7 +128,8 @@ class PublishedChains:
 
     def save(self, file: str | os.PathLike) -> None:
         """Write them as safetensors."""
-        save_file({"images": self.images} | ({} if self.labels is None else {"labels": self.labels}), file)
+        tensors = {"images": self.images} | ({} if self.labels is None else {"labels": self.labels})
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
 
     @classmethod
     def load(cls, file: str | os.PathLike, image_shape: tuple[int, int, int], num_classes: int) -> "PublishedChains":
@@ -93,26 +139,24 @@ class PublishedChains:
             InputError: a file that is broken, too large, or of other images or classes.
         """
         file = Path(file)
-        if file.stat().st_size > MAX_CHAINS_BYTES + 16 * 2**20:
+        if file.stat().st_size > 2 * MAX_CHAINS_BYTES + 2**20:  # images, labels, and what names them
             raise InputError(
-                f"{file.name} is larger than {MAX_CHAINS_BYTES >> 20} MiB: load the model with replay_buffer=False"
+                f"{file.name} is larger than {2 * MAX_CHAINS_BYTES >> 20} MiB: load the model with replay_buffer=False"
             )
         try:
             with safe_open(file, framework="pt") as tensors:
                 keys = set(tensors.keys())
                 if not {"images"} <= keys <= {"images", "labels"}:
                     raise InputError(
-                        f"{file.name} holds {', '.join(sorted(keys)) or 'nothing'}: published chains are images and labels"
+                        f"{file.name} holds {quoted(sorted(keys)) if keys else 'nothing'}: published chains are images and "
+                        "labels"
                     )
                 images, labels = tensors.get_tensor("images"), tensors.get_tensor("labels") if "labels" in keys else None
         except SafetensorError as error:
-            raise InputError(f"{file.name} is not a complete safetensors file ({error}): get it again") from error
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != tuple(image_shape) or len(images) < 1:
-            raise InputError(
-                f"{file.name} holds {images.dtype} of shape {tuple(images.shape)}: this model's images are {image_shape}"
-            )
-        if labels is not None:
-            whole = labels.dtype == torch.int64 and labels.shape == images.shape[:1]
-            if not whole or labels.min() < 0 or labels.max() >= num_classes:
-                raise InputError(f"{file.name} holds labels that are not one of {num_classes} classes for each image")
-        return cls(images, labels)
+            raise InputError(f"{file.name} is not a complete safetensors file ({one_line(error)}): get it again") from error
+        try:
+            chains = cls(images, labels)
+            chains.check_fit(image_shape, num_classes)
+        except InputError as error:
+            raise InputError(f"{file.name}: {error}") from error
+        return chains

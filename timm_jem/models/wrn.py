@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from timm.layers import SelectAdaptivePool2d, get_act_layer, get_norm_layer
+from timm.layers import create_classifier, get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -58,7 +58,7 @@ class WideResNet(nn.Module):
         width: factor of the stages' 16, 32 and 64 channels.
         num_classes: 0 for no head.
         in_chans: image channels.
-        global_pool: timm's pooling name; "" for none.
+        global_pool: timm's pooling name; "" for none, which goes without a head only.
         drop_rate: dropout before the classifier.
         block_drop_rate: dropout between a block's convolutions.
         norm_layer: None (the paper's) or a timm norm layer name, e.g. "batchnorm2d".
@@ -81,6 +81,8 @@ class WideResNet(nn.Module):
         super().__init__()
         if depth < 10 or depth % 6 != 4:
             raise ValueError(f"wide residual networks have depth 6n + 4 (10, 16, 22, 28, ...), not {depth}")
+        if width < 1:
+            raise ValueError(f"wide residual networks have a width of at least 1, not {width}")
         norm = nn.Identity if norm_layer is None else get_norm_layer(norm_layer)
         act = _activation(act_layer)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
@@ -101,9 +103,8 @@ class WideResNet(nn.Module):
         self.num_features = self.head_hidden_size = channels[3]
         self.norm = norm(self.num_features)
         self.act = act()
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, global_pool)
         self.head_drop = nn.Dropout(drop_rate)
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -119,11 +120,9 @@ class WideResNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        parameter = self.stem.weight
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.fc.to(device=parameter.device, dtype=parameter.dtype)
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        place = {"device": self.stem.weight.device, "dtype": self.stem.weight.dtype}
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool, **place)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) to (B, 64 · width, H/4, W/4)."""
