@@ -40,7 +40,7 @@ def test_logits_labels_and_pixels_of_another_kind_are_named():
         (lambda: energy(logits, torch.tensor([0])), r"int64, shape \(3,\)"),
         (lambda: log_density(logits, torch.tensor([0.0, 1, 2])), "float32"),
         (lambda: energy(logits, [0, 1, 2]), "a list"),
-        (lambda: to_pixels([1]), "images are list"),
+        (lambda: to_pixels([1]), "images are a list"),
         (lambda: to_pixels(logits > 0), "bool"),
         (lambda: eight_bit(logits.long()), "int64"),
         (lambda: eight_bit(None), "NoneType"),

@@ -262,6 +262,8 @@ def test_score_and_sample_work_without_gradients(jem, context):
         labels = torch.tensor([1, 2])
         assert jem.score(x, labels).isfinite().all()
         assert jem.sample(y=labels, num_steps=2).isfinite().all()
+        made_here = x.clone()
+    jem.energy(made_here).sum().backward()
     assert not sample.requires_grad
     assert (sample + 1).shape == x.shape
 
@@ -401,9 +403,12 @@ def test_a_model_made_without_memory_keeps_its_normalisation():
     torch.testing.assert_close(jem.mean.flatten(), expected)
 
 
-def test_numpys_whole_numbers_are_whole_numbers(jem):
+def test_numpys_whole_numbers_are_whole_numbers(jem, tmp_path):
     assert jem.sample(np.int64(2), num_steps=np.int64(1), y=np.array([0, 1])).shape == (2, 3, 32, 32)
-    assert SGLDConfig(num_steps=np.int64(3), step_size=np.float32(2)).num_steps == 3
+    jem.sgld = SGLDConfig(num_steps=np.int64(3), step_size=np.float32(2), sample_steps=np.uint8(9))
+    assert jem.sgld.num_steps == 3
+    jem.save_pretrained(tmp_path)
+    assert timm_jem.from_pretrained(tmp_path).sgld == jem.sgld
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,8 @@ def test_resume_is_bit_exact():
 
 BAD = [
     (lambda: make(capacity=0), "capacity"),
-    (lambda: make(capacity=10**12), "make fewer"),
+    (lambda: make(capacity=10**12), "capacity"),
+    (lambda: make(capacity=2**31), "lower the capacity"),
     (lambda: make(restart_prob=float("nan")), "restart_prob"),
     (lambda: make(capacity=4, num_classes=5), "5 classes"),
     (lambda: make(num_classes=0), "num_classes is 0"),

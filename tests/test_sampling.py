@@ -203,7 +203,7 @@ def test_other_arguments_of_noise_are_named():
         (lambda: draw_seeds(1, 5), "generator"),
         (lambda: draw_classes(2, [0.5, 0.5]), "weights"),
         (lambda: draw_classes(-1, torch.ones(2)), "number of classes"),
-        (lambda: sgld_step(torch.zeros(2, 3), torch.zeros(3), None, SGLDConfig()), "another"),
+        (lambda: sgld_step(torch.zeros(2, 3), torch.zeros(3), None, SGLDConfig()), "one shape"),
     ):
         with pytest.raises(InputError, match=message):
             call()

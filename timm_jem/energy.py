@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError
-from timm_jem.inputs import kind
+from timm_jem.inputs import check_label_values, is_floats, is_labels, kind
 
 __all__ = ["energy", "log_density"]
 
@@ -27,12 +27,16 @@ def energy(logits: Tensor, y: Tensor | None = None) -> Tensor:
         Energies in nats, shape (B,).
 
     Raises:
-        InputError: logits or labels of another shape or type; the labels' range is left to the caller, as it takes time.
+        InputError: logits or labels of another shape or type, or, on the CPU, labels that are no classes: elsewhere that
+            would have to be waited for.
     """
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point() or not logits.shape[1]:
+    if not is_floats(logits) or logits.ndim != 2 or not logits.shape[1]:
         raise InputError(f"logits are {kind(logits)}: give floating-point f(x), shape (B, num_classes)")
-    if y is not None and not (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == logits.shape[:1]):
-        raise InputError(f"y is {kind(y)} for logits of shape {tuple(logits.shape)}: give int64, shape ({len(logits)},)")
+    if y is not None:
+        if not is_labels(y, len(logits), logits):
+            raise InputError(f"y is {kind(y)} for logits of shape {tuple(logits.shape)}: give int64, shape ({len(logits)},)")
+        if y.device.type == "cpu":
+            check_label_values(y, logits.shape[1])
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if y is None:
         return -logits.logsumexp(dim=1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole, quoted
-from timm_jem.inputs import check_label_values, kind
+from timm_jem.inputs import MOST_NUMBERS, check_label_values, is_floats, is_labels, kind
 from timm_jem.pixels import FAR_FROM_PIXELS
 from timm_jem.sampling import Generators, draw_classes, randn
 
@@ -47,7 +47,7 @@ class ClassGaussians:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, Tensor) or not value.is_floating_point():
+            if not is_floats(value) or not value.ndim:
                 raise InputError(f"{field.name} of class Gaussians is {kind(value)}: give a floating-point tensor")
         classes, pixels = len(self.weights), self.means[:1].numel()
         agree = self.means.ndim == 4 and self.means.shape == self.residual_std.shape and self.weights.ndim == 1
@@ -73,11 +73,11 @@ class ClassGaussians:
         Raises:
             InputError: fewer than two images, images or labels of wrong shape or range, a negative rank.
         """
-        check_whole("rank of the class Gaussians", rank, 0)
-        if not isinstance(images, Tensor) or images.ndim != 4 or len(images) < 2 or not images.numel():
+        check_whole("rank of the class Gaussians", rank, 0, 10_000)
+        if not isinstance(images, Tensor) or images.ndim != 4 or len(images) < 2 or not images.numel() or images.is_meta:
             raise InputError(f"images are {kind(images)}: give at least two images, shape (N, C, H, W)")
-        if not (images.dtype == torch.uint8 or images.is_floating_point()):
-            raise InputError(f"images have dtype {images.dtype}: give uint8, or floating-point pixels in [-1, 1]")
+        if not (images.dtype == torch.uint8 or is_floats(images)):
+            raise InputError(f"images are {images.dtype}, {images.layout}: give uint8, or floating-point pixels in [-1, 1]")
         low, high = (float(v) for v in images.aminmax())
         if images.is_floating_point() and not (low >= -FAR_FROM_PIXELS and high <= FAR_FROM_PIXELS):
             raise InputError(f"images hold {low:.3g} to {high:.3g}: give pixels in [-1, 1], e.g. images / 127.5 - 1, or uint8")
@@ -86,7 +86,11 @@ class ClassGaussians:
             groups, counts = [torch.arange(n)], torch.tensor([n])
         else:
             check_whole("num_classes of the class Gaussians", num_classes, 1)
-            if not isinstance(labels, Tensor) or labels.shape != (n,) or labels.dtype != torch.int64:
+            if num_classes * images[0].numel() * (rank + 2) > MOST_NUMBERS:
+                raise InputError(
+                    f"{quoted(num_classes)} class Gaussians of rank {quoted(rank)} hold too many numbers: take fewer"
+                )
+            if not is_labels(labels, n, images):
                 raise InputError(f"labels are {kind(labels)} for {n} images: give one label per image, int64, shape ({n},)")
             labels = labels.cpu()
             check_label_values(labels, num_classes, least=-1)
@@ -135,7 +139,7 @@ class ClassGaussians:
             raise InputError(f"chains of shape {tuple(image_shape)} from Gaussians of {tuple(fitted)}: fit them to such images")
         home = self.means.device
         if y is not None:
-            if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (n,):
+            if not is_labels(y, n, self.means):
                 raise InputError(f"y is {kind(y)} for {n} chains: give classes, int64, shape ({n},)")
             if y.device.type == "cpu" and num_classes > 1:
                 check_label_values(y, num_classes)

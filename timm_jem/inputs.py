@@ -15,13 +15,14 @@ __all__ = [
     "MOST_NUMBERS",
     "as_labels",
     "check_drawing",
-    "check_images",
     "check_label_values",
     "check_labels",
     "check_model_input",
     "check_provenance",
     "checked_names",
     "how_many",
+    "is_floats",
+    "is_labels",
     "kind",
     "values_known",
 ]
@@ -29,10 +30,15 @@ __all__ = [
 # In one tensor of images: 16 GiB in single precision, beyond which a count or a size is a mistake.
 MOST_NUMBERS = 2**32
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def kind(value) -> str:
     """What was given, for messages: a tensor's dtype and shape, or a type's name."""
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    where = " on the meta device" if value.is_meta else ""
+    return f"{value.dtype} of shape {tuple(value.shape)}{where}"
 
 
 def values_known(tensor: Tensor) -> bool:
@@ -48,15 +54,14 @@ def values_known(tensor: Tensor) -> bool:
     )
 
 
-def check_images(name: str, u, shape: Sequence[int] | None = None) -> None:
-    """Raise an InputError unless ``u`` is a tensor of floating-point images, shape (N, C, H, W), or of ``shape``."""
-    expected = "(N, C, H, W)" if shape is None else tuple(shape)
-    if not isinstance(u, Tensor):
-        raise InputError(f"{name} is a {type(u).__name__}: give a tensor of shape {expected}")
-    if u.ndim != 4 if shape is None else u.shape != tuple(shape):
-        raise InputError(f"{name} has shape {tuple(u.shape)}: give {expected}")
-    if not u.is_floating_point():
-        raise InputError(f"{name} has dtype {u.dtype}: give floating-point pixels in [-1, 1]")
+def is_floats(x) -> bool:
+    """Whether ``x`` is a tensor of real floating-point numbers as networks take them, neither sparse nor quantised."""
+    return isinstance(x, Tensor) and x.layout == torch.strided and x.dtype in _FLOATS
+
+
+def is_labels(y, n: int, like: Tensor) -> bool:
+    """Whether ``y`` holds ``n`` labels as int64, where ``like`` is."""
+    return isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == (n,) and y.is_meta == like.is_meta
 
 
 def check_model_input(
@@ -83,12 +88,13 @@ def check_model_input(
     expected = f"(B, {channels}, {height}, {width})"
     if not isinstance(x, Tensor):
         raise InputError(f"x is a {type(x).__name__}: give a tensor of model input, shape {expected}")
-    if x.ndim != 4 or x.shape[1] != channels:
+    if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
         raise InputError(f"x has shape {tuple(x.shape)}: give model input of shape {expected}")
     if fixed_size and x.shape[2:] != (height, width):
         raise InputError(f"x has shape {tuple(x.shape)}: this backbone takes {expected} only; resize the images")
-    if not x.is_floating_point():
-        raise InputError(f"x has dtype {x.dtype}: give model input, e.g. jem.normalize(images / 127.5 - 1)")
+    if not is_floats(x):
+        what = f"dtype {x.dtype}" if x.layout == torch.strided else f"layout {x.layout}"
+        raise InputError(f"x has {what}: give model input, e.g. jem.normalize(images / 127.5 - 1)")
     if x.dtype != dtype:
         castable = not x.is_meta and torch.float64 not in (x.dtype, dtype)
         if not (castable and torch.is_autocast_enabled(x.device.type)):
@@ -124,7 +130,10 @@ def check_labels(y: Tensor | list[int] | int, n: int, num_classes: int, device: 
     Raises:
         InputError: labels of wrong shape, dtype or range.
     """
-    y = as_labels(y, num_classes).to(device)
+    y = as_labels(y, num_classes)
+    if (y.is_meta and device.type != "meta") or y.layout != torch.strided:
+        raise InputError(f"y is {kind(y)}, layout {y.layout}: give labels that have values, where the model is")
+    y = y.to(device)
     if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
         raise InputError(f"y has dtype {y.dtype}: give integer class labels")
     if y.shape != (n,):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_jem.backbone import architecture, normalisation, parameter_groups
 from timm_jem.energy import energy
-from timm_jem.errors import InputError, check_whole
+from timm_jem.errors import InputError, check_whole, quoted
 from timm_jem.hub.folder import write_folder
 from timm_jem.hub.publish import publish
 from timm_jem.hub.published_chains import PublishedChains
@@ -24,6 +24,8 @@ from timm_jem.inputs import (
     check_provenance,
     checked_names,
     how_many,
+    is_floats,
+    kind,
 )
 from timm_jem.modes import frozen
 from timm_jem.sampling import MOST_STEPS, SGLDConfig, chain_generators, draw_seeds, sgld, uniform_noise
@@ -66,6 +68,13 @@ class JEM(nn.Module):
         fixed_input_size: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, nn.Module):
+            raise InputError(f"the backbone is a {type(backbone).__name__}: give a torch.nn.Module")
+        check_whole("num_classes of the backbone", getattr(backbone, "num_classes", None), 1)
+        if not isinstance(data_config, Mapping):
+            raise InputError(
+                f"data_config is a {type(data_config).__name__}: give timm's, a dict with input_size, mean and std"
+            )
         self.backbone = backbone
         self.data_config = dict(data_config)
         self.class_names = checked_names(class_names, backbone.num_classes)
@@ -85,9 +94,10 @@ class JEM(nn.Module):
             raise InputError(f"sgld is a {type(self.sgld).__name__}: give a timm_jem.SGLDConfig")
         checked_names(self.class_names, self.num_classes)
         check_provenance(self.provenance)
-        if len(self.input_size) != 3:
-            raise InputError(f"input_size is {self.input_size}: give (C, H, W)")
-        for side in self.input_size:
+        size = self.data_config.get("input_size")
+        if not isinstance(size, (tuple, list)) or len(size) != 3:
+            raise InputError(f"input_size is {quoted(size)}: give (C, H, W)")
+        for side in size:
             check_whole("input_size", side, 1)
 
     def _normalisation(self) -> tuple[Tensor, Tensor]:
@@ -154,11 +164,15 @@ class JEM(nn.Module):
 
     def normalize(self, u: Tensor) -> Tensor:
         """Pixels in [-1, 1] to model input: (u − (2·mean − 1)) / (2·std); the identity for mean = std = 0.5."""
+        if not is_floats(u):
+            raise InputError(f"pixels are {kind(u)}: give floating-point ones in [-1, 1], e.g. images / 127.5 - 1")
         mean, std = (values.to(u.device) for values in self._normalisation())
         return ((u - (2 * mean - 1)) / (2 * std)).to(self.dtype)
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Model input to pixels in [-1, 1]: the inverse of :meth:`normalize`."""
+        if not is_floats(x):
+            raise InputError(f"x is {kind(x)}: give floating-point model input")
         mean, std = (values.to(x.device) for values in self._normalisation())
         return x * (2 * std) + (2 * mean - 1)
 
@@ -174,6 +188,8 @@ class JEM(nn.Module):
         """
         self._check_x(x)
         y = None if y is None else self._check_y(y, len(x), x.device)
+        if not torch.compiler.is_compiling() and x.is_inference() and torch.is_grad_enabled():
+            x = x.clone()  # gradients pass through the weights, and so through what meets them
         return energy(self._logits(x), y)
 
     def log_density(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -195,16 +211,21 @@ class JEM(nn.Module):
             return -torch.autograd.grad(energy(self._logits(x), y).sum(), x)[0]
 
     def pixel_energy(self, u: Tensor, y: Tensor | None = None) -> Tensor:
-        """The energy of pixels in [-1, 1], shape (B, C, H, W), unchecked: what chains descend; shape (B,)."""
+        """The energy of pixels in [-1, 1], shape (B, C, H, W), whatever their values: what chains descend; shape (B,).
+
+        Raises:
+            InputError: pixels of another shape or type, or labels that are not int64, shape (B,).
+        """
+        if is_floats(u) and (u.ndim != 4 or u.shape[1] != self.input_size[0] or 0 in u.shape[2:]):
+            raise InputError(f"pixels have shape {tuple(u.shape)}: give {('B', *self.input_size)}")
         return energy(self._logits(self.normalize(u)), y)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = self(x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] != self.num_classes:
-            kind = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise InputError(
-                f"the backbone gives {kind} instead of logits (B, {self.num_classes}): build it with pooling and one head, "
-                "and call set_distilled_training(False) on a distilled one"
+                f"the backbone gives {kind(logits)} instead of logits (B, {self.num_classes}): build it with pooling and one "
+                "head, and call set_distilled_training(False) on a distilled one"
             )
         return logits
 
@@ -389,6 +410,8 @@ class JEM(nn.Module):
     def _check_x(self, x: Tensor) -> None:
         if not (isinstance(x, Tensor) and x.is_meta):
             self._check_weights()
+        elif any(not p.is_meta for p in self.backbone.parameters()):
+            raise InputError("x is on the meta device and the model is not: give model input that has values")
         check_model_input(x, self.input_size, fixed_size=self.fixed_input_size, dtype=self.dtype, denormalize=self.denormalize)
 
     def _check_y(self, y: Tensor, n: int, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, quoted
 
 __all__ = ["batch_norms", "frozen", "in_eval_mode", "statistics_kept"]
 
@@ -30,10 +30,12 @@ def frozen(model: nn.Module, batch_norm: str = "eval") -> Iterator[nn.Module]:
             in eval mode like all others.
 
     Raises:
-        InputError: another ``batch_norm``.
+        InputError: no module, or another ``batch_norm``.
     """
-    if batch_norm not in ("eval", "train"):
-        raise InputError(f"batch_norm of frozen is {batch_norm!r}: give 'eval' or 'train'")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model to freeze is a {type(model).__name__}: give a torch.nn.Module")
+    if not isinstance(batch_norm, str) or batch_norm not in ("eval", "train"):
+        raise InputError(f"batch_norm of frozen is {quoted(batch_norm)}: give 'eval' or 'train'")
     mixing = batch_norms(model) if batch_norm == "train" else []
     calm = set(model.modules()) - set(mixing)
     with _set(calm, "training", False), _set(model.parameters(), "requires_grad", False), statistics_kept(mixing):

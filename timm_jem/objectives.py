@@ -8,7 +8,7 @@ from torch import Tensor
 
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, check_number
-from timm_jem.inputs import check_label_values, kind
+from timm_jem.inputs import check_label_values, is_floats, is_labels, kind
 
 __all__ = ["ObjectiveConfig", "joint_loss"]
 
@@ -127,13 +127,13 @@ def _energy_where_known(logits: Tensor, y: Tensor) -> Tensor:
 def _check(name: str, logits: Tensor | None, of: str, y: Tensor | None, like: Tensor | None = None) -> None:
     if logits is None and like is not None:
         return
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point() or not logits.numel():
+    if not is_floats(logits) or logits.ndim != 2 or not logits.numel():
         raise InputError(f"{name} is {kind(logits)}: give floating-point logits, shape (B, num_classes)")
     if like is not None and logits.shape[1] != like.shape[1]:
         raise InputError(f"{name} is of {logits.shape[1]} classes and logits of {like.shape[1]}: give those of one model")
     if y is None and of == "y_neg":
         return
-    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != logits.shape[:1]:
+    if not is_labels(y, len(logits), logits):
         raise InputError(f"{of} is {kind(y)} for {name} of {len(logits)} images: give {of} as int64, shape ({len(logits)},)")
     if y.device.type == "cpu":  # elsewhere it would have to be waited for
         check_label_values(y, logits.shape[1], least=-1)

@@ -17,8 +17,8 @@ def to_pixels(images: Tensor) -> Tensor:
     Raises:
         InputError: no tensor, or one of booleans or complex numbers.
     """
-    if not isinstance(images, Tensor) or images.dtype == torch.bool or images.is_complex():
-        raise InputError(f"images are {images.dtype if isinstance(images, Tensor) else type(images).__name__}: give 8-bit ones")
+    if not isinstance(images, Tensor) or images.layout != torch.strided or images.dtype == torch.bool or images.is_complex():
+        raise InputError(f"images are {_kind(images)}: give a tensor of 8-bit ones")
     return images.float().div(127.5).sub_(1)
 
 
@@ -28,9 +28,8 @@ def eight_bit(u: Tensor) -> Tensor:
     Raises:
         InputError: a pixel is NaN, which no 8-bit image can say; or no tensor of floating-point pixels.
     """
-    if not isinstance(u, Tensor) or not u.is_floating_point():
-        what = u.dtype if isinstance(u, Tensor) else type(u).__name__
-        raise InputError(f"pixels are {what}: give floating-point ones in [-1, 1], e.g. images / 127.5 - 1")
+    if not isinstance(u, Tensor) or u.layout != torch.strided or not u.is_floating_point() or u.is_meta:
+        raise InputError(f"pixels are {_kind(u)}: give floating-point ones in [-1, 1], e.g. images / 127.5 - 1")
     if u.isnan().any():
         broken = int(u.flatten(1).isnan().any(1).sum())
         raise InputError(f"{broken} of {len(u)} images have pixels that are NaN: their chains ran away, so use fewer steps")
@@ -38,5 +37,15 @@ def eight_bit(u: Tensor) -> Tensor:
 
 
 def from_unit(images: Tensor) -> Tensor:
-    """Images in [0, 1] to pixels in [-1, 1], same shape."""
+    """Images in [0, 1] to pixels in [-1, 1], same shape.
+
+    Raises:
+        InputError: no tensor of floating-point images.
+    """
+    if not isinstance(images, Tensor) or images.layout != torch.strided or not images.is_floating_point():
+        raise InputError(f"images are {_kind(images)}: give floating-point ones in [0, 1], e.g. images / 255")
     return 2 * images - 1
+
+
+def _kind(value) -> str:
+    return f"{value.dtype}, {value.layout}, on {value.device}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

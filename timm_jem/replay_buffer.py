@@ -1,13 +1,14 @@
 """The replay buffer: chains that persist between training iterations."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, check_whole, one_line, quoted
-from timm_jem.inputs import check_label_values, kind
+from timm_jem.inputs import MOST_NUMBERS, check_label_values, is_floats, is_labels, kind
 
 __all__ = ["ReplayBuffer", "redistribute"]
 
@@ -50,16 +51,16 @@ class ReplayBuffer:
         num_classes: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_whole("replay buffer capacity", capacity, 1)
+        _check_size(capacity, num_classes)
         check_number("replay buffer restart_prob", restart_prob, least=0, most=1)
-        if num_classes is not None:
-            check_whole("replay buffer num_classes", num_classes, 1)
-            if capacity < num_classes:
-                raise InputError(f"replay buffer capacity {capacity} is below {num_classes} classes: raise it")
-        if not isinstance(image_shape, Sequence) or isinstance(image_shape, str) or len(image_shape) != 3:
+        if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
             raise InputError(f"the image shape of a replay buffer is {quoted(image_shape)}: give (C, H, W)")
         for side in image_shape:
             check_whole("a side of a replay buffer's images", side, 1)
+        if capacity * math.prod(image_shape) > MOST_NUMBERS:
+            raise InputError(
+                f"{capacity} chains of {tuple(image_shape)} are above {MOST_NUMBERS:,} numbers: lower the capacity"
+            )
         if not callable(init):
             raise InputError(f"init of a replay buffer is {quoted(init)}: give a function such as timm_jem.uniform_noise")
         if not isinstance(generator, torch.Generator):
@@ -71,7 +72,7 @@ class ReplayBuffer:
 
     def _fresh(self, shape: tuple[int, ...], device: torch.device, y: Tensor | None) -> Tensor:
         chains = self.init(shape, generator=self.generator, device=device, y=y)
-        if not isinstance(chains, Tensor) or not chains.is_floating_point() or chains.shape != shape:
+        if not is_floats(chains) or chains.shape != shape:
             raise InputError(f"init gives {kind(chains)}: a replay buffer's is to give pixels of shape {shape}")
         return chains
 
@@ -97,7 +98,7 @@ class ReplayBuffer:
             raise InputError(
                 f"{quoted(n)} chains from a replay buffer of {len(self)}: raise its capacity or lower the batch size"
             )
-        if y is not None and (not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (n,)):
+        if y is not None and not is_labels(y, n, self.chains):
             raise InputError(f"y is {kind(y)} for {n} chains: give one label per chain, int64, shape ({n},)")
         device = self.chains.device
         if y is None:
@@ -135,9 +136,9 @@ class ReplayBuffer:
         Raises:
             InputError: slots or chains of wrong shape or type, or, on the CPU, slots that there are not.
         """
-        if not isinstance(slots, Tensor) or slots.dtype != torch.int64 or slots.ndim != 1:
+        if not isinstance(slots, Tensor) or slots.ndim != 1 or not is_labels(slots, len(slots), self.chains):
             raise InputError(f"slots are {kind(slots)}: give those that draw gave, int64, shape (n,)")
-        if not isinstance(chains, Tensor) or chains.shape != (len(slots), *self.chains.shape[1:]):
+        if not is_floats(chains) or chains.is_meta or chains.shape != (len(slots), *self.chains.shape[1:]):
             raise InputError(
                 f"chains are {kind(chains)} for {len(slots)} slots: give shape {(len(slots), *self.chains.shape[1:])}"
             )
@@ -148,8 +149,8 @@ class ReplayBuffer:
     def reseed(self, seed: int) -> None:
         """Start all randomness anew from ``seed``, after a rollback say; chains stay."""
         check_whole("seed of a replay buffer", seed, -(2**63), 2**64 - 1)
-        self.generator.manual_seed(seed)
-        self.host_generator.manual_seed(seed)
+        self.generator.manual_seed(int(seed))
+        self.host_generator.manual_seed(int(seed))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-exact resume needs: chains, labels and the generators' states."""
@@ -173,7 +174,7 @@ class ReplayBuffer:
                 f"saved chains have shape {tuple(state['chains'].shape)}, this replay buffer {tuple(self.chains.shape)}: "
                 "build it as it was saved"
             )
-        if ("labels" in state) != (self.labels is not None):
+        if (state.get("labels") is None) != (self.labels is None):
             raise InputError("saved chains and this replay buffer differ in having classes: build it as it was saved")
         if self.labels is not None and not torch.equal(state["labels"].to(self.labels), self.labels):
             raise InputError(f"the saved chains are not of {self.num_classes} classes: build it as it was saved")
@@ -212,13 +213,15 @@ def redistribute(states: list[dict[str, Any]], rank: int, world: int, capacity: 
     """
     check_whole("world", world, 1)
     check_whole("rank", rank, 0, world - 1)
-    check_whole("replay buffer capacity", capacity, 1 if num_classes is None else num_classes)
+    _check_size(capacity, num_classes)
+    if not isinstance(states, (list, tuple)):
+        raise InputError(f"the saved chains are a {type(states).__name__}: give a list of replay buffers' states")
     for state in states:
         _check_state(state)
     shapes = {tuple(state["chains"].shape[1:]) for state in states}
     if len(shapes) != 1:
         raise InputError(f"the saved chains have {len(shapes)} image shapes: give the replay buffers of one run")
-    if any(("labels" in state) != (num_classes is not None) for state in states):
+    if any((state.get("labels") is None) != (num_classes is None) for state in states):
         raise InputError("saved chains and this replay buffer differ in having classes: build it as it was saved")
     pool = torch.cat([state["chains"] for state in states])
     if num_classes is None:
@@ -233,10 +236,18 @@ def redistribute(states: list[dict[str, Any]], rank: int, world: int, capacity: 
     return pool[torch.cat(parts)]
 
 
+def _check_size(capacity: int, num_classes: int | None) -> None:
+    check_whole("replay buffer capacity", capacity, 1, MOST_NUMBERS)
+    if num_classes is not None:
+        check_whole("replay buffer num_classes", num_classes, 1)
+        if capacity < num_classes:
+            raise InputError(f"replay buffer capacity {capacity} is below {quoted(num_classes)} classes: raise it")
+
+
 def _check_state(state: Any) -> None:
     chains, labels = (state.get(name) if isinstance(state, Mapping) else None for name in ("chains", "labels"))
-    whole = isinstance(chains, Tensor) and chains.is_floating_point() and chains.ndim == 4
-    if not whole or (labels is not None and not (isinstance(labels, Tensor) and labels.shape == chains.shape[:1])):
+    whole = is_floats(chains) and chains.ndim == 4 and not chains.is_meta
+    if not whole or (labels is not None and not is_labels(labels, len(chains), chains)):
         raise InputError(f"{quoted(state)} is no saved replay buffer: give what ReplayBuffer.state_dict returned")
 
 

@@ -7,13 +7,13 @@ returns shape (B,), and a chain's state is a plain tensor of pixels.
 import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, check_whole, quoted
-from timm_jem.inputs import MOST_NUMBERS, kind
+from timm_jem.inputs import MOST_NUMBERS, is_floats, kind
 
 __all__ = [
     "MOST_STEPS",
@@ -81,6 +81,10 @@ class SGLDConfig:
         for name in ("grad_clamp", "pixel_clamp"):
             if getattr(self, name) is not None:
                 check_number(f"sgld {name}", getattr(self, name), above=0, most=_FAR)
+        for field in fields(self):  # JSON, which keeps them with a model, has Python's numbers only
+            value = getattr(self, field.name)
+            if not (value is None or isinstance(value, (int, float))):
+                object.__setattr__(self, field.name, int(value) if isinstance(value, numbers.Integral) else float(value))
 
 
 def chain_generators(seeds: Sequence[int] | Tensor) -> list[torch.Generator]:
@@ -94,7 +98,10 @@ def chain_generators(seeds: Sequence[int] | Tensor) -> list[torch.Generator]:
     Raises:
         InputError: seeds of another range or type.
     """
-    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    try:
+        seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    except RuntimeError as error:  # a tensor without values
+        raise InputError(f"seeds is {kind(seeds)} without values: give whole numbers, one seed per image") from error
     if isinstance(seeds, str) or not isinstance(seeds, Sequence):
         raise InputError(f"seeds is {quoted(seeds)}: give a list of whole numbers, one seed per image")
     for seed in seeds:
@@ -106,7 +113,8 @@ def chain_generators(seeds: Sequence[int] | Tensor) -> list[torch.Generator]:
 def draw_seeds(n: int, generator: torch.Generator | None = None) -> list[int]:
     """``n`` distinct seeds for :func:`chain_generators`; the first of them are the same however many are drawn."""
     check_whole("number of seeds", n, 0, 2**31)  # half of them all, beyond which distinct ones are hard to find
-    _check_generators(generator, 0)
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise InputError(f"generator is a {type(generator).__name__}: give torch.Generator().manual_seed(seed)")
     device = "cpu" if generator is None else generator.device
     seeds: dict[int, None] = {}
     while len(seeds) < n:  # one by one: what CUDA draws at once depends on how much that is
@@ -147,7 +155,7 @@ def draw_classes(n: int, weights: Tensor, *, generator: Generators = None) -> Te
     ``generator`` and errors as of :func:`randn`.
     """
     check_whole("number of classes to draw", n, 0)
-    if not isinstance(weights, Tensor) or weights.ndim != 1 or not weights.is_floating_point():
+    if not is_floats(weights) or weights.ndim != 1 or not len(weights):
         raise InputError("the weights of classes are no row of floating-point numbers: give one a class")
     # An exponential race: the first of arrivals at rates p is class c with probability p[c]. torch.multinomial checks its
     # input on the host where n is 1.
@@ -170,7 +178,7 @@ def _drawn(fill: str, shape, generator: Generators, device, dtype) -> Tensor:
 
 
 def _check_shape(shape, dtype: torch.dtype | None) -> None:
-    if not isinstance(shape, Sequence) or not shape or isinstance(shape, str):
+    if not isinstance(shape, (tuple, list)) or not shape:
         raise InputError(f"the shape of chains is {quoted(shape)}: give (n, C, H, W)")
     for side in shape:
         check_whole("a side of the shape of chains", side, 0)
@@ -201,8 +209,11 @@ def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig)
     Returns:
         The chains one step later, a new tensor. Source: JEM (arXiv 1912.03263), eq. 3, with untied step and noise.
     """
-    if grad.shape != u.shape or (noise is not None and noise.shape != u.shape):
-        raise InputError(f"chains of shape {tuple(u.shape)} with gradients or noise of another: give the same")
+    if not isinstance(config, SGLDConfig):
+        raise InputError(f"the settings of chains are a {type(config).__name__}: give a timm_jem.SGLDConfig")
+    for name, given in (("chains", u), ("gradients", grad), ("noise", u if noise is None else noise)):
+        if not is_floats(given) or given.shape != u.shape or given.is_meta != u.is_meta:
+            raise InputError(f"{name} of an SGLD step are {kind(given)}: give floating-point tensors of one shape")
     if config.grad_clamp is not None:
         grad = grad.clamp(-config.grad_clamp, config.grad_clamp)
     u = torch.add(u, grad, alpha=-config.step_size)
@@ -256,9 +267,9 @@ def sgld(
     if not callable(energy_fn):
         raise InputError(f"energy_fn is {quoted(energy_fn)}: give a function of chains that returns their energies")
     num_steps = config.num_steps if num_steps is None else num_steps
-    if not isinstance(u, Tensor) or not u.is_floating_point() or u.ndim == 0:
+    if not is_floats(u) or u.ndim == 0:
         raise InputError(f"the chains are {kind(u)}: give floating-point pixels, shape (B, C, H, W)")
-    if len(u) == 0:
+    if not u.numel():
         raise InputError(f"the chains have shape {tuple(u.shape)}: give at least one to start from")
     if y is not None and not (isinstance(y, Tensor) and y.shape[:1] == u.shape[:1]):
         raise InputError(f"y is {kind(y)} for {len(u)} chains: give a tensor of one label per chain, shape ({len(u)},)")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole, one_line, quoted
-from timm_jem.inputs import kind
+from timm_jem.inputs import is_floats, is_labels, kind
 from timm_jem.pixels import eight_bit, to_pixels
 
 __all__ = ["CHAINS_FILE", "MAX_CHAINS_BYTES", "PublishedChains"]
@@ -54,9 +54,10 @@ class PublishedChains:
 
     def check_fit(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         """Raise an InputError unless these are chains of a model of such images and classes."""
-        if tuple(self.images.shape[1:]) != tuple(image_shape):
+        check_whole("num_classes", num_classes, 1)
+        if not isinstance(image_shape, (tuple, list)) or tuple(self.images.shape[1:]) != tuple(image_shape):
             raise InputError(
-                f"published chains are images of {tuple(self.images.shape[1:])}: this model's images are {tuple(image_shape)}"
+                f"published chains are images of {tuple(self.images.shape[1:])}: this model's images are {quoted(image_shape)}"
             )
         if self.labels is not None and self.labels.max() >= num_classes:
             raise InputError(
@@ -76,9 +77,9 @@ class PublishedChains:
         Raises:
             InputError: ``u`` that is no such tensor or holds NaN, labels of another number, or no room for one chain.
         """
-        if not isinstance(u, Tensor) or not u.is_floating_point() or u.ndim != 4 or not u.numel():
+        if not is_floats(u) or u.ndim != 4 or not u.numel() or u.is_meta:
             raise InputError(f"chains to publish are {kind(u)}: give floating-point pixels in [-1, 1], shape (N, C, H, W)")
-        if labels is not None and not (isinstance(labels, Tensor) and labels.shape == u.shape[:1]):
+        if labels is not None and not is_labels(labels, len(u), u):
             raise InputError(f"labels of published chains are {kind(labels)}: give one a chain, shape ({len(u)},)")
         check_whole("max_bytes of published chains", max_bytes, 0)
         n = min(len(u), max_bytes // max(u[0].numel(), 1))
@@ -86,7 +87,7 @@ class PublishedChains:
             raise InputError(f"one chain of shape {tuple(u.shape[1:])} is above {max_bytes} bytes: leave the replay buffer out")
         rows = (torch.arange(n) * len(u) // n).to(u.device)
         images = eight_bit(u[rows]).cpu()
-        return cls(images.contiguous(), None if labels is None else labels[rows].long().cpu())
+        return cls(images.contiguous(), None if labels is None else labels[rows].cpu())
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,13 +104,15 @@ class PublishedChains:
             InputError: more chains than there are, or classes of chains that have none.
         """
         check_whole("number of published chains to draw", n, 1)
-        if y is not None and not (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == (n,)):
+        if not (generator is None or isinstance(generator, torch.Generator)):
+            raise InputError(f"generator is a {type(generator).__name__}: give torch.Generator().manual_seed(seed)")
+        if y is not None and not is_labels(y, n, self.images):
             raise InputError(f"y is {kind(y)}: give classes, int64, shape ({quoted(n)},)")
         device = None if generator is None else generator.device
         order = torch.randperm(len(self), generator=generator, device=device).cpu()
         if y is None:
             if n > len(self):
-                raise InputError(f"{n} images from {len(self)} published chains: ask for fewer, or start from noise")
+                raise InputError(f"{quoted(n)} images from {len(self)} published chains: ask for fewer, or start from noise")
             rows = order[:n]
         elif self.labels is None:
             raise InputError("the published chains have no classes: leave y out, or start from noise")
