@@ -468,3 +468,12 @@ def test_what_was_changed_behind_the_models_back_is_not_saved(jem, tmp_path):
             with pytest.raises(InputError, match=message):
                 call()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_default_dtype_in_which_no_model_is_rebuilt_faithfully_is_named(jem, tmp_path):
+    try:
+        torch.set_default_dtype(torch.float16)
+        with pytest.raises(InputError, match=r"default dtype is torch\.float16"):
+            jem.save_pretrained(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)

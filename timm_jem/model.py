@@ -337,6 +337,11 @@ class JEM(nn.Module):
             InputError: a backbone that plain timm would rebuild as another function, or provenance that is not JSON.
         """
         self._check_settings()
+        if torch.get_default_dtype() not in (torch.float32, torch.float64):
+            raise InputError(
+                f"torch's default dtype is {torch.get_default_dtype()}, in which timm would rebuild the model to compare it: "
+                "save it after torch.set_default_dtype(torch.float32)"
+            )
         ours = {"sgld": asdict(self.sgld), "provenance": self.provenance}
         write_folder(
             self.backbone,
