@@ -100,8 +100,8 @@ def check_model_input(
         if not (castable and torch.is_autocast_enabled(x.device.type)):
             raise InputError(f"x has dtype {x.dtype} and the model {dtype}: give x.to({dtype})")
     if x.numel() and values_known(x):
-        lowest, highest = (float(v) for v in torch.aminmax(denormalize(x.detach())))
-        if not (abs(lowest) < float("inf") and abs(highest) < float("inf")):  # nor is it with NaN
+        lowest, highest = torch.stack(torch.aminmax(denormalize(x.detach()))).tolist()
+        if not (abs(lowest) < float("inf") and abs(highest) < float("inf")):  # nor is NaN
             broken = int((~x.detach().flatten(1).isfinite()).any(1).sum())
             raise InputError(
                 f"{broken} of {len(x)} images in x have values that are NaN or infinite: "
@@ -146,7 +146,7 @@ def check_labels(y: Tensor | list[int] | int, n: int, num_classes: int, device: 
 def check_label_values(y: Tensor, count: int, least: int = 0, name: str = "y") -> None:
     """Raise an InputError where ``y``, int64, is not in [``least``, ``count``); ``least`` is −1 where labels may be unknown."""
     if y.numel() and values_known(y):
-        low, high = (int(v) for v in torch.aminmax(y))
+        low, high = torch.stack(torch.aminmax(y)).tolist()
         if low < least or high >= count:
             wrong, unknown = low if low < least else high, ", or -1 for unknown" if least < 0 else ""
             what = "the label" if name == "y" else "the number"
