@@ -2,33 +2,46 @@
 
 import math
 import numbers
+import sys
 
-__all__ = ["InputError", "check_number", "check_whole", "how_to_install", "one_line"]
+__all__ = ["InputError", "check_number", "check_whole", "how_to_install", "one_line", "quoted"]
 
 
 class InputError(ValueError):
     """Bad input: the message is one line that names what was wrong and how to fix it."""
 
 
-def check_whole(name: str, value, least: int) -> None:
-    """Raise an InputError unless ``value`` is a whole number of at least ``least``; numpy's are as good as Python's."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise InputError(f"{name} is {value!r}: give a whole number of at least {least}")
+def check_whole(name: str, value, least: int, most: int | None = None) -> None:
+    """Raise an InputError unless ``value`` is a whole number from ``least`` to ``most``; numpy's are as good as Python's."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most:,}"
+        raise InputError(f"{name} is {quoted(value)}: give a whole number {bounds}")
 
 
 def check_number(name: str, value, *, above: float | None = None, least: float = -math.inf, most: float = math.inf) -> None:
     """Raise an InputError unless ``value`` is finite, greater than ``above``, and between ``least`` and ``most``."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if real and least <= value <= most and (above is None or value > above):
         return
     bounds = [f"above {above:g}"] if above is not None else [f"at least {least:g}"] if least > -math.inf else []
     bounds += [f"at most {most:g}"] if most < math.inf else []
-    raise InputError(f"{name} is {value!r}: give a finite number {' and '.join(bounds)}".rstrip())
+    raise InputError(f"{name} is {quoted(value)}: give a finite number {' and '.join(bounds)}".rstrip())
+
+
+def quoted(value) -> str:
+    """A value as messages show it: what ``repr`` says, on one line and of readable length."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = f"a {type(value).__name__} of too many digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def one_line(error: BaseException) -> str:
     """What another library's exception says, as one line of readable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    printable = "".join(c if c.isprintable() else " " for c in str(error))  # escape codes would move a terminal's cursor
+    text = " ".join(printable.split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from timm_jem.backbone import check_classifier, label_names, resolve_data_config, warn_of_zero_head
 from timm_jem.errors import InputError, one_line
-from timm_jem.hub.folder import read_folder
-from timm_jem.hub.published_chains import CHAINS_FILE
+from timm_jem.files import as_path
+from timm_jem.hub.published_chains import CHAINS_FILE, PublishedChains
+from timm_jem.hub.reading import read_folder
 from timm_jem.hub.repository import fetch
 from timm_jem.model import JEM
 from timm_jem.models.names import BUILD_ERRORS, check_name
@@ -116,7 +117,7 @@ def from_pretrained(
     Raises:
         InputError: nothing there, a folder that is no such model, or what the Hub refuses.
     """
-    folder = Path(name)
+    folder = as_path(name)
     if not folder.is_dir():
         folder = fetch(
             str(name),
@@ -130,11 +131,19 @@ def from_pretrained(
     try:
         backbone, ours = read_folder(folder)
         jem = wrap(backbone, sgld=_sgld_config(ours.get("sgld", {})), provenance=ours.get("provenance"))
+        if replay_buffer and (folder / CHAINS_FILE).is_file():
+            jem.chains = _chains(folder / CHAINS_FILE, jem)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    if replay_buffer and (folder / CHAINS_FILE).is_file():
-        jem.chains = folder / CHAINS_FILE
     return jem.eval()
+
+
+def _chains(file: Path, jem: JEM) -> PublishedChains:
+    """Read now: a file that is read later may be another by then, or gone."""
+    try:
+        return PublishedChains.load(file, jem.input_size, jem.num_classes)
+    except (InputError, OSError) as error:
+        raise InputError(f"{one_line(error)}; replay_buffer=False loads the model without its chains") from error
 
 
 def _sgld_config(settings: dict[str, Any]) -> SGLDConfig:

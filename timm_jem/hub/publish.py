@@ -11,9 +11,9 @@ from safetensors import safe_open
 
 from timm_jem.errors import InputError
 from timm_jem.hub.card import CARD_FILE, PICTURES, model_card
-from timm_jem.hub.folder import CONFIG_FILE
 from timm_jem.hub.provenance import Provenance, license_id
 from timm_jem.hub.published_chains import CHAINS_FILE
+from timm_jem.hub.reading import CONFIG_FILE
 from timm_jem.hub.repository import push
 
 __all__ = ["publish"]

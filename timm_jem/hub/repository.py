@@ -23,8 +23,8 @@ from huggingface_hub.utils import httpx
 
 from timm_jem.errors import InputError, one_line
 from timm_jem.hub.card import CARD_FILE, is_generated
-from timm_jem.hub.folder import CONFIG_FILE, WEIGHTS_FILE
 from timm_jem.hub.published_chains import CHAINS_FILE, MAX_CHAINS_BYTES
+from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
 
 __all__ = ["fetch", "make_repository", "push"]
 
