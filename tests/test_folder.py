@@ -1,4 +1,7 @@
+import json
 import os
+import shutil
+import threading
 
 import pytest
 import timm
@@ -118,6 +121,70 @@ def test_a_plain_timm_folder_becomes_a_joint_energy_model(tmp_path):
     assert jem.sgld == SGLDConfig()
 
 
+@pytest.mark.parametrize("blocked", ["config.json", "model.safetensors", "replay_buffer.safetensors"])
+def test_a_move_that_is_blocked_leaves_what_was_there(jem, tmp_path, blocked):
+    jem.chains = PublishedChains.of_pixels(torch.zeros(10, 1, 8, 8))
+    jem.save_pretrained(tmp_path)
+    (tmp_path / blocked).unlink()
+    (tmp_path / blocked).mkdir()
+    (tmp_path / blocked / "mine").write_text("")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    with torch.no_grad():
+        jem.backbone.fc.bias.add_(1)
+    with pytest.raises(InputError, match=f"can't be written.*{blocked} is a folder"):
+        jem.save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    assert (len(os.listdir(tmp_path)), os.listdir(tmp_path / blocked)) == (3, ["mine"])
+
+
+def test_everybody_may_read_what_was_saved_who_may_read_the_config(jem, tmp_path):
+    jem.chains = PublishedChains.of_pixels(torch.zeros(10, 1, 8, 8))
+    jem.save_pretrained(tmp_path / "m")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "folder").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "m").iterdir()} == {(tmp_path / "file").stat().st_mode}
+
+
+@pytest.mark.parametrize("name", [None, 5, b"", "x\0y", "", "n" * 300, "/proc/nowhere", "/dev/null/x"])
+def test_where_nothing_can_be_saved_or_read(jem, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        jem.save_pretrained(name)
+    assert str(error.value).isprintable()
+    with pytest.raises(InputError) as error:
+        timm_jem.from_pretrained(name, local_files_only=True)
+    assert str(error.value).isprintable()
+    assert os.listdir(tmp_path) == []
+
+
+def test_tied_layers_come_back_tied(tmp_path):
+    jem = timm_jem.create_model(
+        "coat_tiny", num_classes=3, input_size=(3, 32, 32), embed_dims=(16,) * 4, serial_depths=(1,) * 4
+    )
+    jem.save_pretrained(tmp_path)
+    again = timm_jem.from_pretrained(tmp_path).backbone
+    assert again.serial_blocks1[0].cpe is again.cpe1
+    assert torch.equal(again.cpe1.proj.weight, jem.backbone.cpe1.proj.weight)
+
+
+def test_chains_are_those_of_when_the_model_was_loaded(jem, tmp_path, monkeypatch):
+    jem.chains = PublishedChains.of_pixels(torch.zeros(10, 1, 8, 8))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    jem.save_pretrained("m")
+    again = timm_jem.from_pretrained("m")
+    jem.chains = PublishedChains.of_pixels(torch.ones(10, 1, 8, 8))
+    jem.save_pretrained("m")
+    third = timm_jem.from_pretrained("m")
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(tmp_path / "work")
+    assert again.sample(3, init="buffer").shape == (3, 1, 8, 8)
+    assert (again.chains.images.unique().tolist(), third.chains.images.unique().tolist()) == ([128], [255])
+    again.save_pretrained(tmp_path / "copy")
+    assert torch.equal(timm_jem.from_pretrained(tmp_path / "copy").chains.images, again.chains.images)
+
+
 def replace_activation(jem):
     jem.backbone.act1 = nn.SiLU()
 
@@ -139,6 +206,32 @@ def break_weights(jem):
         jem.backbone.fc.weight[0, 0] = torch.nan
 
 
+def nested(depth):
+    return json.loads('{"a":' * depth + "1" + "}" * depth)
+
+
+def lock_in_hook(jem):
+    lock = threading.Lock()
+    jem.backbone.register_forward_hook(lambda *_: None)
+    jem.backbone.tracker = lock
+
+
+def tensor_with_graph(jem):
+    jem.backbone.cached = jem.backbone.fc.weight * 2
+
+
+def unfit_layer(jem):
+    jem.backbone.conv1[0] = nn.Conv2d(3, 5, 3)
+
+
+def cut_channels(jem):
+    jem.backbone.global_pool = nn.Identity()
+
+
+def quantise(jem):
+    jem.backbone.state_dict = lambda: {"fc.scale": torch.qint8}
+
+
 @pytest.mark.parametrize(
     ("surgery", "message"),
     [
@@ -147,6 +240,15 @@ def break_weights(jem):
         (lengthen_head, "plain timm can't rebuild it"),
         (change_epsilon, "plain timm can't rebuild it"),
         (break_weights, "not finite"),
+        (lock_in_hook, "can't be copied .*lock"),
+        (tensor_with_graph, "can't be copied .*remove hooks"),
+        (unfit_layer, "plain timm can't rebuild it"),
+        (cut_channels, "takes no images of"),
+        (quantise, "'fc.scale', which is no tensor"),
+        (lambda jem: jem.backbone.reset_classifier(0), "of no classes"),
+        (lambda jem: jem.provenance.update(nested(60)), "nested too deep"),
+        (lambda jem: jem.provenance.update(a=nested(900)), "nested too deep|not JSON"),
+        (lambda jem: jem.provenance.update(a=jem.provenance), "not JSON"),
         (lambda jem: jem.provenance.update(when=object()), "not JSON"),
     ],
 )
