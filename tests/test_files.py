@@ -44,7 +44,7 @@ def test_folders_that_can_not_be_made(tmp_path, name):
         pass
 
 
-@pytest.mark.parametrize("name", [None, 5, b"", "", "x\0y", ["a"]])
+@pytest.mark.parametrize("name", [None, 5, b"", "", "x\0y", ["a"], "\ud800"])
 def test_names_of_no_folder(name):
     with pytest.raises(InputError, match="is not the name of a folder") as error:
         as_path(name)
@@ -109,3 +109,7 @@ def test_a_folder_in_the_way_is_not_moved_out(tmp_path):
         with pytest.raises(IsADirectoryError):
             move_in(aside, target, last="config")
     assert (contents(target), sorted(os.listdir(target))) == ({"weights": "old"}, ["config", "weights"])
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    assert str(InputError("a\nb \x1b[2J \ud800: give another")) == "a b  [2J  : give another"

@@ -249,6 +249,7 @@ def quantise(jem):
         (lambda jem: jem.provenance.update(nested(60)), "nested too deep"),
         (lambda jem: jem.provenance.update(a=nested(900)), "nested too deep|not JSON"),
         (lambda jem: jem.provenance.update(a=jem.provenance), "not JSON"),
+        (lambda jem: jem.provenance.update(log="x" * 2**24), "provenance is JSON of 16,777"),
         (lambda jem: jem.provenance.update(when=object()), "not JSON"),
     ],
 )

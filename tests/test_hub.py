@@ -239,6 +239,8 @@ def unreachable(hub, monkeypatch):
             lambda: timm_jem.from_pretrained("runs/digts"),
             "runs/digts is no folder here; as a .* not in the cache.* out of reach",
         ),
+        (lambda: timm_jem.from_pretrained("a/b", revision=5), "revision is 5: give a branch"),
+        (lambda: timm_jem.from_pretrained("a/b", cache_dir="\0"), "is not the name of a folder"),
         (lambda: timm_jem.from_pretrained("digits"), "digits is no folder here"),
         (lambda: timm_jem.create_model("resnet18", pretrained=True), "resnet18 from timm/resnet18.* not in the cache"),
         (lambda: timm_jem.create_model("resnet18", pretrained=True, input_size=(1, 32, 32)), "not in the cache"),

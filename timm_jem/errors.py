@@ -2,13 +2,16 @@
 
 import math
 import numbers
-import sys
 
 __all__ = ["InputError", "check_number", "check_whole", "how_to_install", "one_line", "quoted"]
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that names what was wrong and how to fix it."""
+    """Bad input: the message is one line that names what was wrong and how to fix it, whatever it quotes."""
+
+    def __init__(self, message: str) -> None:
+        # A quoted line break would end the line, and an escape code would move the terminal's cursor.
+        super().__init__("".join(character if character.isprintable() else " " for character in message))
 
 
 def check_whole(name: str, value, least: int, most: int | None = None) -> None:
@@ -21,12 +24,19 @@ def check_whole(name: str, value, least: int, most: int | None = None) -> None:
 
 def check_number(name: str, value, *, above: float | None = None, least: float = -math.inf, most: float = math.inf) -> None:
     """Raise an InputError unless ``value`` is finite, greater than ``above``, and between ``least`` and ``most``."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool) and _is_finite(value)
     if real and least <= value <= most and (above is None or value > above):
         return
     bounds = [f"above {above:g}"] if above is not None else [f"at least {least:g}"] if least > -math.inf else []
     bounds += [f"at most {most:g}"] if most < math.inf else []
     raise InputError(f"{name} is {quoted(value)}: give a finite number {' and '.join(bounds)}".rstrip())
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number, or a fraction, beyond floating-point ones
+        return False
 
 
 def quoted(value) -> str:
@@ -40,8 +50,7 @@ def quoted(value) -> str:
 
 def one_line(error: BaseException) -> str:
     """What another library's exception says, as one line of readable length."""
-    printable = "".join(c if c.isprintable() else " " for c in str(error))  # escape codes would move a terminal's cursor
-    text = " ".join(printable.split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 

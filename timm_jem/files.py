@@ -18,8 +18,8 @@ def as_path(name: str | os.PathLike) -> Path:
         path = Path(name)
     except TypeError as error:
         raise InputError(f"{quoted(name)} is not the name of a folder: give text or a path") from error
-    if not str(name) or "\0" in str(name):
-        raise InputError(f"{quoted(name)} is not the name of a folder: give one that has characters, and no zero byte")
+    if not str(name) or "\0" in str(name) or any("\ud800" <= character <= "\udfff" for character in str(name)):
+        raise InputError(f"{quoted(name)} is not the name of a folder: give one of characters, none of them a zero byte")
     return path
 
 

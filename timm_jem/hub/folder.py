@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import as_path, folder_aside, move_in
 from timm_jem.hub.published_chains import CHAINS_FILE, PublishedChains
-from timm_jem.hub.reading import CONFIG_FILE, FORMAT_VERSION, KEY, check_finite, check_nesting, read_folder
+from timm_jem.hub.reading import CONFIG_FILE, FORMAT_VERSION, KEY, MAX_CONFIG_BYTES, check_finite, check_nesting, read_folder
 
 __all__ = ["write_folder"]
 
@@ -84,12 +84,14 @@ def write_folder(
 
 def _check_json(ours: dict[str, Any]) -> None:
     try:
-        json.dumps(ours)
+        length = len(json.dumps(ours))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"provenance is not JSON ({one_line(error)}): keep only dicts, lists, text, numbers and None in it"
         ) from error
     check_nesting(ours, "provenance")
+    if length > MAX_CONFIG_BYTES // 2:  # indented, and with the classes' names, it is longer
+        raise InputError(f"provenance is JSON of {length:,} characters: keep it below {MAX_CONFIG_BYTES // 2:,}")
 
 
 def _copied(backbone: nn.Module) -> nn.Module:

@@ -15,12 +15,21 @@ from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.hub.empty import build_empty
 from timm_jem.models.names import check_name
 
-__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "KEY", "WEIGHTS_FILE", "check_finite", "check_nesting", "read_folder"]
+__all__ = [
+    "CONFIG_FILE",
+    "FORMAT_VERSION",
+    "KEY",
+    "MAX_CONFIG_BYTES",
+    "WEIGHTS_FILE",
+    "check_finite",
+    "check_nesting",
+    "read_folder",
+]
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 KEY = "timm_jem"
-_MAX_CONFIG_BYTES, _DEEPEST = 16 * 2**20, 50
+MAX_CONFIG_BYTES, _DEEPEST = 16 * 2**20, 50
 # The largest of timm's models has a tenth of these tensors.
 _MAX_HEADER_BYTES, _MAX_TENSORS = 4 * 2**20, 20_000
 # Larger numbers are no layer's width or depth; nor a number of classes; nor a side of an image or a window, over whose pairs
@@ -98,8 +107,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"no {file}: a model saved by save_pretrained, or by timm as safetensors, has one; no pickle is read"
             )
     try:
-        if (folder / CONFIG_FILE).stat().st_size > _MAX_CONFIG_BYTES:
-            raise InputError(f"{CONFIG_FILE} is larger than {_MAX_CONFIG_BYTES >> 20} MiB: that is no model's configuration")
+        if (folder / CONFIG_FILE).stat().st_size > MAX_CONFIG_BYTES:
+            raise InputError(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES >> 20} MiB: that is no model's configuration")
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{CONFIG_FILE} can't be read ({one_line(error)})") from error

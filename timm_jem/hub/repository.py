@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from timm_jem.errors import InputError, one_line, quoted
+from timm_jem.files import as_path
 from timm_jem.hub.card import CARD_FILE, is_generated
 from timm_jem.hub.published_chains import CHAINS_FILE, MAX_CHAINS_BYTES
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
@@ -66,6 +67,10 @@ def fetch(
     Raises:
         InputError: the Hub says no, or can't be reached.
     """
+    if revision is not None and not isinstance(revision, str):
+        raise InputError(f"revision is {quoted(revision)}: give a branch, tag or commit as text")
+    if cache_dir is not None:
+        cache_dir = as_path(cache_dir)
     options = {
         "repo_id": repo_id,
         "token": token,
