@@ -1,18 +1,18 @@
 import json
 import os
-import resource
+import shutil
+import threading
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.layers import freeze_batch_norm_2d
 from timm.utils import ModelEmaV3
 from torch import nn
 
 import timm_jem
 from timm_jem import InputError, PublishedChains, SGLDConfig
-from timm_jem.hub import folder
 
 
 @pytest.fixture
@@ -121,103 +121,68 @@ def test_a_plain_timm_folder_becomes_a_joint_energy_model(tmp_path):
     assert jem.sgld == SGLDConfig()
 
 
-def edit(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-
-
-def weights(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
-def truncate(folder):
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-
-
-def set_pretrained(folder, **changes):
-    edit(folder, pretrained_cfg={**json.loads((folder / "config.json").read_text())["pretrained_cfg"], **changes})
-
-
-def set_args(folder, **arguments):
-    edit(folder, model_args={"in_chans": 1, **arguments})
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no pickle is read"),
-        (lambda f: (f / "config.json").unlink(), "no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
-        (lambda f: (f / "config.json").write_text("[" * 100_000), "not JSON"),
-        (lambda f: (f / "config.json").write_text("[1]"), "holds a list"),
-        (lambda f: edit(f, architecture="wrn_10_11"), "did you mean wrn_10_1"),
-        (lambda f: edit(f, architecture=None), "architecture in config.json is a NoneType"),
-        (lambda f: edit(f, architecture="hf-hub:user/other"), "not the name of a timm model"),
-        (lambda f: edit(f, architecture="../../evil"), "unknown model"),
-        (lambda f: edit(f, num_classes="3"), "num_classes in config.json is a str"),
-        (lambda f: edit(f, num_classes=-4, model_args={"in_chans": 1, "num_classes": 3}), "says num_classes -4 and builds 3"),
-        (lambda f: edit(f, num_classes=7, model_args={"in_chans": 1, "num_classes": 3}), "says num_classes 7 and builds 3"),
-        (lambda f: edit(f, num_classes=10**9, model_args={"in_chans": 1}), "describes 65,0"),
-        (lambda f: edit(f, num_classes=7, model_args={"in_chans": 1}), "size mismatch for fc"),
-        (lambda f: set_args(f, num_classes=10**9), "has a number above"),
-        (lambda f: edit(f, pretrained_cfg=[]), "pretrained_cfg in config.json is a list"),
-        (lambda f: edit(f, pretrained_cfg={"colour": 3}), "config.json"),
-        (lambda f: edit(f, pretrained_cfg={"input_size": "x"}), "m"),
-        (lambda f: edit(f, model_args=[1]), "model_args in config.json is a list"),
-        (lambda f: set_args(f, colour=3), "can't be built"),
-        (lambda f: set_args(f, act_layer="__import__('os').system('true')"), "can't be built"),
-        (lambda f: set_args(f, checkpoint_path="evil.pth"), "checkpoint_path"),
-        (lambda f: set_args(f, pretrained_strict=False), "pretrained_strict"),
-        (lambda f: set_args(f, features_only=True), "features_only"),
-        (lambda f: set_args(f, drop_rate=10**12), "has a number above"),
-        (lambda f: set_args(f, drop_rate=float("nan")), "has a number above"),
-        (lambda f: set_args(f, act_layer=json.loads("[" * 400 + "]" * 400)), "nested too deep"),
-        (lambda f: set_pretrained(f, input_size=[1, 10**9, 10**9]), "has a number above"),
-        (lambda f: set_pretrained(f, input_size=[1, -8, 8]), "input_size is -8"),
-        (lambda f: set_pretrained(f, input_size=[8, 8]), "m"),
-        (lambda f: set_pretrained(f, mean="grey"), "m"),
-        (lambda f: set_pretrained(f, std=[0.0]), "std"),
-        (lambda f: set_args(f, in_chans=10**6), "describes"),
-        (lambda f: edit(f, architecture="test_vit", model_args={"depth": 10**6}), "far larger model"),
-        (lambda f: edit(f, timm_jem={"format_version": folder.FORMAT_VERSION + 1}), "upgrade timm_jem"),
-        (lambda f: edit(f, timm_jem=[]), "timm_jem in config.json is a list"),
-        (lambda f: edit(f, timm_jem={"sgld": [1]}), "timm_jem.sgld"),
-        (lambda f: edit(f, timm_jem={"provenance": "x"}), "timm_jem.provenance"),
-        (lambda f: edit(f, timm_jem={"sgld": {"speed": 1}}), "speed"),
-        (lambda f: edit(f, timm_jem={"sgld": {"num_steps": "many"}}), "num_steps is 'many'"),
-        (truncate, "not a complete safetensors file"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "not a complete safetensors file"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04}\x94."), "not a complete safetensors file"),
-        (lambda f: weights(f, lambda t: t.pop("fc.bias")), "Missing key.*fc.bias"),
-        (lambda f: weights(f, lambda t: t.update(extra=torch.zeros(3))), "Unexpected key.*extra"),
-        (lambda f: weights(f, lambda t: t.update({"fc.bias": torch.zeros(9)})), "size mismatch for fc.bias"),
-    ],
-)
-def test_broken_and_hostile_folders_are_named(jem, tmp_path, damage, message):
+@pytest.mark.parametrize("blocked", ["config.json", "model.safetensors", "replay_buffer.safetensors"])
+def test_a_move_that_is_blocked_leaves_what_was_there(jem, tmp_path, blocked):
+    jem.chains = PublishedChains.of_pixels(torch.zeros(10, 1, 8, 8))
     jem.save_pretrained(tmp_path)
-    damage(tmp_path)
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(InputError, match=message) as error:
-        timm_jem.from_pretrained(tmp_path)
-    assert "\n" not in str(error.value)
-    assert str(tmp_path) in str(error.value)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 500_000  # KiB
+    (tmp_path / blocked).unlink()
+    (tmp_path / blocked).mkdir()
+    (tmp_path / blocked / "mine").write_text("")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    with torch.no_grad():
+        jem.backbone.fc.bias.add_(1)
+    with pytest.raises(InputError, match=f"can't be written.*{blocked} is a folder"):
+        jem.save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    assert (len(os.listdir(tmp_path)), os.listdir(tmp_path / blocked)) == (3, ["mine"])
 
 
-def test_weights_come_from_the_folder_whatever_its_config_says(jem, tmp_path):
+def test_everybody_may_read_what_was_saved_who_may_read_the_config(jem, tmp_path):
+    jem.chains = PublishedChains.of_pixels(torch.zeros(10, 1, 8, 8))
+    jem.save_pretrained(tmp_path / "m")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "folder").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "m").iterdir()} == {(tmp_path / "file").stat().st_mode}
+
+
+@pytest.mark.parametrize("name", [None, 5, b"", "x\0y", "", "n" * 300, "/proc/nowhere", "/dev/null/x"])
+def test_where_nothing_can_be_saved_or_read(jem, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        jem.save_pretrained(name)
+    assert str(error.value).isprintable()
+    with pytest.raises(InputError) as error:
+        timm_jem.from_pretrained(name, local_files_only=True)
+    assert str(error.value).isprintable()
+    assert os.listdir(tmp_path) == []
+
+
+def test_tied_layers_come_back_tied(tmp_path):
+    jem = timm_jem.create_model(
+        "coat_tiny", num_classes=3, input_size=(3, 32, 32), embed_dims=(16,) * 4, serial_depths=(1,) * 4
+    )
     jem.save_pretrained(tmp_path)
-    elsewhere = {"source": "url", "url": "http://127.0.0.1:9/evil.pth", "file": "/evil.pth", "hf_hub_id": "user/evil"}
-    set_pretrained(tmp_path, **elsewhere, custom_load=True, hf_hub_filename="../evil.bin")
-    edit(tmp_path, label_names=5)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04}\x94.")
-    again = timm_jem.from_pretrained(tmp_path)
-    x = torch.randn(2, 1, 8, 8)
-    assert torch.equal(again(x), jem(x))
-    assert again.class_names is None
+    again = timm_jem.from_pretrained(tmp_path).backbone
+    assert again.serial_blocks1[0].cpe is again.cpe1
+    assert torch.equal(again.cpe1.proj.weight, jem.backbone.cpe1.proj.weight)
+
+
+def test_chains_are_those_of_when_the_model_was_loaded(jem, tmp_path, monkeypatch):
+    jem.chains = PublishedChains.of_pixels(torch.zeros(10, 1, 8, 8))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    jem.save_pretrained("m")
+    again = timm_jem.from_pretrained("m")
+    jem.chains = PublishedChains.of_pixels(torch.ones(10, 1, 8, 8))
+    jem.save_pretrained("m")
+    third = timm_jem.from_pretrained("m")
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(tmp_path / "work")
+    assert again.sample(3, init="buffer").shape == (3, 1, 8, 8)
+    assert (again.chains.images.unique().tolist(), third.chains.images.unique().tolist()) == ([128], [255])
+    again.save_pretrained(tmp_path / "copy")
+    assert torch.equal(timm_jem.from_pretrained(tmp_path / "copy").chains.images, again.chains.images)
 
 
 def replace_activation(jem):
@@ -241,6 +206,32 @@ def break_weights(jem):
         jem.backbone.fc.weight[0, 0] = torch.nan
 
 
+def nested(depth):
+    return json.loads('{"a":' * depth + "1" + "}" * depth)
+
+
+def lock_in_hook(jem):
+    lock = threading.Lock()
+    jem.backbone.register_forward_hook(lambda *_: None)
+    jem.backbone.tracker = lock
+
+
+def tensor_with_graph(jem):
+    jem.backbone.cached = jem.backbone.fc.weight * 2
+
+
+def unfit_layer(jem):
+    jem.backbone.conv1[0] = nn.Conv2d(3, 5, 3)
+
+
+def cut_channels(jem):
+    jem.backbone.global_pool = nn.Identity()
+
+
+def quantise(jem):
+    jem.backbone.state_dict = lambda: {"fc.scale": torch.qint8}
+
+
 @pytest.mark.parametrize(
     ("surgery", "message"),
     [
@@ -249,6 +240,16 @@ def break_weights(jem):
         (lengthen_head, "plain timm can't rebuild it"),
         (change_epsilon, "plain timm can't rebuild it"),
         (break_weights, "not finite"),
+        (lock_in_hook, "can't be copied .*lock"),
+        (tensor_with_graph, "can't be copied .*remove hooks"),
+        (unfit_layer, "plain timm can't rebuild it"),
+        (cut_channels, "takes no images of"),
+        (quantise, "'fc.scale', which is no tensor"),
+        (lambda jem: jem.backbone.reset_classifier(0), "of no classes"),
+        (lambda jem: jem.provenance.update(nested(60)), "nested too deep"),
+        (lambda jem: jem.provenance.update(a=nested(900)), "nested too deep|not JSON"),
+        (lambda jem: jem.provenance.update(a=jem.provenance), "not JSON"),
+        (lambda jem: jem.provenance.update(log="x" * 2**24), "provenance is JSON of 16,777"),
         (lambda jem: jem.provenance.update(when=object()), "not JSON"),
     ],
 )
@@ -411,9 +412,9 @@ def test_chains_in_any_layout_are_saved_and_another_head_refuses_them(jem, tmp_p
 def test_broken_chains_are_named(jem, tmp_path, tensors, message):
     jem.save_pretrained(tmp_path)
     save_file(tensors, tmp_path / "replay_buffer.safetensors")
-    again = timm_jem.from_pretrained(tmp_path)  # read only when they are asked for
-    with pytest.raises(InputError, match=message):
-        again.sample(1, init="buffer")
+    with pytest.raises(InputError, match=f"{message}.*replay_buffer=False"):
+        timm_jem.from_pretrained(tmp_path)
     (tmp_path / "replay_buffer.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="not a complete safetensors"):
-        again.sample(1, init="buffer")
+    with pytest.raises(InputError, match=r"not a complete safetensors.*replay_buffer=False"):
+        timm_jem.from_pretrained(tmp_path)
+    assert timm_jem.from_pretrained(tmp_path, replay_buffer=False).chains is None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from loopback_hub import Hub
 
 import timm_jem
@@ -217,6 +217,85 @@ def test_what_is_not_there(hub, jem, tmp_path):
     with pytest.raises(InputError, match="no pickle is read"):
         timm_jem.from_pretrained("user/pickle")
     assert not any("pytorch_model" in call for call in hub.calls)
+
+
+def turn_off(monkeypatch):
+    off = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", off + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "ENDPOINT", off)
+
+
+@pytest.fixture
+def unreachable(hub, monkeypatch):
+    """A Hub that nobody answers for; and waiting, as the client does between its attempts, fails."""
+    turn_off(monkeypatch)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waited"))
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (
+            lambda: timm_jem.from_pretrained("runs/digts"),
+            "runs/digts is no folder here; as a .* not in the cache.* out of reach",
+        ),
+        (lambda: timm_jem.from_pretrained("a/b", revision=5), "revision is 5: give a branch"),
+        (lambda: timm_jem.from_pretrained("a/b", cache_dir="\0"), "is not the name of a folder"),
+        (lambda: timm_jem.from_pretrained("digits"), "digits is no folder here"),
+        (lambda: timm_jem.create_model("resnet18", pretrained=True), "resnet18 from timm/resnet18.* not in the cache"),
+        (lambda: timm_jem.create_model("resnet18", pretrained=True, input_size=(1, 32, 32)), "not in the cache"),
+        (lambda: timm_jem.create_model("hf-hub:user/x"), "hf-hub:user/x from user/x on the Hub: .* not in the cache"),
+        (lambda: timm_jem.create_model("hf-hub:user/x@v1", input_size=(1, 32, 32)), "not in the cache"),
+    ],
+)
+def test_an_unreachable_hub_is_said_at_once(unreachable, load, message):
+    with pytest.raises(InputError, match=message) as error:
+        load()
+    assert "sent twice" not in str(error.value)
+    assert "these arguments" not in str(error.value)
+
+
+def test_what_is_cached_loads_without_a_hub(hub, jem, monkeypatch):
+    jem.push_to_hub(REPO)
+    timm_jem.from_pretrained(REPO)
+    turn_off(monkeypatch)
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(timm_jem.from_pretrained(REPO)(x), jem(x))
+    assert torch.equal(timm_jem.create_model(f"hf-hub:{REPO}", pretrained=True).eval()(x), jem(x))
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b/c", "../x", "x" * 200, None, 5])
+def test_names_that_nothing_can_be_pushed_to(hub, jem, name):
+    with pytest.raises(InputError, match="is not the name of a Hub repository: give user/name") as error:
+        jem.push_to_hub(name)
+    assert len(str(error.value)) < 200
+    assert hub.calls == []
+
+
+def test_a_push_without_a_hub_is_explained(hub, jem, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="the Hub is off: unset HF_HUB_OFFLINE to push"):
+        jem.push_to_hub(REPO)
+
+
+def test_a_cache_that_can_not_be_made(hub, jem, tmp_path, monkeypatch):
+    jem.push_to_hub(REPO)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"the cache can't be used .*HF_HOME"):
+        timm_jem.from_pretrained(REPO, cache_dir=tmp_path / "file" / "cache")
+    with pytest.raises(InputError, match=r"the cache can't be used .*HF_HOME"):
+        timm_jem.create_model(f"hf-hub:{REPO}", cache_dir=str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/nowhere")
+    with pytest.raises(InputError, match=r"the cache can't be used .*HF_HOME"):
+        timm_jem.from_pretrained(REPO)
+
+
+@pytest.mark.parametrize("name", ["resnet18.nope", "local-dir:/nowhere", "hf-hub:user/nothing", "no-such:x", "hf-hub:a b"])
+@pytest.mark.parametrize("input_size", [None, (1, 32, 32)])
+def test_names_that_can_not_be_built_are_explained(hub, name, input_size):
+    with pytest.raises(InputError) as error:
+        timm_jem.create_model(name, pretrained=True, input_size=input_size)
+    assert str(error.value).isprintable()
 
 
 def test_chains_that_are_too_large_are_not_downloaded(hub, jem, monkeypatch):

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "inputs": {"pixels", "errors"},
     "hub": {"files", "pixels", "inputs", "models", "hub", "errors"},
     "model": {"energy", "modes", "sampling", "backbone", "inputs", "hub", "errors"},
-    "wrap": {"sampling", "models", "backbone", "hub", "model", "errors"},
+    "wrap": {"files", "sampling", "models", "backbone", "hub", "model", "errors"},
     "data": {"files", "pixels", "data", "errors"},
     "evaluation": {
         "energy", "files", "pixels", "modes", "sampling", "models", "model", "wrap", "data", "evaluation", "errors",

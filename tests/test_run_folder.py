@@ -159,6 +159,7 @@ def test_tidy_leaves_strangers_files_alone():
     folder = RunFolder("a")
     for name in (
         "best/step_00000004", "best/step_00000008", "best/.step_00000008-x1_y2", ".model-ab12cd_3", "model",
+        "model/.model-ab12cd34",
         "best/my_step_notes", "best/step_00000012.bak", "best/backup_step_00000012", ".model-Of mine", ".model",
         "step_00000008",
     ):  # fmt: skip
@@ -174,6 +175,7 @@ def test_tidy_leaves_strangers_files_alone():
         "backup_step_00000012", "my_step_notes", "step_00000004", "step_00000012.bak", "step_00000016", "step_00000020",
     ]  # fmt: skip
     assert sorted(os.listdir("a")) == [".model", ".model-Of mine", ".model-file", "best", "model", "step_00000008"]
+    assert os.listdir("a/model") == ["file"]
     assert Path("elsewhere/file").exists()
     RunFolder("nowhere").tidy([])  # nothing there yet
 

@@ -7,7 +7,11 @@ __all__ = ["InputError", "check_number", "check_whole", "how_to_install", "one_l
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that names what was wrong and how to fix it."""
+    """Bad input: the message is one line that names what was wrong and how to fix it, whatever it quotes."""
+
+    def __init__(self, message: str) -> None:
+        # A quoted line break would end the line, and an escape code would move the terminal's cursor.
+        super().__init__("".join(character if character.isprintable() else " " for character in message))
 
 
 def check_whole(name: str, value, least: int, most: int | None = None) -> None:

@@ -2,14 +2,25 @@
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from timm_jem.errors import InputError, one_line
+from timm_jem.errors import InputError, one_line, quoted
 
-__all__ = ["cores", "folder_aside", "replaced_file"]
+__all__ = ["as_path", "cores", "folder_aside", "move_in", "replaced_file"]
+
+
+def as_path(name: str | os.PathLike) -> Path:
+    """A path, or an InputError where ``name`` can't be one."""
+    try:
+        path = Path(name)
+    except TypeError as error:
+        raise InputError(f"{quoted(name)} is not the name of a folder: give text or a path") from error
+    if not str(name) or "\0" in str(name) or any("\ud800" <= character <= "\udfff" for character in str(name)):
+        raise InputError(f"{quoted(name)} is not the name of a folder: give one of characters, none of them a zero byte")
+    return path
 
 
 @contextlib.contextmanager
@@ -30,21 +41,68 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_aside(target: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside ``target``, on its file system, removed when the context ends.
+    """A temporary folder on ``target``'s file system, removed when the context ends.
+
+    It is in ``target`` where that is there, which may be a mount point or the only folder that may be written; otherwise it
+    is beside it, and folders that were made for it and hold nothing in the end are removed as well.
 
     Raises:
         InputError: it can't be made.
     """
     target = Path(target)
+    place, made = target, []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
+        if not target.is_dir():
+            place = target.parent
+            made = [parent for parent in (place, *place.parents) if not parent.exists()]
+            place.mkdir(parents=True, exist_ok=True)
+        # A name may have 255 bytes, and a character up to four.
+        aside = place / f".{target.name[:40]}-{secrets.token_hex(4)}"
+        aside.mkdir()
+    except (OSError, ValueError) as error:
         raise InputError(f"the folder {target} can't be made ({one_line(error)}): give another") from error
     try:
         yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def move_in(aside: Path, target: Path, *, last: str, stale: Iterable[str] = ()) -> None:
+    """Give ``target`` the files of ``aside``, all of them or none; its other files are left alone.
+
+    A target that isn't there is made by one rename. Of one that is, the file ``last``, without which nobody takes the folder
+    for whole, goes first and comes last: where a process is killed in between, the folder is incomplete, not a mixture.
+
+    Args:
+        aside: a folder of files, as :func:`folder_aside` makes it for ``target``.
+        target: a folder, or where one is to be.
+        last: the name of one of the files.
+        stale: names of files of ``target`` that go, if they are there.
+
+    Raises:
+        OSError: whatever the file system says; ``target`` is as before.
+    """
+    if not target.exists():
+        aside.rename(target)
+        return
+    names = sorted((file.name for file in aside.iterdir()), key=lambda name: name == last)
+    leaving = [name for name in (last, *(name for name in names if name != last), *stale) if os.path.lexists(target / name)]
+    if folders := [target / name for name in leaving if (target / name).is_dir()]:
+        raise IsADirectoryError(f"{folders[0]} is a folder")
+    before = aside / ".before"
+    before.mkdir()
+    moves = [(target / name, before / name) for name in leaving] + [(aside / name, target / name) for name in names]
+    try:
+        for source, place in moves:
+            source.rename(place)
+    except BaseException:
+        for source, place in reversed(moves):
+            if os.path.lexists(place) and not os.path.lexists(source):
+                place.rename(source)
+        raise
 
 
 def cores() -> int:

@@ -1,6 +1,8 @@
 """Three ways to a joint energy model: around a timm model, by timm's name, and from a folder or the Hub."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ from timm.models import resolve_model_input_args
 from torch import nn
 
 from timm_jem.backbone import check_classifier, label_names, resolve_data_config, warn_of_zero_head
-from timm_jem.errors import InputError, one_line
-from timm_jem.hub.folder import read_folder
-from timm_jem.hub.published_chains import CHAINS_FILE
-from timm_jem.hub.repository import fetch
+from timm_jem.errors import InputError, one_line, quoted
+from timm_jem.files import as_path
+from timm_jem.hub.published_chains import CHAINS_FILE, PublishedChains
+from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE, read_folder
+from timm_jem.hub.repository import check_reach, explained, fetch
 from timm_jem.model import JEM
 from timm_jem.models.names import BUILD_ERRORS, check_name
 from timm_jem.sampling import SGLDConfig
@@ -81,16 +84,36 @@ def create_model(
     """
     check_name(name)
     arguments = {"model_name": name, **kwargs}
-    if input_size is not None:
-        try:
-            arguments = resolve_model_input_args(name, {"input_size": input_size}, **kwargs)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise InputError(f"{name}: {one_line(error)}") from error
     try:
-        backbone = timm.create_model(pretrained=pretrained, **arguments)
+        with _from_hub(name, pretrained, kwargs):
+            if input_size is not None:
+                arguments = resolve_model_input_args(name, {"input_size": input_size}, **kwargs)
+            backbone = timm.create_model(pretrained=pretrained, **arguments)
+    except InputError:
+        raise
     except BUILD_ERRORS as error:
-        raise InputError(f"{name} can't be built with these arguments ({one_line(error)})") from error
+        raise InputError(f"{quoted(name)} can't be built with these arguments ({one_line(error)})") from error
     return wrap(backbone, input_size=input_size, class_names=class_names, sgld=sgld)
+
+
+@contextlib.contextmanager
+def _from_hub(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Reasons of the Hub, where timm gets a model or its weights from there."""
+    source, _, repo_id = name.rpartition(":")
+    files = [CONFIG_FILE]
+    if not source and pretrained and not any(key.startswith("pretrained_cfg") for key in kwargs):
+        pretrained_cfg = timm.models.get_pretrained_cfg(name)
+        repo_id = pretrained_cfg.hf_hub_id if pretrained_cfg else None
+        files = [WEIGHTS_FILE, "pytorch_model.bin", *filter(None, [pretrained_cfg and pretrained_cfg.hf_hub_filename])]
+    elif source not in ("hf-hub", "hf_hub"):
+        repo_id = None
+    if not repo_id:
+        yield
+        return
+    repo_id, _, revision = repo_id.partition("@")
+    with explained(f"{name} from {repo_id} on the Hub", cached=True):
+        check_reach(repo_id, *files, revision=revision or None, cache_dir=kwargs.get("cache_dir"))
+        yield
 
 
 def from_pretrained(
@@ -116,8 +139,8 @@ def from_pretrained(
     Raises:
         InputError: nothing there, a folder that is no such model, or what the Hub refuses.
     """
-    folder = Path(name)
-    if not folder.is_dir():
+    folder = as_path(name)
+    if not os.path.isdir(folder):  # Path.is_dir raises where a name is too long
         folder = fetch(
             str(name),
             revision=revision,
@@ -130,11 +153,19 @@ def from_pretrained(
     try:
         backbone, ours = read_folder(folder)
         jem = wrap(backbone, sgld=_sgld_config(ours.get("sgld", {})), provenance=ours.get("provenance"))
+        if replay_buffer and (folder / CHAINS_FILE).is_file():
+            jem.chains = _chains(folder / CHAINS_FILE, jem)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    if replay_buffer and (folder / CHAINS_FILE).is_file():
-        jem.chains = folder / CHAINS_FILE
     return jem.eval()
+
+
+def _chains(file: Path, jem: JEM) -> PublishedChains:
+    """Read now: a file that is read later may be another by then, or gone."""
+    try:
+        return PublishedChains.load(file, jem.input_size, jem.num_classes)
+    except (InputError, OSError) as error:
+        raise InputError(f"{one_line(error)}; replay_buffer=False loads the model without its chains") from error
 
 
 def _sgld_config(settings: dict[str, Any]) -> SGLDConfig:

@@ -7,34 +7,23 @@ beside them. Nothing here reads or writes a pickle.
 
 import copy
 import json
-import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from timm.utils import unwrap_model
-from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch import Tensor, nn
 
-from timm_jem.errors import InputError, one_line
-from timm_jem.files import folder_aside
+from timm_jem.errors import InputError, one_line, quoted
+from timm_jem.files import as_path, folder_aside, move_in
 from timm_jem.hub.published_chains import CHAINS_FILE, PublishedChains
-from timm_jem.models.names import BUILD_ERRORS, check_name
+from timm_jem.hub.reading import CONFIG_FILE, FORMAT_VERSION, KEY, MAX_CONFIG_BYTES, check_finite, check_nesting, read_folder
 
-__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "WEIGHTS_FILE", "read_folder", "write_folder"]
-
-FORMAT_VERSION = 1
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-_KEY = "timm_jem"
-# Larger whole numbers in a config are no layer's width, depth or image size.
-_LARGEST = 2**20
-_MAX_CONFIG_BYTES = 16 * 2**20
-# Arguments of timm's factory that say how to load, not what to build.
-_LOADING_ARGUMENTS = {"features_only", "feature_cfg", "kwargs_filter", "checkpoint_path", "cache_dir"}
+__all__ = ["write_folder"]
 
 
 def write_folder(
@@ -49,7 +38,8 @@ def write_folder(
     """Write a model that plain timm rebuilds faithfully; or raise, and leave the folder as it was.
 
     The files are written aside, read back by timm, compared with ``backbone`` on its logits, and moved in whole. Other
-    files of the folder are left alone; published chains of an older model are removed.
+    files of the folder are left alone; published chains of an older model are removed. A process that is killed leaves the
+    model that was there, the new one, or a folder without config.json, which every reader refuses.
 
     Args:
         backbone: the timm model, in any layout, compiled or wrapped for distribution; it is not changed.
@@ -62,45 +52,73 @@ def write_folder(
     Raises:
         InputError: a backbone that plain timm would rebuild as another function, or can't rebuild; a full disk.
     """
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file: give a folder to save to")
-    try:
-        json.dumps(ours)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"provenance is not JSON ({one_line(error)}): keep only dicts, lists, text, numbers and None in it"
-        ) from error
-    backbone = unwrap_model(backbone)
-    if any(tensor.is_meta for tensor in backbone.state_dict().values()):
-        raise InputError("this model is on the meta device and has no weights to save: build it on a real device")
-    # A contiguous copy: safetensors refuses the strides of channels_last.
-    backbone = copy.deepcopy(backbone).to("cpu", memory_format=torch.contiguous_format)
+    target = as_path(folder)
+    _check_json(ours)
+    backbone = _copied(backbone)
     if class_names is not None:  # they go to the top of the file, once
         backbone.pretrained_cfg = {k: v for k, v in backbone.pretrained_cfg.items() if k != "label_names"}
     try:
+        if target.exists() and not target.is_dir():
+            raise InputError(f"{target} is a file: give a folder to save to")
         with folder_aside(target) as aside:
             try:
                 save_for_hf(
                     backbone,
                     aside,
-                    model_config={_KEY: {"format_version": FORMAT_VERSION, **ours}, "label_names": class_names},
+                    model_config={KEY: {"format_version": FORMAT_VERSION, **ours}, "label_names": class_names},
                     data_config=data_config,
                     safe_serialization=True,
                 )
-            except (TypeError, ValueError) as error:
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise InputError(f"this backbone can't be saved for timm: {one_line(error)}") from error
             _number_classes_once(aside / CONFIG_FILE)
             _check_faithful(backbone, aside, tuple(data_config["input_size"]))
             if chains is not None:
                 chains.save(aside / CHAINS_FILE)
-            target.mkdir(exist_ok=True)
-            for file in aside.iterdir():
-                os.replace(file, target / file.name)
-            if chains is None:
-                (target / CHAINS_FILE).unlink(missing_ok=True)
+            for file in aside.iterdir():  # safetensors gives its files to their owner alone
+                shutil.copymode(aside / CONFIG_FILE, file)
+            move_in(aside, target, last=CONFIG_FILE, stale=[] if chains is not None else [CHAINS_FILE])
     except (OSError, SafetensorError) as error:
         raise InputError(f"the model can't be written to {target} ({one_line(error)}): make room, or give another") from error
+
+
+def _check_json(ours: dict[str, Any]) -> None:
+    try:
+        length = len(json.dumps(ours))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"provenance is not JSON ({one_line(error)}): keep only dicts, lists, text, numbers and None in it"
+        ) from error
+    check_nesting(ours, "provenance")
+    if length > MAX_CONFIG_BYTES // 2:  # indented, and with the classes' names, it is longer
+        raise InputError(f"provenance is JSON of {length:,} characters: keep it below {MAX_CONFIG_BYTES // 2:,}")
+
+
+def _copied(backbone: nn.Module) -> nn.Module:
+    """The timm model itself on the CPU, contiguous, since safetensors refuses the strides of channels_last."""
+    backbone = unwrap_model(backbone)
+    for name, tensor in backbone.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"this model holds {quoted(name)}, which is no tensor: save it before it is quantised")
+        if tensor.is_meta:
+            raise InputError("this model is on the meta device and has no weights to save: build it on a real device")
+    try:
+        backbone = copy.deepcopy(backbone).to("cpu", memory_format=torch.contiguous_format)
+    except Exception as error:  # anything may hang on a module that was trained, such as a tracker's hooks
+        raise InputError(
+            f"this backbone can't be copied ({one_line(error)}): remove hooks, old weight norms and tensors with a graph first"
+        ) from error
+    check_finite(backbone, "this model has")
+    backbone.register_state_dict_post_hook(_untie)
+    return backbone
+
+
+def _untie(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
+    """Give each name its own tensor: safetensors refuses shared ones, and a constructor that ties them reads either."""
+    seen = set()
+    for name, tensor in state_dict.items():
+        state_dict[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
 
 
 def _number_classes_once(file: Path) -> None:
@@ -119,115 +137,12 @@ def _check_faithful(backbone: nn.Module, folder: Path, input_size: tuple[int, in
     except InputError as error:
         raise InputError(f"this {name} is not what its name and arguments build ({error}); {remedy}") from error
     x = torch.rand(2, *input_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with torch.no_grad():
-        expected, actual = (model.double().eval()(x) for model in (backbone, rebuilt))
+    try:
+        with torch.no_grad():
+            expected, actual = (model.double().eval()(x) for model in (backbone, rebuilt))
+    except Exception as error:  # layers that were replaced may not fit those around them
+        raise InputError(f"this {name} takes no images of {input_size} ({one_line(error)}); {remedy}") from error
     if not expected.isfinite().all():
         raise InputError(f"this {name} gives logits that are not finite: its weights are broken and are not saved")
     if expected.shape != actual.shape or (expected - actual).abs().max() > 1e-6 * expected.abs().max():
         raise InputError(f"this {name} computes other logits than the one that timm builds from its saved files; {remedy}")
-
-
-def read_folder(folder: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
-    """The backbone in eval mode, with its weights, and what this package keeps with it.
-
-    Nothing in the folder is trusted: sizes are compared with the weights there are, on the meta device, before any
-    memory is taken, and only JSON and safetensors are read.
-
-    Raises:
-        InputError: files that are missing, broken, of a newer format, or disagree with each other.
-    """
-    folder = Path(folder)
-    config = _read_config(folder)
-    ours = config.get(_KEY, {})
-    for key in ("sgld", "provenance"):
-        if not isinstance(ours.get(key, {}), dict):
-            raise InputError(f"{_KEY}.{key} in {CONFIG_FILE} is a {type(ours[key]).__name__}, not a dict")
-    version = ours.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{CONFIG_FILE} has format version {version!r}, this timm_jem reads {FORMAT_VERSION}: upgrade timm_jem"
-        )
-    _check_sizes(config, _shapes(folder / WEIGHTS_FILE))
-    try:
-        backbone = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except BUILD_ERRORS as error:
-        raise InputError(f"{CONFIG_FILE} and {WEIGHTS_FILE} don't fit each other ({one_line(error)})") from error
-    return backbone.eval(), ours
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise InputError(
-                f"no {file}: a model saved by save_pretrained, or by timm as safetensors, has one; no pickle is read"
-            )
-    if (folder / CONFIG_FILE).stat().st_size > _MAX_CONFIG_BYTES:
-        raise InputError(f"{CONFIG_FILE} is larger than {_MAX_CONFIG_BYTES >> 20} MiB: that is no model's configuration")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{CONFIG_FILE} is not JSON ({one_line(error)})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{CONFIG_FILE} holds a {type(config).__name__}: a model's configuration is an object")
-    kinds = {"architecture": str, "num_classes": int, "model_args": dict, "pretrained_cfg": dict, _KEY: dict}
-    for key, kind in kinds.items():
-        if key in config and (not isinstance(config[key], kind) or isinstance(config[key], bool)):
-            raise InputError(f"{key} in {CONFIG_FILE} is a {type(config[key]).__name__}, not a {kind.__name__}")
-    architecture = config.get("architecture", "")
-    if ":" in architecture:
-        raise InputError(f"the architecture {architecture!r} in {CONFIG_FILE} is not the name of a timm model")
-    check_name(architecture)
-    for key in config.get("model_args", {}):
-        if key in _LOADING_ARGUMENTS or key.startswith("pretrained"):
-            raise InputError(f"model_args in {CONFIG_FILE} has {key!r}, which no saved model needs")
-    for key in ("model_args", "pretrained_cfg"):
-        if not _moderate(config.get(key, {})):
-            raise InputError(f"{key} in {CONFIG_FILE} has a number above {_LARGEST} or is nested too deep: it is no model's")
-    return config
-
-
-def _moderate(data: Any, depth: int = 0) -> bool:
-    if isinstance(data, (dict, list)):
-        return depth < 20 and all(_moderate(item, depth + 1) for item in (data.values() if isinstance(data, dict) else data))
-    return not isinstance(data, (int, float)) or abs(data) <= _LARGEST  # no NaN is
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes from the header alone; safetensors itself checks it against the length of the file."""
-    try:
-        with safe_open(file, framework="pt") as weights:
-            return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file.name} is not a complete safetensors file ({one_line(error)}): get it again") from error
-
-
-def _check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Build the model without memory, and compare its size with that of its weights."""
-    allowed, stored = 4 * len(shapes) + 1000, sum(map(math.prod, shapes.values()))
-    built = 0
-
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal built
-        built += 1
-        if built > allowed:
-            raise InputError(f"{CONFIG_FILE} describes a far larger model than {WEIGHTS_FILE} holds")
-
-    hook = register_module_parameter_registration_hook(count)
-    arguments = {"num_classes": config.get("num_classes", 1000), **config.get("model_args", {})}
-    try:
-        with torch.device("meta"):
-            empty = timm.create_model(config["architecture"], pretrained=False, **arguments)
-    except InputError:
-        raise
-    except BUILD_ERRORS as error:
-        raise InputError(f"{CONFIG_FILE} can't be built ({one_line(error)})") from error
-    finally:
-        hook.remove()
-    # Where they differ, timm would quietly build a new head.
-    if config.get("num_classes", empty.num_classes) != empty.num_classes:
-        raise InputError(
-            f"{CONFIG_FILE} says num_classes {config['num_classes']} and builds {empty.num_classes}: make them agree"
-        )
-    described = sum(tensor.numel() for tensor in empty.state_dict().values())
-    if described > 2 * stored + _LARGEST:
-        raise InputError(f"{CONFIG_FILE} describes {described:,} weights and {WEIGHTS_FILE} holds {stored:,}")

@@ -11,10 +11,10 @@ from safetensors import safe_open
 
 from timm_jem.errors import InputError
 from timm_jem.hub.card import CARD_FILE, PICTURES, model_card
-from timm_jem.hub.folder import CONFIG_FILE
 from timm_jem.hub.provenance import Provenance, license_id
 from timm_jem.hub.published_chains import CHAINS_FILE
-from timm_jem.hub.repository import push
+from timm_jem.hub.reading import CONFIG_FILE
+from timm_jem.hub.repository import check_repository_name, push
 
 __all__ = ["publish"]
 
@@ -43,6 +43,7 @@ def publish(
         InputError: provenance that no card can tell, or a picture that isn't there or that no card shows, before anything
             is sent; or what the Hub refuses.
     """
+    check_repository_name(repo_id)
     folder = Path(folder)
     about = {**about, "provenance": Provenance.read(about["provenance"])}
     for name, file in pictures.items():

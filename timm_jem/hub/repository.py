@@ -6,9 +6,17 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, is_offline_mode
+from huggingface_hub import (
+    HfApi,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -19,15 +27,17 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx, validate_repo_id
 
-from timm_jem.errors import InputError, one_line
+from timm_jem.errors import InputError, one_line, quoted
+from timm_jem.files import as_path
 from timm_jem.hub.card import CARD_FILE, is_generated
-from timm_jem.hub.folder import CONFIG_FILE, WEIGHTS_FILE
 from timm_jem.hub.published_chains import CHAINS_FILE, MAX_CHAINS_BYTES
+from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
 
-__all__ = ["fetch", "make_repository", "push"]
+__all__ = ["check_reach", "check_repository_name", "explained", "fetch", "make_repository", "push"]
 
+_UNREACHABLE = (httpx.ConnectError, httpx.ConnectTimeout)
 _ADVICE = {
     401: "log in with `hf auth login`, or pass token=",
     403: "the token lacks the right for this: use one that may write",
@@ -57,6 +67,10 @@ def fetch(
     Raises:
         InputError: the Hub says no, or can't be reached.
     """
+    if revision is not None and not isinstance(revision, str):
+        raise InputError(f"revision is {quoted(revision)}: give a branch, tag or commit as text")
+    if cache_dir is not None:
+        cache_dir = as_path(cache_dir)
     options = {
         "repo_id": repo_id,
         "token": token,
@@ -65,7 +79,9 @@ def fetch(
         "force_download": force_download,
         "library_name": "timm_jem",
     }
-    with _explained(repo_id):
+    with explained(f"{repo_id} is no folder here; as a repository on the Hub", cached=True):
+        if not local_files_only:
+            check_reach(repo_id, CONFIG_FILE, revision=revision, token=token, cache_dir=cache_dir)
         folder = Path(hf_hub_download(filename=CONFIG_FILE, revision=revision, **options)).parent
         commit = folder.name
         hf_hub_download(filename=WEIGHTS_FILE, revision=commit, **options)
@@ -77,7 +93,17 @@ def fetch(
                 hf_hub_download(filename=CHAINS_FILE, revision=commit, **options)
             except RemoteEntryNotFoundError:
                 pass  # published without chains
+            except _UNREACHABLE:
+                pass  # the model came from the cache, and so do its chains where they are there
     return folder
+
+
+def check_repository_name(repo_id: str) -> None:
+    """Raise an InputError unless something can be pushed to a repository of this name."""
+    try:
+        validate_repo_id(repo_id if isinstance(repo_id, str) else "")
+    except HFValidationError as error:
+        raise InputError(f"{quoted(repo_id)} is not the name of a Hub repository: give user/name") from error
 
 
 def make_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
@@ -86,7 +112,8 @@ def make_repository(repo_id: str, *, private: bool | None = None, token: str | b
     Raises:
         InputError: the Hub says no, or can't be reached.
     """
-    with _explained(repo_id):
+    check_repository_name(repo_id)
+    with explained(repo_id, pushing=True):
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
@@ -121,7 +148,7 @@ def push(
     """
     repo_id = make_repository(repo_id, private=private, token=token)
     api = HfApi(token=token, library_name="timm_jem")
-    with _explained(repo_id):
+    with explained(repo_id, pushing=True, cached=True):
         keep_card = not overwrite_card and _has_someones_card(repo_id, branch, token)
         if keep_card:
             warnings.warn(
@@ -147,9 +174,35 @@ def _has_someones_card(repo_id: str, branch: str | None, token: str | bool | Non
     return not is_generated(Path(file).read_text(encoding="utf-8", errors="replace"))
 
 
+def check_reach(
+    repo_id: str,
+    *files: str,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> None:
+    """Raise what the client raises where none of the files is cached and the Hub is out of reach, but not after half a minute.
+
+    Within :func:`explained`. Anything else that the Hub may say is left for the download, which asks again where that helps.
+    """
+    if any(isinstance(try_to_load_from_cache(repo_id, file, cache_dir, revision), str) for file in files):
+        return
+    with contextlib.suppress(HfHubHTTPError, FileMetadataError, httpx.HTTPError):
+        try:
+            get_hf_file_metadata(hf_hub_url(repo_id, files[0], revision=revision), token=token)
+        except _UNREACHABLE as error:
+            raise LocalEntryNotFoundError(f"{files[0]} is not cached") from error
+
+
 @contextlib.contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
-    """Any refusal of the Hub or failure to reach it as one line with the Hub's own reason and what to do."""
+def explained(what: str, *, pushing: bool = False, cached: bool = False) -> Iterator[None]:
+    """Any refusal of the Hub or failure to reach it as one line with the Hub's own reason and what to do.
+
+    Args:
+        what: the repository, in messages.
+        pushing: whether something is sent, not loaded.
+        cached: whether any other OSError is one of the cache.
+    """
     try:
         yield
     except InputError:
@@ -157,20 +210,28 @@ def _explained(repo_id: str) -> Iterator[None]:
     except RemoteEntryNotFoundError as error:
         missing = CONFIG_FILE if f"/{CONFIG_FILE}" in str(error) else WEIGHTS_FILE
         raise InputError(
-            f"{repo_id} has no {missing} on the Hub: it is not a timm model in safetensors, and no pickle is read"
+            f"{what}: it has no {missing}: it is not a timm model in safetensors, and no pickle is read"
         ) from error
     except HFValidationError as error:
-        raise InputError(f"{repo_id!r} is neither a folder nor a Hub repository name: give one of them") from error
+        raise InputError(f"{quoted(what.split(' is no folder')[0])} is neither a folder nor a Hub repository name") from error
     except (EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx.HTTPError) as error:
-        raise InputError(f"{repo_id}: {_reason(error)}") from error
+        raise InputError(f"{what}: {_reason(error, pushing)}") from error
+    except FileMetadataError as error:
+        raise InputError(f"{what}: what answers is no Hub ({one_line(error)})") from error
+    except OSError as error:
+        if not cached:
+            raise
+        raise InputError(
+            f"{what}: the cache can't be used ({one_line(error)}): set HF_HOME, or cache_dir, to a folder that can be written"
+        ) from error
     except RuntimeError as error:  # the client's way to say that an upload failed
         if not isinstance(error.__cause__, (HfHubHTTPError, httpx.HTTPError)):
             raise
-        raise InputError(f"{repo_id}: {_reason(error.__cause__)}") from error
+        raise InputError(f"{what}: {_reason(error.__cause__, pushing)}") from error
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, (HfHubHTTPError, httpx.HTTPError)):
+def _reason(error: BaseException, pushing: bool) -> str:
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__  # the cache has nothing either; what counts is why the Hub gave nothing
     if isinstance(error, GatedRepoError):
         return "access to this repository is gated: ask for it on its page, then log in with `hf auth login`"
@@ -180,10 +241,16 @@ def _reason(error: BaseException) -> str:
         return "the Hub has no such revision of it: check the branch, tag or commit"
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
+        if status == 403 and not pushing:
+            return f"the Hub says 403 ({error.server_message or error.response.reason_phrase}): use a token that may read it"
         advice = _ADVICE.get(status, "try again later" if status >= 500 else "see the Hub's reason")
         return f"the Hub says {status} ({error.server_message or error.response.reason_phrase}): {advice}"
     if isinstance(error, LocalTokenNotFoundError):
         return "no token: log in with `hf auth login`, or pass token="
+    if pushing and isinstance(error, OfflineModeIsEnabled):
+        return "the Hub is off: unset HF_HUB_OFFLINE to push"
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return "it is not in the cache, and the Hub is off or out of reach: load it once while online"
-    return f"the connection to the Hub failed ({one_line(error)}): try again; files already uploaded are not sent twice"
+        why = f" ({one_line(error.__cause__)})" if isinstance(error.__cause__, httpx.HTTPError) else ""
+        return f"it is not in the cache, and the Hub is off or out of reach{why}: load it once while online"
+    again = "try again; files already uploaded are not sent twice" if pushing else "try again"
+    return f"the connection to the Hub failed ({one_line(error)}): {again}"

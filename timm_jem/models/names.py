@@ -4,7 +4,7 @@ import difflib
 
 import timm
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, quoted
 
 __all__ = ["BUILD_ERRORS", "check_name", "registered_by"]
 
@@ -15,12 +15,12 @@ BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, OS
 def check_name(name: str) -> None:
     """Raise an InputError with the closest names where timm knows no model of this one; sources ("hf-hub:") pass."""
     if not isinstance(name, str):
-        raise InputError(f"the model name is {name!r}: give one of timm.list_models()")
+        raise InputError(f"the model name is {quoted(name)}: give one of timm.list_models()")
     if ":" in name or timm.is_model(name.split(".")[0]):
         return
-    close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name.split(".")[0][:100], timm.list_models(), n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them all"
-    raise InputError(f"unknown model {name!r}: {hint}")
+    raise InputError(f"unknown model {quoted(name)}: {hint}")
 
 
 def registered_by(name: str) -> str | None:

@@ -182,7 +182,7 @@ class RunFolder:
         """Remove the models in best/ of other steps than ``steps``, and what a killed process left half written."""
         kept = {self.best(step) for step in steps}
         of_best = [path for path in (self.path / "best").glob("*") if _BEST.fullmatch(path.name)]
-        aside = [path for path in self.path.glob("*") if _MODEL_ASIDE.fullmatch(path.name)]
+        aside = [path for part in ("*", "model/.*") for path in self.path.glob(part) if _MODEL_ASIDE.fullmatch(path.name)]
         for folder in [*of_best, *aside]:
             if folder.is_dir() and not folder.is_symlink() and folder not in kept:
                 shutil.rmtree(folder)
