@@ -58,26 +58,23 @@ def main(argv: list[str]) -> None:
     stream = build_stream(settings, splits, learner)
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)
-    if settings.resume in (None, "auto") and accelerator.is_main_process:
-        folder.claim()
-    (folder,) = broadcast_object_list([folder])
-
-    run = Run(
-        learner,
-        stream,
-        DivergenceGuard(settings.guard, accelerator, len(splits.class_names), learner.method.watched),
-        Checkpoints(folder.checkpoints, accelerator, keep=settings.train.keep_checkpoints),
-        grad_accum=settings.train.grad_accum,
-        seed=settings.train.seed,
-    )
-    record = Record(folder, accelerator, settings, command)
-    if settings.resume:
-        resume(settings.resume, run, record)
-    record.open(run.step)
-    record.say(describe(settings, splits, run, folder))
-    broke = train(settings, splits, run, record)
-    finish(settings, splits, run, record, broke)
-    accelerator.end_training()
+    with folder.claimed(accelerator):
+        run = Run(
+            learner,
+            stream,
+            DivergenceGuard(settings.guard, accelerator, len(splits.class_names), learner.method.watched),
+            Checkpoints(folder.checkpoints, accelerator, keep=settings.train.keep_checkpoints),
+            grad_accum=settings.train.grad_accum,
+            seed=settings.train.seed,
+        )
+        record = Record(folder, accelerator, settings, command)
+        if settings.resume:
+            resume(settings.resume, run, record)
+        record.open(run.step)
+        record.say(describe(settings, splits, run, folder))
+        broke = train(settings, splits, run, record)
+        finish(settings, splits, run, record, broke)
+        accelerator.end_training()
 
 
 def resume(asked: str, run: Run, record: Record) -> None:
@@ -187,7 +184,3 @@ if __name__ == "__main__":
         if not (torch.distributed.is_initialized() and any(name in str(error).lower() for name in ("gloo", "nccl"))):
             raise
         sys.exit(f"error: another process of this run has ended ({one_line(error)}); go on with --resume")
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        sys.exit(f"error: {one_line(error)}; what was written before is whole: fix this and go on with --resume")

@@ -55,7 +55,7 @@ def trained(folder: Path, splits, flags: str = ""):
         Checkpoints(folder / "checkpoints", accelerator),
     )
     record = Record(RunFolder(folder), accelerator, settings, command)
-    record.folder.claim()
+    record.folder.path.mkdir(parents=True)
     record.open(0)
     while run.step < settings.train.steps:
         run.advance()

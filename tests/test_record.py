@@ -17,7 +17,7 @@ from timm_jem.training.run_folder import RunFolder
 
 def make(path: Path, command=(), **train) -> Record:
     folder = RunFolder(path)
-    folder.claim()
+    folder.path.mkdir(parents=True, exist_ok=True)
     return Record(folder, Accelerator(cpu=True), Settings(train=TrainConfig(**{"steps": 10, **train})), command)
 
 
