@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 
 from timm_jem import InputError
 from timm_jem.data import Splits, load_splits
+from timm_jem.data.identity import data_identity
 from timm_jem.errors import one_line
 from timm_jem.hub.repository import make_repository
 from timm_jem.training import (
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
             grad_accum=settings.train.grad_accum,
             seed=settings.train.seed,
         )
-        record = Record(folder, accelerator, settings, command)
+        record = Record(folder, accelerator, settings, command, data_identity(splits))
         if settings.resume:
             resume(settings.resume, run, record)
         record.open(run.step)
@@ -80,10 +81,8 @@ def main(argv: list[str]) -> None:
 def resume(asked: str, run: Run, record: Record) -> None:
     """Go on from the newest whole checkpoint, or the one that was asked for; "auto" starts where there is none."""
     folder = record.folder
-    saved = run.resume(folder.checkpoint)
-    if saved is not None:
-        record.load_state_dict(saved)
-    elif asked != "auto" or folder.summary_file.is_file():
+    saved = run.resume(folder.checkpoint, record.load_state_dict)
+    if saved is None and (asked != "auto" or folder.summary_file.is_file()):
         raise InputError(f"{folder} has no complete checkpoint to resume from: start again in another output_dir")
 
 

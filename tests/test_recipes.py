@@ -297,10 +297,25 @@ def test_the_best_are_those_of_the_run_as_it_ended(tmp_path, monkeypatch):
     assert sorted(os.listdir("moved/checkpoints")) == ["step_00000014"]  # its own keep_checkpoints
     for line in Path("moved/metrics.jsonl").read_text().splitlines():
         json.loads(line)
-    # Other settings that the state has no place for, and a finished run without checkpoints.
+    # Another seed, other data, the same data elsewhere, and a finished run without checkpoints.
     os.unlink("moved/summary.json")
-    with pytest.raises(InputError, match="drew images for px, this one for ce and px"):
-        train.main(["--resume", "moved", "--train.ce_batch_size", "4"])
+    config = Path("moved/config.yaml").read_text()
+    with pytest.raises(InputError, match=r"train\.seed is 5 now and was 0, and a run that goes on can't"):
+        train.main(["--resume", "moved", "--train.seed", "5"])
+    rows = digits()
+    for name, which in (("fewer", range(1700)), ("mixed", [0, 2, 1, *range(3, 1797)]), ("elsewhere", range(1797))):
+        rows.select(which).to_parquet(f"{name}.parquet")
+    for name in ("fewer", "mixed"):
+        with pytest.raises(
+            InputError, match=f"{name}.parquet is not the data of this run .*test images could move into"
+        ) as error:
+            train.main(["--resume", "moved", "--data.dataset", f"{name}.parquet"])
+        assert "\n" not in str(error.value)
+    assert Path("moved/config.yaml").read_text() == config
+    train.main(["--resume", "moved", "--data.dataset", "elsewhere.parquet", "--train.steps", "15"])
+    after = yaml.safe_load(Path("moved/config.yaml").read_text())
+    assert (after["data"]["dataset"], after["train"]["opt"], after["train"]["steps"]) == ("elsewhere.parquet", "sgd", 15)
+    assert timm_jem.from_pretrained("moved/model").provenance["data"] == jem.provenance["data"]
     shutil.rmtree("moved/checkpoints")
     Path("moved/summary.json").write_text('{"outcome": "finished", "steps": 14}')
     with pytest.raises(InputError, match="no complete checkpoint"):

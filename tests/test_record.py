@@ -42,7 +42,7 @@ def test_an_opened_record_has_settings_and_metrics_alone(tmp_path):
     record.open(0)
     record.close()
     assert sorted(os.listdir(tmp_path / "a")) == ["config.yaml", "metrics.jsonl"]
-    assert (tmp_path / "a" / "config.yaml").read_text() == record.settings.as_yaml()
+    assert (tmp_path / "a" / "config.yaml").read_text() == (f"# 1 process on cpu, precision no\n{record.settings.as_yaml()}")
     assert lines(tmp_path / "a") == []
 
 

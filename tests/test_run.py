@@ -1,5 +1,6 @@
 """Runs of tiny networks and of a method whose weights are known in closed form: back, on and resumed, to the bit."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -87,7 +88,7 @@ class Falling:
         self.count = state["count"]
 
 
-def make_run(folder, method=None, *, lr=0.125, guard=None, grad_accum=1, keep=9, classes=None, optimizer=None) -> Run:
+def make_run(folder, method=None, *, lr=0.125, guard=None, grad_accum=1, keep=9, classes=None, groups=None) -> Run:
     """Maximum likelihood by SGLD on the tiny network with Adam, or another method with SGD; no schedule."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
@@ -95,12 +96,13 @@ def make_run(folder, method=None, *, lr=0.125, guard=None, grad_accum=1, keep=9,
     if isinstance(method, Falling):  # from zero, so that sums of powers of two are exact
         for parameter in jem.parameters():
             nn.init.zeros_(parameter)
+    optimizer = torch.optim.SGD(jem.parameters(), lr)
     if method is None:
         chains = torch.Generator().manual_seed(1)
         buffer = ReplayBuffer(SHAPE, init=uniform_noise, generator=chains, capacity=24, restart_prob=0.3, num_classes=classes)
         method = MaximumLikelihood(jem, buffer, sgld=SGLDConfig(num_steps=2), objective=ObjectiveConfig())
-        optimizer = torch.optim.Adam(jem.parameters(), lr)
-    prepared, optimizer = accelerator.prepare(jem, optimizer or torch.optim.SGD(jem.parameters(), lr))
+        optimizer = torch.optim.Adam(jem.parameters() if groups is None else groups(jem), lr)
+    prepared, optimizer = accelerator.prepare(jem, optimizer)
     prepared.train()
     learner = Learner(accelerator, prepared, jem, optimizer, None, method, generator=torch.Generator().manual_seed(2))
     guard = GuardConfig(check_every=1, snapshot_every=1, **(guard or {}))
@@ -288,6 +290,32 @@ def test_a_resumed_run_is_the_run_that_nothing_interrupted(tmp_path, settings):
     assert at_four.name == "step_00000004"
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["one group", "groups of another number"])
+def test_another_weight_decay_is_as_if_it_were_changed_in_memory(tmp_path, split):
+    def make(decay: float, split: bool) -> Run:
+        return make_run(tmp_path, lr=0.01, groups=lambda jem: [
+            {"params": [p for p in jem.parameters() if p.ndim < 2 or not split], "weight_decay": 0.0 if split else decay},
+            {"params": [p for p in jem.parameters() if p.ndim >= 2 and split], "weight_decay": decay},
+        ])  # fmt: skip
+
+    run, weights = make(0.0, False), []
+    advance(run, 3)
+    run.save({})
+    for number, (told, of_groups, now) in enumerate(
+        [(0.0, False, 0.0), (0.0, False, 0.0), (0.9, split, 0.9), (0.0, split, 0.9)]
+    ):
+        if number:
+            run = make(told, of_groups)
+            run.resume()
+        for group in run.learner.optimizer.param_groups[split:]:
+            group["weight_decay"] = now
+        advance(run, 3)
+        weights.append(copy_tree(run.learner.jem.state_dict()))
+    assert same(weights[0], weights[1])
+    assert same(weights[2], weights[3])
+    assert not same(weights[0], weights[2])
+
+
 def test_remedies_and_rollbacks_go_on_in_a_resumed_run(tmp_path):
     run = make_run(tmp_path, Falling(breaks={3}, bearable=0.5), guard={"ladder": [Remedy(lr=0.5)]})
     run.snapshot()
@@ -371,7 +399,14 @@ def test_a_checkpoint_of_other_settings_or_another_version_is_refused(tmp_path):
         make_run(tmp_path).resume()
     assert saved.exists()
     run.checkpoints.save(2, {"learner": {}, "guard": {}})
-    with pytest.raises(InputError, match="another version of timm_jem"):
+    with pytest.raises(InputError, match="step_00000002 is none of a run"):
+        make_run(tmp_path, Falling()).resume()
+    # As 0.1.0 wrote them.
+    folder = tmp_path / "checkpoints" / "step_00000003"
+    folder.mkdir()
+    digest = save_tree({"state": {}, "guard": {}, "rollbacks": [], "extra": {}}, folder / "rank_0.safetensors")
+    (folder / "manifest.json").write_text(json.dumps({"step": 3, "sha256": {"rank_0.safetensors": digest}}))
+    with pytest.raises(InputError, match="step_00000003 is of another version of timm_jem: resume it with that one"):
         make_run(tmp_path, Falling()).resume()
 
 

@@ -13,10 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, tqdm
 from PIL import Image
 
+from timm_jem.data.identity import changed_data
+from timm_jem.errors import InputError
 from timm_jem.evaluation import image_grid
 from timm_jem.files import replaced_file
 from timm_jem.model import JEM
 from timm_jem.replay_buffer import ReplayBuffer
+from timm_jem.training.resume import refuse_changes
 from timm_jem.training.run import Rollback
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.settings import Settings, differences
@@ -32,14 +35,23 @@ class Record:
         accelerator: tells which process this is, and has the trackers.
         settings: the run's.
         command: flags that repeat the run.
+        data: what :func:`timm_jem.data.identity.data_identity` says of its data; None: it isn't known.
 
     Attributes:
         best: [validation accuracy, step] of the models in best/, best first.
         seconds: of training so far, without pictures and validation.
     """
 
-    def __init__(self, folder: RunFolder, accelerator: Accelerator, settings: Settings, command: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        settings: Settings,
+        command: Sequence[str],
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder, self.accelerator, self.settings, self.command = folder, accelerator, settings, list(command)
+        self.data = data
         self.best: list[list[float]] = []
         self.seconds = 0.0
         self._metrics_bytes = 0
@@ -54,7 +66,7 @@ class Record:
         if self.main:
             self.folder.tidy(int(step) for _, step in self.best)
             with replaced_file(self.folder.config_file) as aside:
-                aside.write_text(self.settings.as_yaml(), encoding="utf-8")
+                aside.write_text(f"# {self._machine()}\n{self.settings.as_yaml()}", encoding="utf-8")
             self._metrics = self.folder.metrics_file.open("ab")
             self._metrics.truncate(min(self._metrics_bytes, self._metrics.tell()))  # what came later comes again
             self._metrics.seek(0, os.SEEK_END)
@@ -157,6 +169,11 @@ class Record:
         if self.main:
             self._metrics.close()
 
+    def _machine(self) -> str:
+        """What settings leave to how a run is launched."""
+        world, kind = self.accelerator.num_processes, self.accelerator.device.type
+        return f"{world} process{'es' * (world > 1)} on {kind}, precision {self.accelerator.mixed_precision}"
+
     def _count(self) -> None:
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
@@ -174,11 +191,22 @@ class Record:
             "sections": self.settings.sections(),
             "command": self.command,
             "push_to": self.settings.hub.push_to,
+            "data": self.data,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the record of a checkpoint, and say which settings are others now. Before :meth:`open`."""
-        self.best, self.seconds = state["best"], state["seconds"]
+        """Go on with the record of a checkpoint, and say which settings are others now. Before :meth:`open`.
+
+        Raises:
+            InputError: a setting that the run can't take over, or other data; nothing has changed then.
+        """
+        refuse_changes(state["sections"], self.settings)
+        if self.data is not None and state["data"] is not None and (how := changed_data(state["data"], self.data)):
+            raise InputError(
+                f"{self.settings.data.dataset} is not the data of this run ({how}), and test images could move into training: "
+                "give the same data, in whatever place, or start another run; recipes/evaluate.py measures on any"
+            )
+        self.best, self.seconds = state["best"][: self.settings.train.best_k], state["seconds"]
         if self.command != state["command"]:
             self.command = [*state["command"], *self.command]  # what was said later overrides
         if state["push_to"] is not None and self.settings.hub.push_to is None:
