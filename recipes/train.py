@@ -165,12 +165,14 @@ def publish(settings: Settings, splits: Splits, run: Run, record: Record) -> Non
 def save(run: Run, record: Record, *, needed: bool) -> None:
     """Write a checkpoint. Where it is the last word of a stopped run, one that can't be written is an error."""
     run.snapshot(alone=True)  # as a resumed run, which has no other
+    last = run.step == record.settings.train.steps
+    tries = record.patiently if needed or last else (lambda write: write())
     try:
-        run.save(record.state_dict())
+        tries(lambda: run.save(record.state_dict()))
     except InputError as error:
         if needed:
             raise
-        record.say(f"{error}; training goes on")
+        record.say(f"{error}{'' if last else '; training goes on'}")
 
 
 if __name__ == "__main__":

@@ -346,9 +346,12 @@ def test_an_image_that_breaks_late_is_named_and_nothing_is_lost(tmp_path, monkey
 
 def test_a_full_disk_is_one_line_and_nothing_earlier_is_lost(tmp_path, monkeypatch):
     """The kernel itself refuses to write files above a size, as it does on a full disk; then more is allowed."""
-    command = [sys.executable, ROOT / "recipes" / "train.py", *shlex.split(SHORT), *shlex.split(
-        "--output_dir run --resume auto --train.checkpoint_every 2 --train.buffer_size 200 --train.steps 6"
-    )]  # fmt: skip
+    flags = f"{SHORT} --output_dir run --resume auto --train.checkpoint_every 2 --train.buffer_size 200 --train.steps 6"
+    impatient = (
+        "import runpy, sys; from timm_jem.training import record; record.WAITS = (0.01, 0.01); "
+        f"sys.argv[0] = '{ROOT}/recipes/train.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", impatient, *shlex.split(flags)]
 
     def run(limit):
         def restrict():
@@ -368,11 +371,14 @@ def test_a_full_disk_is_one_line_and_nothing_earlier_is_lost(tmp_path, monkeypat
     assert "Traceback" not in done.stderr
     said = (done.stdout + done.stderr).replace("\r", "\n").splitlines()
     assert [line for line in said if "can't be written (" in line and "training goes on" in line]
-    assert said[-1].startswith("error: ")
+    assert said[-1].startswith("error: the model can't be written")
+    assert said[-1].endswith("; nothing is saved")
+    for what in ("checkpoint run/checkpoints/step_00000006", "the model"):
+        assert len([line for line in said if line.startswith(what) and line.endswith("trying again in 0.01 s")]) == 2
     assert not (tmp_path / "run" / "model").exists()
     assert [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")] == []
     monkeypatch.chdir(tmp_path)
-    train.main(command[2:])
+    train.main(command[3:])
     assert (tmp_path / "run" / "summary.json").exists()
 
 

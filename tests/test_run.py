@@ -1,6 +1,7 @@
 """Runs of tiny networks and of a method whose weights are known in closed form: back, on and resumed, to the bit."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -242,6 +243,55 @@ def test_the_older_snapshot_is_taken_where_training_breaks_twice(tmp_path):
             run.advance()
         returns.append(run.judge(whole=True).to_step)
     assert returns == [4, 2, 2]
+
+
+def test_the_older_checkpoint_is_taken_where_training_breaks_twice_after_the_only_snapshot(tmp_path):
+    """In a run that nothing interrupts as in one that resumes from the checkpoint after which it breaks."""
+
+    def broken_twice(run):
+        returns = []
+        for _ in range(4):
+            while run.step < 7:
+                run.advance()
+            returns.append(run.judge(whole=True).to_step)
+        return returns
+
+    def make(folder):
+        return make_run(folder, Falling(breaks={7}), guard={"ladder": [Remedy(lr=0.5)]})
+
+    run = make(tmp_path / "a")
+    for _ in range(3):
+        advance(run, 2)
+        run.snapshot(alone=True)
+        run.save({})
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert broken_twice(run) == [6, 4, 2, 2]
+    assert weights_are(run, -2 * 0.125)
+    assert run.learner.remedy == Remedy(lr=0.0625)
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step_00000002"]
+    resumed = make(tmp_path / "b")
+    resumed.resume()
+    resumed.snapshot()
+    assert broken_twice(resumed) == [6, 4, 2, 2]
+    assert same(everything(resumed), everything(run))
+    # The last word leaves what there is.
+    last = make_run(tmp_path / "b", Falling(breaks={7}), guard={"max_rollbacks": 0})
+    last.resume()
+    last.snapshot(alone=True)
+    last.guard.snapshots[0].broke = True
+    while last.step < 7:
+        last.advance()
+    assert last.judge(whole=True) == Rollback(7, 2, "signal not finite", None)
+
+
+def test_cross_entropy_alone_is_told_no_remedies_of_chains(tmp_path):
+    run = make_run(tmp_path, guard={"ladder": [Remedy(lr=0.5, num_steps=1.5, energy_l2=0.1)]})
+    run.learner.method.objective = ObjectiveConfig(w_x=0.0)
+    run.snapshot()
+    spoil(run)
+    assert run.judge(whole=True).remedy == Remedy(lr=0.5) == run.learner.remedy
+    assert run.rollbacks[0]["remedy"] == "lr × 0.5"
+    assert run.learner.published().sgld == SGLDConfig()
 
 
 def test_before_a_whole_look_only_what_is_not_finite_counts(tmp_path):

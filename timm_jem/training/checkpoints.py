@@ -88,6 +88,10 @@ class Checkpoints:
             raise
         return target
 
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are there, oldest first."""
+        return [_step(path) for path in self._all()]
+
     def newest(self, before: int | None = None) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, or None, and a line for each newer one that is not.
 
@@ -140,7 +144,7 @@ class Checkpoints:
         reasons = [reason for reason in gather_object([None if error is None else one_line(error)]) if reason]
         if reasons:
             kept = "earlier ones are whole" if self._all() else "there is no earlier one"
-            raise InputError(f"checkpoint {target} can't be written ({reasons[0]}): {kept}") from error
+            raise InputError(f"checkpoint {target} can't be written ({reasons[0]}): {kept}") from error or OSError(reasons[0])
 
 
 def damage(checkpoint: str | os.PathLike) -> str | None:

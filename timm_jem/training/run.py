@@ -77,6 +77,8 @@ class Run:
     def judge(self, *, whole: bool) -> Rollback | None:
         """Go back to the last good snapshot where the steps since the last whole look broke; None: all is well.
 
+        Where they broke already after the only snapshot that there is, the checkpoint before it is taken.
+
         Waits for the device.
 
         Args:
@@ -91,12 +93,16 @@ class Run:
                 self.guard.close()
             return None
         broke_at, remedies = self.step, self.learner.remedy
+        number, config = len(self.rollbacks), self.guard.config
+        if number < config.max_rollbacks and self.guard.cornered:
+            self._take_older_checkpoint()
         step, state = self.guard.last_good()
         self._restore(state)
-        number, config = len(self.rollbacks), self.guard.config
         if number >= config.max_rollbacks:  # more, where a resumed run is allowed fewer
             return Rollback(broke_at, step, reason, None)
         remedy = config.ladder[min(number, len(config.ladder) - 1)]
+        if (heeded := getattr(self.learner.method, "heeds", None)) is not None:
+            remedy = remedy.only(heeded)
         self.learner.remedy = remedies
         self.learner.apply(remedy, self._process_seed() + 1_000_000 * (number + 1))
         self.rollbacks.append({"step": broke_at, "to_step": step, "reason": reason, "remedy": str(remedy)})
@@ -163,6 +169,20 @@ class Run:
         self.checkpoints.forget_after(self.step)
         accelerator.print(f"goes on from {checkpoint}, step {self.step}")
         return saved["extra"]
+
+    def _take_older_checkpoint(self) -> None:
+        """Keep the checkpoint before the only snapshot in its place, where there is one of as many processes."""
+        checkpoint, _ = self.checkpoints.newest(before=self.guard.snapshots[0].step)
+        if checkpoint is None or not is_current(checkpoint):
+            return
+        files, accelerator = rank_files(checkpoint), self.learner.accelerator
+        if len(files) != accelerator.num_processes:
+            return
+        saved = _read(checkpoint, files, accelerator.process_index)
+        step = saved["state"]["learner"]["step"]
+        self.guard.load_state_dict(saved["guard"])
+        self.guard.keep(step, saved["state"], alone=True)
+        self.checkpoints.forget_after(step)  # where training breaks
 
     def _state(self) -> dict[str, Any]:
         """What training goes on from after a rollback."""

@@ -216,9 +216,21 @@ class RunFolder:
             raise InputError(f"{self.summary_file} holds a {type(summary).__name__}: remove it, and the run goes on")
         return summary
 
+    def write_text(self, file: Path, text: str) -> None:
+        """Replace a file of the run's.
+
+        Raises:
+            InputError: it can't be written; the old one is as it was.
+        """
+        try:
+            with replaced_file(file) as aside:
+                aside.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{file} can't be written ({one_line(error)}): make room") from error
+
     def write_json(self, file: Path, data: Any) -> None:
-        with replaced_file(file) as aside:
-            aside.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        """As :meth:`write_text`."""
+        self.write_text(file, json.dumps(data, indent=2) + "\n")
 
     def write_picture(self, name: str, picture: Image.Image) -> None:
         with replaced_file(self.path / name) as aside:
