@@ -451,6 +451,13 @@ def test_a_checkpoint_of_other_settings_or_another_version_is_refused(tmp_path):
     run.checkpoints.save(2, {"learner": {}, "guard": {}})
     with pytest.raises(InputError, match="step_00000002 is none of a run"):
         make_run(tmp_path, Falling()).resume()
+    # Its shared file taken out of the manifest.
+    manifest = saved / "manifest.json"
+    told = json.loads(manifest.read_text())
+    del told["sha256"]["shared.safetensors"]
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(InputError, match="step_00000001 has no weights"):
+        make_run(tmp_path, Falling()).resume(saved)
     # As 0.1.0 wrote them.
     folder = tmp_path / "checkpoints" / "step_00000003"
     folder.mkdir()

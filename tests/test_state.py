@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -136,7 +138,7 @@ def test_what_a_killed_process_left_is_found_or_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000030"]
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "no file", "no manifest", "bad manifest", "empty manifest"])
+@pytest.mark.parametrize("harm", ["truncate", "flip", "no file", "no manifest", "bad manifest", "empty manifest", "no rank"])
 def test_damage_is_found_and_an_older_one_taken(tmp_path, harm):
     checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True), keep=2)
     older = checkpoints.save(10, {"a": torch.arange(1000)})
@@ -152,6 +154,8 @@ def test_damage_is_found_and_an_older_one_taken(tmp_path, harm):
         file.unlink()
     elif harm == "no manifest":
         manifest.unlink()
+    elif harm == "no rank":
+        manifest.write_text(json.dumps({"sha256": {"manifest.json": ""}}))
     else:
         manifest.write_text("{" if harm == "bad manifest" else '{"sha256": {}}')
     assert damage(older) is None

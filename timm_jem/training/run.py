@@ -209,4 +209,6 @@ def _read(checkpoint: Path, files: list[Path], rank: int) -> dict[str, Any]:
         raise InputError(f"checkpoint {checkpoint} is none of a run: give another")
     if shared is not None:
         saved["state"]["learner"] |= load_tree(shared)
+    if "model" not in saved["state"]["learner"]:
+        raise InputError(f"checkpoint {checkpoint} has no weights: its manifest was changed; give another")
     return saved
