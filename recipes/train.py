@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 
 from timm_jem import InputError
 from timm_jem.data import Splits, load_splits
+from timm_jem.data.identity import data_identity
 from timm_jem.errors import one_line
 from timm_jem.hub.repository import make_repository
 from timm_jem.training import (
@@ -58,35 +59,30 @@ def main(argv: list[str]) -> None:
     stream = build_stream(settings, splits, learner)
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)
-    if settings.resume in (None, "auto") and accelerator.is_main_process:
-        folder.claim()
-    (folder,) = broadcast_object_list([folder])
-
-    run = Run(
-        learner,
-        stream,
-        DivergenceGuard(settings.guard, accelerator, len(splits.class_names), learner.method.watched),
-        Checkpoints(folder.checkpoints, accelerator, keep=settings.train.keep_checkpoints),
-        grad_accum=settings.train.grad_accum,
-        seed=settings.train.seed,
-    )
-    record = Record(folder, accelerator, settings, command)
-    if settings.resume:
-        resume(settings.resume, run, record)
-    record.open(run.step)
-    record.say(describe(settings, splits, run, folder))
-    broke = train(settings, splits, run, record)
-    finish(settings, splits, run, record, broke)
-    accelerator.end_training()
+    with folder.claimed(accelerator):
+        run = Run(
+            learner,
+            stream,
+            DivergenceGuard(settings.guard, accelerator, len(splits.class_names), learner.method.watched),
+            Checkpoints(folder.checkpoints, accelerator, keep=settings.train.keep_checkpoints),
+            grad_accum=settings.train.grad_accum,
+            seed=settings.train.seed,
+        )
+        record = Record(folder, accelerator, settings, command, data_identity(splits))
+        if settings.resume:
+            resume(settings.resume, run, record)
+        record.open(run.step)
+        record.say(describe(settings, splits, run, folder))
+        broke = train(settings, splits, run, record)
+        finish(settings, splits, run, record, broke)
+        accelerator.end_training()
 
 
 def resume(asked: str, run: Run, record: Record) -> None:
     """Go on from the newest whole checkpoint, or the one that was asked for; "auto" starts where there is none."""
     folder = record.folder
-    saved = run.resume(folder.checkpoint)
-    if saved is not None:
-        record.load_state_dict(saved)
-    elif asked != "auto" or folder.summary_file.is_file():
+    saved = run.resume(folder.checkpoint, record.load_state_dict)
+    if saved is None and (asked != "auto" or folder.summary_file.is_file()):
         raise InputError(f"{folder} has no complete checkpoint to resume from: start again in another output_dir")
 
 
@@ -169,12 +165,14 @@ def publish(settings: Settings, splits: Splits, run: Run, record: Record) -> Non
 def save(run: Run, record: Record, *, needed: bool) -> None:
     """Write a checkpoint. Where it is the last word of a stopped run, one that can't be written is an error."""
     run.snapshot(alone=True)  # as a resumed run, which has no other
+    last = run.step == record.settings.train.steps
+    tries = record.patiently if needed or last else (lambda write: write())
     try:
-        run.save(record.state_dict())
+        tries(lambda: run.save(record.state_dict()))
     except InputError as error:
         if needed:
             raise
-        record.say(f"{error}; training goes on")
+        record.say(f"{error}{'' if last else '; training goes on'}")
 
 
 if __name__ == "__main__":
@@ -187,7 +185,3 @@ if __name__ == "__main__":
         if not (torch.distributed.is_initialized() and any(name in str(error).lower() for name in ("gloo", "nccl"))):
             raise
         sys.exit(f"error: another process of this run has ended ({one_line(error)}); go on with --resume")
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        sys.exit(f"error: {one_line(error)}; what was written before is whole: fix this and go on with --resume")

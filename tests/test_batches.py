@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from timm_jem import InputError
 from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.training import Batches
 
@@ -72,8 +71,12 @@ def test_images_without_a_label_serve_the_density_alone():
     _, alone = make({"labels_per_class": 2}, energies=False, ce_noise=0.0)
     assert set(bytes_of(next(alone).u)) <= labelled
     assert list(alone.state_dict()) == ["ce"]
-    with pytest.raises(InputError, match="drew images for ce and px, this one for ce"):
-        alone.load_state_dict(batches.state_dict())
+    # At another objective those of the cross-entropy go on where they were, and those for p(x) start afresh.
+    alone.load_state_dict(batches.state_dict())
+    assert alone.state_dict() == {"ce": batches.state_dict()["ce"]}
+    _, both = make({"labels_per_class": 2}, ce_noise=0.0)
+    both.load_state_dict(alone.state_dict())
+    assert both.state_dict() == {**alone.state_dict(), "px": {"position": 0}}
 
 
 def test_a_stream_goes_on_about_where_it_was_with_other_processes(tmp_path):

@@ -177,6 +177,19 @@ def test_the_licence_is_that_of_the_weights(provenance, weights, expected):
     assert (about.license, about.license_name) == expected
 
 
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        ({"processes": 2, "device": "cuda", "mixed_precision": "bf16"}, "7 steps; 2 processes on cuda in bf16."),
+        ({"processes": 1, "device": "cpu", "mixed_precision": "no"}, "7 steps; 1 process on cpu."),
+        ({"processes": 1, "device": "[x](y)", "mixed_precision": None}, r"7 steps; 1 process on \[x\](y)."),
+        ({}, "7 steps."),
+    ],
+)
+def test_what_it_was_trained_on_is_said(machine, said):
+    assert said in card({"steps": 7, **machine})
+
+
 def test_a_run_that_gave_up_says_so():
     explanation = "gave up after 6 rollbacks at step 12: loss is nan; lower train.lr or sgld.noise_std"
     text = card({"outcome": "stopped", "explanation": explanation, "steps": 0, "rollbacks": [{}] * 6})

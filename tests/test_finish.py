@@ -4,9 +4,11 @@ import json
 import os
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 
 import timm_jem
@@ -55,7 +57,7 @@ def trained(folder: Path, splits, flags: str = ""):
         Checkpoints(folder / "checkpoints", accelerator),
     )
     record = Record(RunFolder(folder), accelerator, settings, command)
-    record.folder.claim()
+    record.folder.path.mkdir(parents=True)
     record.open(0)
     while run.step < settings.train.steps:
         run.advance()
@@ -85,7 +87,45 @@ def test_what_is_reported_is_what_is_saved(tmp_path, splits, flags):
     assert summary["sample_steps"] in (2, 4)
     assert summary["seconds_per_step"] == summary["seconds"] / 2
     assert saved.provenance["mixed_precision"] == ("bf16" if "bf16" in flags else "no")
+    told = " --mixed_precision bf16" if "bf16" in flags else ""
+    assert saved.provenance["command"].startswith(f"accelerate launch{told} recipes/train.py --data.dataset")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert config.startswith(f"# 1 process on cpu, precision {saved.provenance['mixed_precision']}\n")
+    assert yaml.safe_load(config)["train"]["mixed_precision"] == saved.provenance["mixed_precision"]
     assert {result["value"] for result in saved.provenance["results"]} == {summary["test_accuracy"], summary["test_ece"]}
+
+
+def test_a_launchers_precision_is_kept_with_the_run(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    settings, _ = parse_settings(shlex.split(SHORT))
+    assert settings.train.mixed_precision is None
+    open_accelerator(settings.train)
+    assert settings.sections()["train"]["mixed_precision"] == "bf16"
+
+
+@pytest.mark.parametrize(("chains", "advice"), [(True, "sgld.noise_std"), (False, "lower train.lr, or take a smooth")])
+def test_advice_is_about_what_the_run_has(tmp_path, chains, advice):
+    flags = "" if chains else "--train.objective.w_x 0"
+    settings, _ = parse_settings(shlex.split(f"{SHORT} {flags}"))
+    told = end._explanation(Rollback(7, 2, "gap not finite", None), SimpleNamespace(rollbacks=[]), settings)
+    assert told.startswith("gave up after 0 rollbacks at step 7: gap not finite; lower train.lr")
+    assert advice in told
+    assert ("sgld" in told) == chains
+
+
+def test_a_model_that_can_not_be_saved_says_what_there_is(tmp_path, splits, monkeypatch):
+    settings, _, run, record = trained(tmp_path / "run", splits)
+    monkeypatch.setattr("timm_jem.training.record.WAITS", (0.0,))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("timm_jem.hub.folder.save_for_hf", full)
+    run.save(record.state_dict())
+    told = r"No space left on device.*; the checkpoint of step 2 is whole: go on with --resume \S+/run$"
+    with pytest.raises(InputError, match=told):
+        end.finish(settings, splits, run, record)
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoints", "config.yaml", "metrics.jsonl"]
 
 
 def test_a_run_that_gave_up_leaves_its_last_good_model(tmp_path, splits, monkeypatch):

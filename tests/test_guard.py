@@ -89,11 +89,25 @@ def test_before_a_look_only_what_is_not_finite_counts():
     assert guard.problem(early=True) == "gap not finite"
 
 
-def test_other_terms_start_a_new_window():
+def test_iterations_with_other_terms_are_judged_as_well():
     guard = healthy()
     observe(guard, 4, gap=math.nan)
     observe(guard, 4, l2=1.0)
+    assert guard.problem() == "gap not finite"
+    guard = healthy()
+    for i in range(10):  # a term that comes and goes
+        observe(guard, 1, gap=-40.0, **({"l2": 1.0} if i % 2 else {}))
+    assert guard.problem() == "|gap| ran away: 40 after 0.3"
+    guard = healthy()
+    observe(guard, 9)
+    observe(guard, 1, gap=-40.0, l2=1.0)  # one wild iteration is none, whatever terms it had
     assert guard.problem() is None
+
+
+def test_before_the_first_look_the_bound_is_told():
+    guard = make()
+    observe(guard, gap=3.88e7)
+    assert guard.problem() == "|gap| ran away: 3.88e+07, above guard.max_energy 1e+06"
 
 
 def test_limits_are_the_configs():
@@ -155,6 +169,12 @@ def test_its_state_goes_on_bit_for_bit():
     for g in (guard, other):
         g.close()
     assert other.scales == guard.scales
+
+
+def test_a_remedy_is_what_reaches_the_method():
+    remedy = Remedy(lr=0.5, num_steps=1.5, step_size=0.3, energy_l2=0.1)
+    assert remedy.only(("num_steps", "step_size", "energy_l2")) == remedy
+    assert str(remedy.only(())) == "lr × 0.5"
 
 
 def test_remedies_add_up():

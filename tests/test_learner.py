@@ -1,5 +1,6 @@
 """Training state: one process or two, interrupted or not, is the same training."""
 
+import copy
 import os
 import socket
 from types import SimpleNamespace
@@ -16,7 +17,9 @@ from torch.distributed.tensor import DTensor
 
 import timm_jem
 from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
-from timm_jem.training import Batch, Learner, MaximumLikelihood, Remedy, refuse_unsupported
+from timm_jem.evaluation import accuracy, predict
+from timm_jem.training import Batch, Checkpoints, Learner, MaximumLikelihood, Remedy, Run, refuse_unsupported
+from timm_jem.training.measure import in_batches, measure
 from timm_jem.training.publish import whole_state
 from timm_jem.training.state import copy_tree
 
@@ -105,6 +108,72 @@ def test_two_processes_train_as_one_does(tmp_path, shard):
     # The same chains, in another order of slots.
     together = torch.cat([first["buffer"]["chains"], second["buffer"]["chains"]])
     torch.testing.assert_close(together, alone.method.buffer.chains, rtol=0, atol=1e-5)
+
+
+class Images(torch.utils.data.Dataset):
+    """What an ImageSet is to evaluation."""
+
+    def __init__(self, count: int) -> None:
+        u, self.labels = images(99)
+        self.images = ((u + 1) * 127).byte()[:count]
+        self.labels = self.labels[:count]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, rows):
+        return self.images[rows], self.labels[rows]
+
+
+def statistics_of_two(rank: int, port: int, folder: str) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    share = slice(rank * SIZE, (rank + 1) * SIZE)
+    # With chains there are more forwards in a step, and the later ones send the first process's statistics around.
+    settings = {"model": {"norm_layer": "batchnorm2d"}, "objective": ObjectiveConfig(w_x=0.0)}
+    learner, again = (make(share, **copy.deepcopy(settings)) for _ in range(2))
+    checkpoints = Checkpoints(f"{folder}/checkpoints", learner.accelerator)
+    stream = SimpleNamespace(state_dict=dict, load_state_dict=lambda *_: None)
+    guard = SimpleNamespace(state_dict=dict, load_state_dict=lambda *_: None)
+    train(learner, 3, share)
+    Run(learner, stream, guard, checkpoints).save({})
+    train(learner, 2, share)
+    Run(again, stream, guard, checkpoints).resume()
+    train(again, 2, share)
+    expected, resumed = (copy_tree(each.state_dict()) for each in (learner, again))
+    published = learner.published()
+    of_both = learner.accelerator.gather(torch.cat([b.flatten().float() for b in published.buffers()])[None])
+    assert not torch.equal(*of_both)
+    figures = measure(published, Images(2 * SIZE), "val", learner.accelerator)
+    buffers = torch.cat([b.flatten().float() for b in published.buffers()])
+    same = bool(torch.equal(buffers, of_both[0]))
+    torch.save({"expected": expected, "resumed": resumed, "same": same, "figures": figures}, f"{folder}/{rank}.pt")
+    if rank == 0:
+        logits, _ = predict(published, in_batches(Images(2 * SIZE), 0))
+        assert figures["val_accuracy"] == accuracy(logits, Images(2 * SIZE).labels)
+    learner.accelerator.end_training()
+
+
+def test_two_processes_have_the_statistics_of_one_model(tmp_path):
+    """Each process's BatchNorm sees its own images: a resumed run has them as they were, and what is evaluated is what is
+    saved."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        statistics_of_two, (port, str(tmp_path)), nprocs=2, start_method=FORKS.get_start_method()
+    )
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert [each["same"] for each in both] == [True, True]
+    assert both[0]["figures"] == both[1]["figures"]
+    for each in both:
+        expected, resumed = each["expected"], each["resumed"]
+        for part in ("model", "ema"):
+            assert all(torch.equal(resumed[part][name], expected[part][name]) for name in expected[part])
+        assert torch.equal(resumed["buffer"]["chains"], expected["buffer"]["chains"])
 
 
 def a_sharded_model_made_whole(rank: int, folder: str) -> None:

@@ -297,10 +297,25 @@ def test_the_best_are_those_of_the_run_as_it_ended(tmp_path, monkeypatch):
     assert sorted(os.listdir("moved/checkpoints")) == ["step_00000014"]  # its own keep_checkpoints
     for line in Path("moved/metrics.jsonl").read_text().splitlines():
         json.loads(line)
-    # Other settings that the state has no place for, and a finished run without checkpoints.
+    # Another seed, other data, the same data elsewhere, and a finished run without checkpoints.
     os.unlink("moved/summary.json")
-    with pytest.raises(InputError, match="drew images for px, this one for ce and px"):
-        train.main(["--resume", "moved", "--train.ce_batch_size", "4"])
+    config = Path("moved/config.yaml").read_text()
+    with pytest.raises(InputError, match=r"train\.seed is 5 now and was 0, and a run that goes on can't"):
+        train.main(["--resume", "moved", "--train.seed", "5"])
+    rows = digits()
+    for name, which in (("fewer", range(1700)), ("mixed", [0, 2, 1, *range(3, 1797)]), ("elsewhere", range(1797))):
+        rows.select(which).to_parquet(f"{name}.parquet")
+    for name in ("fewer", "mixed"):
+        with pytest.raises(
+            InputError, match=f"{name}.parquet is not the data of this run .*test images could move into"
+        ) as error:
+            train.main(["--resume", "moved", "--data.dataset", f"{name}.parquet"])
+        assert "\n" not in str(error.value)
+    assert Path("moved/config.yaml").read_text() == config
+    train.main(["--resume", "moved", "--data.dataset", "elsewhere.parquet", "--train.steps", "15"])
+    after = yaml.safe_load(Path("moved/config.yaml").read_text())
+    assert (after["data"]["dataset"], after["train"]["opt"], after["train"]["steps"]) == ("elsewhere.parquet", "sgd", 15)
+    assert timm_jem.from_pretrained("moved/model").provenance["data"] == jem.provenance["data"]
     shutil.rmtree("moved/checkpoints")
     Path("moved/summary.json").write_text('{"outcome": "finished", "steps": 14}')
     with pytest.raises(InputError, match="no complete checkpoint"):
@@ -331,9 +346,12 @@ def test_an_image_that_breaks_late_is_named_and_nothing_is_lost(tmp_path, monkey
 
 def test_a_full_disk_is_one_line_and_nothing_earlier_is_lost(tmp_path, monkeypatch):
     """The kernel itself refuses to write files above a size, as it does on a full disk; then more is allowed."""
-    command = [sys.executable, ROOT / "recipes" / "train.py", *shlex.split(SHORT), *shlex.split(
-        "--output_dir run --resume auto --train.checkpoint_every 2 --train.buffer_size 200 --train.steps 6"
-    )]  # fmt: skip
+    flags = f"{SHORT} --output_dir run --resume auto --train.checkpoint_every 2 --train.buffer_size 200 --train.steps 6"
+    impatient = (
+        "import runpy, sys; from timm_jem.training import record; record.WAITS = (0.01, 0.01); "
+        f"sys.argv[0] = '{ROOT}/recipes/train.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", impatient, *shlex.split(flags)]
 
     def run(limit):
         def restrict():
@@ -353,11 +371,14 @@ def test_a_full_disk_is_one_line_and_nothing_earlier_is_lost(tmp_path, monkeypat
     assert "Traceback" not in done.stderr
     said = (done.stdout + done.stderr).replace("\r", "\n").splitlines()
     assert [line for line in said if "can't be written (" in line and "training goes on" in line]
-    assert said[-1].startswith("error: ")
+    assert said[-1].startswith("error: the model can't be written")
+    assert said[-1].endswith("; nothing is saved")
+    for what in ("checkpoint run/checkpoints/step_00000006", "the model"):
+        assert len([line for line in said if line.startswith(what) and line.endswith("trying again in 0.01 s")]) == 2
     assert not (tmp_path / "run" / "model").exists()
     assert [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")] == []
     monkeypatch.chdir(tmp_path)
-    train.main(command[2:])
+    train.main(command[3:])
     assert (tmp_path / "run" / "summary.json").exists()
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from timm_jem import ReplayBuffer, uniform_noise
+from timm_jem import InputError, ReplayBuffer, uniform_noise
 from timm_jem.training import Remedy, Rollback, Settings, TrainConfig
 from timm_jem.training.record import Record, _flat
 from timm_jem.training.run_folder import RunFolder
@@ -17,7 +17,7 @@ from timm_jem.training.run_folder import RunFolder
 
 def make(path: Path, command=(), **train) -> Record:
     folder = RunFolder(path)
-    folder.claim()
+    folder.path.mkdir(parents=True, exist_ok=True)
     return Record(folder, Accelerator(cpu=True), Settings(train=TrainConfig(**{"steps": 10, **train})), command)
 
 
@@ -42,7 +42,7 @@ def test_an_opened_record_has_settings_and_metrics_alone(tmp_path):
     record.open(0)
     record.close()
     assert sorted(os.listdir(tmp_path / "a")) == ["config.yaml", "metrics.jsonl"]
-    assert (tmp_path / "a" / "config.yaml").read_text() == record.settings.as_yaml()
+    assert (tmp_path / "a" / "config.yaml").read_text() == (f"# 1 process on cpu, precision no\n{record.settings.as_yaml()}")
     assert lines(tmp_path / "a") == []
 
 
@@ -56,6 +56,89 @@ def test_metrics_are_lines_of_json(tmp_path):
         {"step": 2, "loss": 1.5},
     ]
     record.close()
+
+
+def test_lines_that_a_full_disk_does_not_take_wait(tmp_path, capsys):
+    record = make(tmp_path / "a")
+    record.open(0)
+    record.log(1, {"loss": 0.5})
+    file, room = record._metrics, [5]  # bytes
+
+    def write(content):
+        if not room:
+            return file.write(content)
+        if room[0] == 0:
+            raise OSError(28, "No space left on device")
+        taken = file.write(content[: room[0]])
+        room[0] -= taken
+        return taken
+
+    record._metrics = SimpleNamespace(
+        write=write, tell=file.tell, truncate=file.truncate, seek=file.seek, fileno=file.fileno, close=file.close
+    )
+    for step in (2, 3):
+        record.log(step, {"loss": 0.5})
+        assert [line["step"] for line in lines(tmp_path / "a")] == [1]
+    assert record.state_dict()["metrics_bytes"] == (tmp_path / "a" / "metrics.jsonl").stat().st_size
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("can't be written ([Errno 28] No space left on device): its lines wait") == 1
+    room.clear()
+    record.log(4, {"loss": 0.5})
+    record.close()
+    assert [line["step"] for line in lines(tmp_path / "a")] == [1, 2, 3, 4]
+
+
+def test_what_the_disk_refuses_is_tried_again(tmp_path, monkeypatch, capsys):
+    record = make(tmp_path / "a")
+    record.open(0)
+    waited, tries = [], []
+    monkeypatch.setattr("timm_jem.training.record.time.sleep", waited.append)
+
+    def write(error, cause, succeeds_at):
+        tries.append(0)
+        if len(tries) < succeeds_at:
+            raise error from cause
+        return "written"
+
+    full = OSError(28, "No space left on device")
+    assert record.patiently(lambda: write(InputError("no model"), full, 3)) == "written"
+    assert waited == [1, 5]
+    said = capsys.readouterr()
+    assert "no model; trying again in 5 s" in said.out + said.err
+    tries.clear()
+    with pytest.raises(OSError, match="No space left"):
+        record.patiently(lambda: write(full, None, 9))
+    assert (len(tries), len(waited)) == (4, 5)
+    tries.clear()
+    with pytest.raises(InputError, match="no model"):  # no disk's fault
+        record.patiently(lambda: write(InputError("no model"), None, 9))
+    assert len(tries) == 1
+    record.close()
+
+
+def test_pictures_that_can_not_be_written_are_left_out(tmp_path, monkeypatch, capsys):
+    record = make(tmp_path / "a")
+    record.open(0)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    record.picture(1, "samples.png", Image.new("L", (2, 2)))
+    record.close()
+    said = capsys.readouterr()
+    assert "samples.png can't be written ([Errno 28] No space left on device) and is left out" in said.out + said.err
+    assert sorted(os.listdir(tmp_path / "a")) == ["config.yaml", "metrics.jsonl"]
+
+
+def test_settings_that_can_not_be_written_are_said(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    record = make(tmp_path / "a")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match=r"config\.yaml can't be written \(.*No space left on device\): make room"):
+        record.open(0)
 
 
 def test_numbers_go_to_trackers_as_well(tmp_path):

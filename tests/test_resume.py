@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from recipe_processes import start_recipe
 
 from timm_jem.training import load_tree, rank_files
+from timm_jem.training.checkpoints import shared_file
 
 FLAGS = shlex.split(
     "--output_dir run --resume auto --train.threads 1 --train.steps 60 --train.batch_size 16 --train.warmup_steps 5 "
@@ -94,8 +96,9 @@ def assert_same(run: Path, other: Path) -> None:
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
     for folder in (".", "best", "checkpoints"):
         assert sorted(os.listdir(run / folder)) == sorted(os.listdir(other / folder))
-    states = [rank_files(folder / "checkpoints" / "step_00000060") for folder in (run, other)]
-    assert len(states[0]) == len(states[1]) > 0
+    newest = [folder / "checkpoints" / "step_00000060" for folder in (run, other)]
+    states = [[shared_file(checkpoint), *rank_files(checkpoint)] for checkpoint in newest]
+    assert len(states[0]) == len(states[1]) > 1
     for first, second in zip(*states, strict=True):
         assert without_times(load_tree(first)) == without_times(load_tree(second))
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run, other)]
@@ -178,6 +181,43 @@ def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(tmp_path, reference, numb
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == content
 
 
+def test_runs_started_at_once_are_whole_and_a_second_writer_is_refused(tmp_path):
+    """Three seeds, each in a folder of its own; and a live run that another process wants to go on with."""
+    flags = shlex.split("--train.steps 8 --train.checkpoint_every 4 --train.eval_every 0 --train.sample_every 0")
+    flags = [*FLAGS[4:], *flags]  # without output_dir and resume
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+    def begin(name: str, *more: str) -> BaseProcess:
+        return start_recipe("train.py", [*flags, *more], tmp_path, environment, tmp_path / f"output_{name}.txt")
+
+    seeds = [begin(seed, "--train.seed", seed) for seed in "012"]
+    assert finish(seeds) == [0, 0, 0], output(tmp_path)
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert [run.name for run in runs] == ["digits", "digits-2", "digits-3"]
+    written = [yaml.safe_load((run / "config.yaml").read_text())["train"]["seed"] for run in runs]
+    assert sorted(written) == [0, 1, 2]
+    for run, seed in zip(runs, written, strict=True):
+        assert json.loads((run / "summary.json").read_text())["steps"] == 8
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+        assert json.loads((run / "model" / "config.json").read_text())["timm_jem"]["provenance"]["seed"] == seed
+        assert sorted(os.listdir(run / "checkpoints")) == ["step_00000004", "step_00000008"]
+    long = begin("long", "--output_dir", "live", "--train.steps", "100000")
+    while not list((tmp_path / "live").glob("checkpoints/step_*")):
+        assert running(long), output(tmp_path)
+        time.sleep(0.01)
+    for name, how in (("auto", ["--output_dir", "live", "--resume", "auto"]), ("named", ["--resume", "live"])):
+        assert ends(begin(name, *how)) == 1
+        said = (tmp_path / f"output_{name}.txt").read_text()
+        assert f"error: another process, pid {long.pid} on {socket.gethostname()}, is writing to live: " in said
+        assert "Traceback" not in said
+    assert running(long), output(tmp_path)
+    os.kill(long.pid, signal.SIGTERM)
+    assert ends(long) == 128 + signal.SIGTERM, output(tmp_path)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "live" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+
+
 def test_models_half_written_are_removed(tmp_path, reference):
     shutil.copytree(reference(1), tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
@@ -197,9 +237,8 @@ def test_another_number_of_processes_deals_out_the_chains(tmp_path, reference):
     assert finish(start(tmp_path, 1, "--train.steps", "56", "--train.buffer_size", "400")) == [0], output(tmp_path)
     assert "was written with 2 processes and goes on with 1" in output(tmp_path)
     (file,) = rank_files(tmp_path / "run" / "checkpoints" / "step_00000056")
-    state = load_tree(file)
-    assert state["state"]["learner"]["step"] == 56
-    new = state["state"]["learner"]["buffer"]["chains"]
+    assert load_tree(shared_file(file.parent))["step"] == 56
+    new = load_tree(file)["state"]["learner"]["buffer"]["chains"]
     assert new.shape == old.shape
     kept = (old.flatten(1).unsqueeze(1) == new.flatten(1)).all(2).any(0).sum()
     assert kept >= 400 - 16  # all but those that the one step moved

@@ -1,5 +1,7 @@
 """Runs of tiny networks and of a method whose weights are known in closed form: back, on and resumed, to the bit."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -87,7 +89,7 @@ class Falling:
         self.count = state["count"]
 
 
-def make_run(folder, method=None, *, lr=0.125, guard=None, grad_accum=1, keep=9, classes=None, optimizer=None) -> Run:
+def make_run(folder, method=None, *, lr=0.125, guard=None, grad_accum=1, keep=9, classes=None, groups=None) -> Run:
     """Maximum likelihood by SGLD on the tiny network with Adam, or another method with SGD; no schedule."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
@@ -95,12 +97,13 @@ def make_run(folder, method=None, *, lr=0.125, guard=None, grad_accum=1, keep=9,
     if isinstance(method, Falling):  # from zero, so that sums of powers of two are exact
         for parameter in jem.parameters():
             nn.init.zeros_(parameter)
+    optimizer = torch.optim.SGD(jem.parameters(), lr)
     if method is None:
         chains = torch.Generator().manual_seed(1)
         buffer = ReplayBuffer(SHAPE, init=uniform_noise, generator=chains, capacity=24, restart_prob=0.3, num_classes=classes)
         method = MaximumLikelihood(jem, buffer, sgld=SGLDConfig(num_steps=2), objective=ObjectiveConfig())
-        optimizer = torch.optim.Adam(jem.parameters(), lr)
-    prepared, optimizer = accelerator.prepare(jem, optimizer or torch.optim.SGD(jem.parameters(), lr))
+        optimizer = torch.optim.Adam(jem.parameters() if groups is None else groups(jem), lr)
+    prepared, optimizer = accelerator.prepare(jem, optimizer)
     prepared.train()
     learner = Learner(accelerator, prepared, jem, optimizer, None, method, generator=torch.Generator().manual_seed(2))
     guard = GuardConfig(check_every=1, snapshot_every=1, **(guard or {}))
@@ -242,6 +245,55 @@ def test_the_older_snapshot_is_taken_where_training_breaks_twice(tmp_path):
     assert returns == [4, 2, 2]
 
 
+def test_the_older_checkpoint_is_taken_where_training_breaks_twice_after_the_only_snapshot(tmp_path):
+    """In a run that nothing interrupts as in one that resumes from the checkpoint after which it breaks."""
+
+    def broken_twice(run):
+        returns = []
+        for _ in range(4):
+            while run.step < 7:
+                run.advance()
+            returns.append(run.judge(whole=True).to_step)
+        return returns
+
+    def make(folder):
+        return make_run(folder, Falling(breaks={7}), guard={"ladder": [Remedy(lr=0.5)]})
+
+    run = make(tmp_path / "a")
+    for _ in range(3):
+        advance(run, 2)
+        run.snapshot(alone=True)
+        run.save({})
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert broken_twice(run) == [6, 4, 2, 2]
+    assert weights_are(run, -2 * 0.125)
+    assert run.learner.remedy == Remedy(lr=0.0625)
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step_00000002"]
+    resumed = make(tmp_path / "b")
+    resumed.resume()
+    resumed.snapshot()
+    assert broken_twice(resumed) == [6, 4, 2, 2]
+    assert same(everything(resumed), everything(run))
+    # The last word leaves what there is.
+    last = make_run(tmp_path / "b", Falling(breaks={7}), guard={"max_rollbacks": 0})
+    last.resume()
+    last.snapshot(alone=True)
+    last.guard.snapshots[0].broke = True
+    while last.step < 7:
+        last.advance()
+    assert last.judge(whole=True) == Rollback(7, 2, "signal not finite", None)
+
+
+def test_cross_entropy_alone_is_told_no_remedies_of_chains(tmp_path):
+    run = make_run(tmp_path, guard={"ladder": [Remedy(lr=0.5, num_steps=1.5, energy_l2=0.1)]})
+    run.learner.method.objective = ObjectiveConfig(w_x=0.0)
+    run.snapshot()
+    spoil(run)
+    assert run.judge(whole=True).remedy == Remedy(lr=0.5) == run.learner.remedy
+    assert run.rollbacks[0]["remedy"] == "lr × 0.5"
+    assert run.learner.published().sgld == SGLDConfig()
+
+
 def test_before_a_whole_look_only_what_is_not_finite_counts(tmp_path):
     run = make_run(tmp_path, Falling(), guard={"max_energy": 1.0})
     run.guard.watched = ["loss"]
@@ -286,6 +338,32 @@ def test_a_resumed_run_is_the_run_that_nothing_interrupted(tmp_path, settings):
     assert same(everything(resumed), everything(whole))
     assert same(resumed.guard.state_dict(), whole.guard.state_dict())
     assert at_four.name == "step_00000004"
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one group", "groups of another number"])
+def test_another_weight_decay_is_as_if_it_were_changed_in_memory(tmp_path, split):
+    def make(decay: float, split: bool) -> Run:
+        return make_run(tmp_path, lr=0.01, groups=lambda jem: [
+            {"params": [p for p in jem.parameters() if p.ndim < 2 or not split], "weight_decay": 0.0 if split else decay},
+            {"params": [p for p in jem.parameters() if p.ndim >= 2 and split], "weight_decay": decay},
+        ])  # fmt: skip
+
+    run, weights = make(0.0, False), []
+    advance(run, 3)
+    run.save({})
+    for number, (told, of_groups, now) in enumerate(
+        [(0.0, False, 0.0), (0.0, False, 0.0), (0.9, split, 0.9), (0.0, split, 0.9)]
+    ):
+        if number:
+            run = make(told, of_groups)
+            run.resume()
+        for group in run.learner.optimizer.param_groups[split:]:
+            group["weight_decay"] = now
+        advance(run, 3)
+        weights.append(copy_tree(run.learner.jem.state_dict()))
+    assert same(weights[0], weights[1])
+    assert same(weights[2], weights[3])
+    assert not same(weights[0], weights[2])
 
 
 def test_remedies_and_rollbacks_go_on_in_a_resumed_run(tmp_path):
@@ -371,7 +449,21 @@ def test_a_checkpoint_of_other_settings_or_another_version_is_refused(tmp_path):
         make_run(tmp_path).resume()
     assert saved.exists()
     run.checkpoints.save(2, {"learner": {}, "guard": {}})
-    with pytest.raises(InputError, match="another version of timm_jem"):
+    with pytest.raises(InputError, match="step_00000002 is none of a run"):
+        make_run(tmp_path, Falling()).resume()
+    # Its shared file taken out of the manifest.
+    manifest = saved / "manifest.json"
+    told = json.loads(manifest.read_text())
+    del told["sha256"]["shared.safetensors"]
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(InputError, match="step_00000001 has no weights"):
+        make_run(tmp_path, Falling()).resume(saved)
+    # As 0.1.0 wrote them.
+    folder = tmp_path / "checkpoints" / "step_00000003"
+    folder.mkdir()
+    digest = save_tree({"state": {}, "guard": {}, "rollbacks": [], "extra": {}}, folder / "rank_0.safetensors")
+    (folder / "manifest.json").write_text(json.dumps({"step": 3, "sha256": {"rank_0.safetensors": digest}}))
+    with pytest.raises(InputError, match="step_00000003 is of another version of timm_jem: resume it with that one"):
         make_run(tmp_path, Falling()).resume()
 
 

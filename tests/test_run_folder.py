@@ -1,14 +1,25 @@
+import contextlib
+import errno
 import json
+import multiprocessing
 import os
+import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from PIL import Image
+from recipe_processes import FORKS
 
 from timm_jem import InputError
 from timm_jem.files import folder_aside
+from timm_jem.training import lock
 from timm_jem.training.run_folder import RunFolder
+
+ALONE = Accelerator(cpu=True)
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +74,8 @@ def test_auto_leaves_a_strangers_numbered_folder_alone():
     Path("runs/digits").mkdir(parents=True)
     Path("runs/digits/mine.txt").write_text("")
     folder = RunFolder.choose(None, "digits", "auto")
-    folder.claim()
+    with folder.claimed(ALONE):
+        pass
     assert folder.path == Path("runs/digits-2")
     assert RunFolder.choose(None, "digits", "auto").path == Path("runs/digits-2")  # killed before it wrote anything
     Path("runs/digits-3").mkdir()
@@ -95,7 +107,8 @@ def test_runs_that_claim_at_once_get_folders_of_their_own():
 
     def claim(folder):
         together.wait()
-        folder.claim()
+        with folder.claimed(ALONE):
+            together.wait()
 
     threads = [threading.Thread(target=claim, args=(folder,)) for folder in folders]
     for thread in threads:
@@ -108,18 +121,104 @@ def test_runs_that_claim_at_once_get_folders_of_their_own():
 
 def test_a_folder_that_can_not_be_made_is_said():
     Path("file").write_text("")
-    with pytest.raises(InputError, match="output_dir file/x can't be made"):
-        RunFolder("file/x").claim()
     Path("runs").write_text("")
-    with pytest.raises(InputError, match="output_dir runs/digits can't be made"):
-        RunFolder.choose(None, "digits", None).claim()
-    RunFolder("a").claim()
-    RunFolder("a").claim()  # one that goes on
+    for folder in (RunFolder("file/x"), RunFolder.choose(None, "digits", None)):
+        with pytest.raises(InputError, match=f"output_dir {folder} can't be made"), folder.claimed(ALONE):
+            pass
+
+
+def another_holds(folder: str, ready, stop) -> None:
+    with RunFolder(folder, goes_on=True).claimed(ALONE):
+        ready.set()
+        stop.wait()
+
+
+def test_one_process_writes_to_a_folder():
+    """Another one is told who does, until that one ends; killed, it leaves a file that holds nothing."""
+    run_at("a")
+    for how in ("ends", "is killed"):
+        ready, stop = FORKS.Event(), FORKS.Event()
+        other = FORKS.Process(target=another_holds, args=(str(Path("a").resolve()), ready, stop))
+        other.start()
+        assert ready.wait(60)
+        for folder in (RunFolder.choose(None, "digits", "a"), RunFolder.choose("a", "digits", "auto")):
+            with pytest.raises(InputError) as refused, folder.claimed(ALONE):
+                pass
+            told = f"another process, pid {other.pid} on {socket.gethostname()}, is writing to a: "
+            assert str(refused.value).startswith(told)
+            assert "\n" not in str(refused.value)
+        stop.set() if how == "ends" else other.kill()
+        other.join()
+        assert (".lock" in os.listdir("a")) == (how == "is killed")
+        with RunFolder.choose(None, "digits", "a").claimed(ALONE):
+            assert Path("a/.lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
+        assert ".lock" not in os.listdir("a")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_keeps_no_lock():
+    """As those that decode images: they outlive a killed run by seconds."""
+    with RunFolder("a").claimed(ALONE):
+        child = FORK.Process(target=time.sleep, args=(60,))
+        child.start()
+    with RunFolder("a").claimed(ALONE):
+        assert child.is_alive()
+    child.kill()
+    child.join()
+
+
+def test_a_lock_that_is_removed_while_another_waits_holds_nothing(monkeypatch):
+    """The holder ends between another one's opening of the file and its lock: the file that was opened is none any more."""
+    Path("a").mkdir()
+    first, flock, opened = contextlib.ExitStack(), lock.fcntl.flock, []
+    first.enter_context(lock.locked(Path("a")))
+
+    def late(descriptor, how):
+        if not opened:
+            opened.append(descriptor)
+            first.close()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(lock.fcntl, "flock", late)
+    with lock.locked(Path("a")):
+        with pytest.raises(InputError, match="another process"), lock.locked(Path("a")):
+            pass
+        assert Path("a/.lock").is_file()
+
+
+def test_a_file_system_without_locks_is_said_and_used(monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    with RunFolder("a").claimed(ALONE):
+        Path("a/config.yaml").write_text("")
+    assert capsys.readouterr().out.startswith("note: this file system has no locks, so nothing keeps a second run from")
+    assert os.listdir("a") == ["config.yaml"]
+    monkeypatch.undo()
+
+
+def test_a_run_that_began_meanwhile_keeps_its_folder():
+    early, late = (RunFolder.choose("a", "digits", resume) for resume in ("auto", None))
+    with early.claimed(ALONE):
+        Path("a/config.yaml").write_text("")
+    with pytest.raises(InputError, match="output_dir a holds another run"), late.claimed(ALONE):
+        pass
+
+
+def test_only_an_error_of_the_runs_own_files_says_that_they_are_whole():
+    Path("elsewhere").write_text("")
+    told = r"No such file.*a/x/y'; what was written before is whole: .* --resume a$"
+    with pytest.raises(InputError, match=told), RunFolder("a").claimed(ALONE):
+        Path("a/x/y").read_text()
+    for mine in (Path("a/../nowhere").read_text, lambda: os.close(10**6), lambda: os.listdir("elsewhere")):
+        with pytest.raises(OSError, match=r"No such file|Bad file|Not a directory"), RunFolder("a").claimed(ALONE):
+            mine()
 
 
 def test_a_finished_run_has_nothing_more_to_do():
     folder = RunFolder("a")
-    folder.claim()
+    folder.path.mkdir()
     assert (folder.summary(), folder.finished(4)) == (None, None)
     folder.write_json(folder.summary_file, {"outcome": "finished", "steps": 4})
     assert folder.summary() == {"outcome": "finished", "steps": 4}
@@ -194,7 +293,7 @@ def test_what_a_killed_writer_leaves_has_the_names_that_tidy_removes(monkeypatch
 
 def test_files_are_whole_or_as_they_were():
     folder = RunFolder("a")
-    folder.claim()
+    folder.path.mkdir()
     folder.write_json(folder.summary_file, {"steps": 4})
     with pytest.raises(TypeError):
         folder.write_json(folder.summary_file, {"steps": {1}})

@@ -135,7 +135,7 @@ def _results(provenance: Provenance) -> tuple[Measured, ...]:
 
 
 def _training(provenance: Provenance) -> str | None:
-    """Steps, seed, seconds, rollbacks and versions in a sentence; None where the steps are unknown."""
+    """Steps, seed, seconds, rollbacks, processes and versions in a sentence; None where the steps are unknown."""
     if provenance.steps is None:
         return None
     times = {1: "once", 2: "twice"}.get(provenance.rollbacks, f"{provenance.rollbacks} times")
@@ -143,6 +143,9 @@ def _training(provenance: Provenance) -> str | None:
     sentence += "" if provenance.seed is None else f" with seed {provenance.seed}"
     sentence += "" if provenance.seconds is None else f" in {provenance.seconds:.0f} s"
     sentence += f"; training diverged and was rolled back {times}" if provenance.rollbacks else ""
+    if (n := provenance.processes) is not None and provenance.device:
+        precision = f" in {provenance.mixed_precision}" if provenance.mixed_precision not in (None, "no") else ""
+        sentence += inline(f"; {n} process{'es' * (n > 1)} on {provenance.device}{precision}")
     versions = ", ".join(f"{package} {version}" for package, version in provenance.versions.items())
     return sentence + (f"; {inline(versions)}" if versions else "") + "."
 

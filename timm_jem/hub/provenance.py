@@ -85,6 +85,7 @@ class Provenance:
         outcome: "finished", or "stopped" where training gave up.
         explanation: why it gave up.
         rollbacks: how often training went back to an earlier state.
+        processes, device, mixed_precision: how many there were, on which kind of device, "no" or in which precision.
         versions: of the packages that trained it.
         results: what was measured.
     """
@@ -101,6 +102,9 @@ class Provenance:
     outcome: str | None
     explanation: str | None
     rollbacks: int
+    processes: int | None
+    device: str | None
+    mixed_precision: str | None
     versions: Mapping[str, str]
     results: tuple[Measured, ...]
 
@@ -133,6 +137,9 @@ class Provenance:
             outcome=_text(data, "outcome", where),
             explanation=_text(data, "explanation", where),
             rollbacks=len(_list(data, "rollbacks", where)),
+            processes=_whole(data, "processes", where, least=1),
+            device=_text(data, "device", where),
+            mixed_precision=_text(data, "mixed_precision", where),
             versions={printable(package): _text(versions, package, f"{where}['versions']") or "" for package in versions},
             results=tuple(
                 Measured.read(item, f"{where}['results'][{i}]") for i, item in enumerate(_list(data, "results", where))

@@ -15,14 +15,16 @@ from safetensors import SafetensorError
 from timm_jem.errors import InputError, check_whole, one_line
 from timm_jem.training.state import save_tree, sha256
 
-__all__ = ["Checkpoints", "damage", "rank_files"]
+__all__ = ["Checkpoints", "damage", "is_current", "rank_files", "shared_file"]
 
 _NAME = re.compile(r"(\.old-)?step_(\d{8})")
-_MANIFEST = "manifest.json"
+_MANIFEST, _SHARED = "manifest.json", "shared.safetensors"
+_FORMAT = 2  # of the files and the trees in them
 
 
 class Checkpoints:
-    """The checkpoints in one folder: ``step_00000400/`` with a file for each process and a manifest of their SHA-256.
+    """The checkpoints in one folder: ``step_00000400/`` with a file of what all processes have in common, one for each
+    process, and a manifest of their SHA-256.
 
     A checkpoint is written aside and renamed when all its files are on disk, so that a process killed at any instant
     leaves the earlier ones as they were. All processes call :meth:`save` and :meth:`newest` together; they share the
@@ -38,8 +40,13 @@ class Checkpoints:
         check_whole("checkpoints to keep", keep, 1)
         self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
 
-    def save(self, step: int, tree: Any) -> Path:
-        """Write this process's ``tree`` as its part of the checkpoint of ``step``; the same one again replaces it.
+    def save(self, step: int, own: Any, shared: Any = None) -> Path:
+        """Write the checkpoint of ``step``; the same one again replaces it.
+
+        Args:
+            step: optimiser steps done.
+            own: this process's part.
+            shared: what is the same in all of them, and is written by one; None: nothing is.
 
         Raises:
             InputError: in every process, where one of them could not write; earlier checkpoints are as they were.
@@ -54,13 +61,15 @@ class Checkpoints:
                     for left_over in self.folder.glob(".step_*"):  # by a process that was killed
                         shutil.rmtree(left_over)
                     aside.mkdir()
-            digest = ""
+            digests: dict[str, str] = {}
             with self._together(target):
-                digest = save_tree(tree, aside / _rank_file(rank))
-            digests = gather_object([digest])
+                digests[_rank_file(rank)] = save_tree(own, aside / _rank_file(rank))
+                if main and shared is not None:
+                    digests[_SHARED] = save_tree(shared, aside / _SHARED)
+            digests = {name: digest for part in gather_object([digests]) for name, digest in part.items()}
             with self._together(target):
                 if main:
-                    manifest = {"step": step, "sha256": {_rank_file(i): digest for i, digest in enumerate(digests)}}
+                    manifest = {"format": _FORMAT, "step": step, "sha256": digests}
                     with (aside / _MANIFEST).open("w", encoding="utf-8") as file:
                         json.dump(manifest, file)
                         file.flush()
@@ -79,11 +88,20 @@ class Checkpoints:
             raise
         return target
 
-    def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is whole, or None, and a line for each newer one that is not."""
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are there, oldest first."""
+        return [_step(path) for path in self._all()]
+
+    def newest(self, before: int | None = None) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is whole, or None, and a line for each newer one that is not.
+
+        Args:
+            before: only those of earlier steps.
+        """
         found: list = [None, []]
         if self.accelerator.is_main_process:
-            for path in reversed(self._all(hidden=True)):
+            paths = [path for path in self._all(hidden=True) if before is None or _step(path) < before]
+            for path in reversed(paths):
                 reason = damage(path)
                 if reason is None:
                     found[0] = path
@@ -125,15 +143,16 @@ class Checkpoints:
             error = caught
         reasons = [reason for reason in gather_object([None if error is None else one_line(error)]) if reason]
         if reasons:
-            raise InputError(f"checkpoint {target} can't be written ({reasons[0]}): earlier ones are whole") from error
+            kept = "earlier ones are whole" if self._all() else "there is no earlier one"
+            raise InputError(f"checkpoint {target} can't be written ({reasons[0]}): {kept}") from error or OSError(reasons[0])
 
 
 def damage(checkpoint: str | os.PathLike) -> str | None:
     """Why a checkpoint is not whole, or None: every file is there with the SHA-256 that its manifest tells."""
     checkpoint = Path(checkpoint)
     try:
-        sums = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        if not sums:
+        sums = _manifest(checkpoint)["sha256"]
+        if _rank_file(0) not in sums:
             return "its manifest names no file"
         for name, expected in sums.items():
             if sha256(checkpoint / Path(name).name) != expected:
@@ -143,10 +162,24 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
     return None
 
 
+def is_current(checkpoint: str | os.PathLike) -> bool:
+    """Whether a whole checkpoint is one of this version."""
+    return _manifest(checkpoint).get("format") == _FORMAT
+
+
 def rank_files(checkpoint: str | os.PathLike) -> list[Path]:
     """The files of a whole checkpoint, one for each process that wrote it, for :func:`load_tree`."""
-    names = json.loads((Path(checkpoint) / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
+    names = set(_manifest(checkpoint)["sha256"]) - {_SHARED}
     return [Path(checkpoint) / _rank_file(rank) for rank in range(len(names))]
+
+
+def shared_file(checkpoint: str | os.PathLike) -> Path | None:
+    """The file of what was the same in all processes, for :func:`load_tree`; None: there is none."""
+    return Path(checkpoint) / _SHARED if _SHARED in _manifest(checkpoint)["sha256"] else None
+
+
+def _manifest(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    return json.loads((Path(checkpoint) / _MANIFEST).read_text(encoding="utf-8"))
 
 
 def _step(checkpoint: Path) -> int:

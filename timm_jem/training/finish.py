@@ -1,5 +1,6 @@
 """The end of a run: figures, the length of fresh chains, pictures, the model on disk and on the Hub."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +37,7 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
     accelerator, folder = run.learner.accelerator, record.folder
     record.close()
     run.stream.close()
-    workers, explanation = workers_of(settings.train), None if broke is None else _explanation(broke, len(run.rollbacks))
+    workers, explanation = workers_of(settings.train), None if broke is None else _explanation(broke, run, settings)
     jem = run.learner.published().eval()
     figures = {
         **measure(jem, splits.val, "val", accelerator, workers=workers),
@@ -64,12 +65,12 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
     ).eval()
     if not accelerator.is_main_process:
         return
-    jem.save_pretrained(folder.model)  # sampling may fail where training did not: for want of memory, say
+    _keep(run, record, lambda: jem.save_pretrained(folder.model))  # sampling may fail where training did not: for memory, say
     summary |= _choose_length(settings, splits, jem)
     record.samples(run.step, jem, "samples.png")
     record.chains(run.step, run.learner.method.buffer)
-    jem.save_pretrained(folder.model)
-    folder.write_json(folder.summary_file, summary)
+    _keep(run, record, lambda: jem.save_pretrained(folder.model))
+    _keep(run, record, lambda: folder.write_json(folder.summary_file, summary))
     rolled_back = f", rolled back {n} time{'s' * (n > 1)}" if (n := len(run.rollbacks)) else ""
     print(
         f"test accuracy {summary['test_accuracy']:.4f}, ECE {summary['test_ece']:.4f}, {record.seconds:.0f} s of training"
@@ -85,12 +86,26 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
             raise InputError(f"{error}; the run is whole: python recipes/push.py {folder} {settings.hub.push_to}") from error
 
 
-def _explanation(broke: Rollback, rollbacks: int) -> str:
-    times = f"{rollbacks} rollback{'s' * (rollbacks != 1)}"
-    return (
-        f"gave up after {times} at step {broke.step}: {broke.reason}; lower train.lr or sgld.noise_std, "
-        "raise train.objective.energy_l2 or sgld.num_steps, or take a smooth activation"
-    )
+def _keep(run: Run, record: Record, write: Callable[[], Any]) -> None:
+    """Write what the run was for; where it can't be, say what there is instead."""
+    try:
+        record.patiently(write)
+    except InputError as error:
+        steps = run.checkpoints.steps()
+        rest = (
+            f"the checkpoint of step {steps[-1]} is whole: go on with --resume {record.folder}" if steps else "nothing is saved"
+        )
+        raise InputError(f"{error}; {rest}") from error
+
+
+def _explanation(broke: Rollback, run: Run, settings: Settings) -> str:
+    times = f"{len(run.rollbacks)} rollback{'s' * (len(run.rollbacks) != 1)}"
+    advice = "lower train.lr, or take a smooth activation"
+    if settings.train.objective.needs_chains:
+        advice = (
+            "lower train.lr or sgld.noise_std, raise train.objective.energy_l2 or sgld.num_steps, or take a smooth activation"
+        )
+    return f"gave up after {times} at step {broke.step}: {broke.reason}; {advice}"
 
 
 def _choose_length(settings: Settings, splits: Splits, jem: JEM) -> dict[str, Any]:

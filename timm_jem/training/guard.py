@@ -106,16 +106,14 @@ class DivergenceGuard:
     def __init__(self, config: GuardConfig, accelerator: Accelerator, num_classes: int, watched: Sequence[str]) -> None:
         self.config, self.accelerator, self.watched = config, accelerator, watched
         self.chance = math.log(num_classes)
-        self.names: list[str] = []
-        self.window: list[Tensor] = []
+        self.window: list[tuple[tuple[str, ...], Tensor]] = []
         self.scales: dict[str, float] = {}
         self.snapshots: list[_Snapshot] = []  # oldest first
 
     def observe(self, terms: Mapping[str, Tensor]) -> None:
         """Note the scalars of one iteration; nothing waits for the device."""
-        if sorted(terms) != self.names:  # a run resumed with other terms starts a new window
-            self.names, self.window = sorted(terms), []
-        self.window.append(torch.stack([terms[name].detach().float().reshape(()) for name in self.names]))
+        names = tuple(sorted(terms))
+        self.window.append((names, torch.stack([terms[name].detach().float().reshape(()) for name in names])))
 
     def problem(self, *, early: bool = False) -> str | None:
         """What is wrong with the iterations noted since the last :meth:`close`, in words; or None. Waits for the device.
@@ -125,21 +123,26 @@ class DivergenceGuard:
         """
         if not self.window:
             return None
-        values = self._values()
-        finite = np.isfinite(values)
-        if not finite.all():
-            row = int(np.argmin(finite.all(axis=1)))
-            broken = [name for name, ok in zip(self.names, finite[row], strict=True) if not ok]
-            return f"{', '.join(broken)} not finite"
+        tables = self._tables()
+        for names, values in tables:
+            finite = np.isfinite(values)
+            if not finite.all():
+                row = int(np.argmin(finite.all(axis=1)))
+                broken = [name for name, ok in zip(names, finite[row], strict=True) if not ok]
+                return f"{', '.join(broken)} not finite"
         if early:
             return None
-        config, medians = self.config, self._medians(values)
+        config, medians = self.config, _medians(tables)
         for name in self.watched:
             if name not in medians:
                 continue
-            recent = self.scales.get(name, math.inf)  # nothing is known before the first look
-            if medians[name] > min(config.max_energy, config.runaway_floor + config.runaway_factor * recent):
-                return f"|{name}| ran away: {medians[name]:.3g} after {recent:.3g}"
+            recent = self.scales.get(name)
+            if recent is None:  # before the first look nothing is known
+                limit, past = config.max_energy, f", above guard.max_energy {config.max_energy:g}"
+            else:
+                limit, past = config.runaway_floor + config.runaway_factor * recent, f" after {recent:.3g}"
+            if medians[name] > min(config.max_energy, limit):
+                return f"|{name}| ran away: {medians[name]:.3g}{past}"
         best = self.scales.get("best_ce", math.inf)
         if medians.get("ce", 0.0) > 0.9 * self.chance and best < 0.5 * self.chance:
             return f"the classifier is lost: cross-entropy {medians['ce']:.3g} after {best:.3g}"
@@ -155,7 +158,7 @@ class DivergenceGuard:
 
     def close(self) -> None:
         """Take the iterations noted since the last time for good ones: they become the recent scale."""
-        medians = self._medians(self._values())
+        medians = _medians(self._tables())
         for name in self.watched:
             if name in medians:
                 self.scales[name] = 0.9 * self.scales.get(name, medians[name]) + 0.1 * medians[name]
@@ -167,6 +170,11 @@ class DivergenceGuard:
         """Keep a copy of a good state; the one before it is kept as well, unless ``alone``."""
         kept = [] if alone else self.snapshots[-1:]
         self.snapshots = [*kept, _Snapshot(step, copy_tree(state), dict(self.scales))]
+
+    @property
+    def cornered(self) -> bool:
+        """Whether training broke already after the only snapshot that there is."""
+        return len(self.snapshots) == 1 and self.snapshots[0].broke
 
     def last_good(self) -> tuple[int, Any]:
         """Step and state to go back to, with the scales of then: the newest snapshot, but where training already broke once
@@ -186,18 +194,27 @@ class DivergenceGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """What a bit-exact resume needs, but for the snapshots: the resumed state is the first of them."""
-        return {"names": self.names, "window": self.window, "scales": self.scales}
+        return {"window": list(self.window), "scales": self.scales}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state_dict``; snapshots of what was trained before are forgotten."""
         self.snapshots = []
-        self.names, self.scales = list(state["names"]), dict(state["scales"])
-        self.window = [values.to(self.accelerator.device) for values in state["window"]]
+        self.scales = dict(state["scales"])
+        self.window = [(tuple(names), values.to(self.accelerator.device)) for names, values in state["window"]]
 
-    def _values(self) -> np.ndarray:
-        """(iterations · processes, terms), on the host."""
-        return self.accelerator.gather(torch.stack(self.window)).double().cpu().numpy()
+    def _tables(self) -> list[tuple[tuple[str, ...], np.ndarray]]:
+        """Names of terms, and their values on the host, shape (iterations · processes, terms): a table for each set of terms
+        that iterations had."""
+        rows: dict[tuple[str, ...], list[Tensor]] = {}
+        for names, values in self.window:
+            rows.setdefault(names, []).append(values)
+        return [(names, self.accelerator.gather(torch.stack(values)).double().cpu().numpy()) for names, values in rows.items()]
 
-    def _medians(self, values: np.ndarray) -> dict[str, float]:
-        """Of |terms|: a single wild iteration is no divergence."""
-        return dict(zip(self.names, np.median(np.abs(values), axis=0).tolist(), strict=True))
+
+def _medians(tables: Sequence[tuple[Sequence[str], np.ndarray]]) -> dict[str, float]:
+    """Of |terms|: a single wild iteration is no divergence."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for names, values in tables:
+        for name, column in zip(names, values.T, strict=True):
+            columns.setdefault(name, []).append(column)
+    return {name: float(np.median(np.abs(np.concatenate(parts)))) for name, parts in columns.items()}

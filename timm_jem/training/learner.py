@@ -21,8 +21,9 @@ from timm_jem.model import JEM
 from timm_jem.replay_buffer import redistribute
 from timm_jem.training.batches import Batch
 from timm_jem.training.method import Drawn, Method
+from timm_jem.training.optimizer_state import OptimizerState
 from timm_jem.training.remedy import Remedy
-from timm_jem.training.state import copy_tree, load_optimizer, load_tensors, local
+from timm_jem.training.state import copy_tree, load_tensors, local
 
 __all__ = ["Learner"]
 
@@ -47,6 +48,7 @@ class Learner:
     Attributes:
         step: optimiser steps done.
         remedy: what rollbacks changed so far.
+        shared: names of those parts of :meth:`state_dict` that are the same in all processes.
     """
 
     def __init__(
@@ -68,6 +70,9 @@ class Learner:
         self.step = 0
         self.remedy = Remedy()
         self._initial_lr = [group["lr"] for group in optimizer.param_groups]
+        self._optimizer_state = OptimizerState(optimizer, jem.named_parameters())
+        sharded = any(local(parameter) is not parameter for parameter in jem.parameters())
+        self.shared = ("step", "remedy", "method") + (() if sharded else ("model", "ema", "optimizer"))
         self._as_saved, self._sgld = _without_casts(jem), jem.sgld
         self._set_lr()
 
@@ -137,9 +142,10 @@ class Learner:
             "remedy": asdict(self.remedy),
             "model": dict(self.jem.state_dict()),
             "ema": None if self.ema is None else dict(self.ema.module.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state.state_dict(),
             "method": self.method.state_dict(),
             "buffer": None if self.method.buffer is None else self.method.buffer.state_dict(),
+            "statistics": [dict(model.named_buffers()) for model in self._models()],
             "generator": self.generator.get_state(),
             "rng": _rng_state(self.accelerator.device),
         }
@@ -151,8 +157,16 @@ class Learner:
             InputError: a state of another model, optimiser or replay buffer.
         """
         self._load_shared(state)
-        if self.method.buffer is not None:
-            self.method.buffer.load_state_dict(state["buffer"])
+        # BatchNorm's are of this process's images, until DistributedDataParallel sends those of the first one around.
+        for model, statistics in zip(self._models(), state["statistics"], strict=True):
+            load_tensors(dict(model.named_buffers()), statistics, "model")
+        buffer = self.method.buffer
+        if buffer is not None:
+            saved = state["buffer"]
+            if len(saved["chains"]) != len(buffer):
+                chains = redistribute([saved], 0, 1, len(buffer), buffer.num_classes)
+                saved = {**saved, "chains": chains, **({} if buffer.labels is None else {"labels": buffer.labels})}
+            buffer.load_state_dict(saved)
         self.generator.set_state(state["generator"])
         _set_rng_state(state["rng"], self.accelerator.device)
 
@@ -171,7 +185,7 @@ class Learner:
             InputError: sharded states, or states of another model, optimiser or replay buffer.
         """
         first = read(0)
-        if any(local(tensor) is not tensor for tensor in self.jem.state_dict().values()):
+        if "model" not in self.shared:
             raise InputError(f"{count} processes wrote this checkpoint in shards: resume it with as many")
         self._load_shared(first)
         buffer = self.method.buffer
@@ -184,6 +198,9 @@ class Learner:
             buffer.chains.copy_(chains)
         self._reseed(seed)
 
+    def _models(self) -> list[JEM]:
+        return [self.jem] + ([] if self.ema is None else [self.ema.module])
+
     def _reseed(self, seed: int) -> None:
         if self.method.buffer is not None:
             self.method.buffer.reseed(seed)
@@ -194,10 +211,10 @@ class Learner:
             raise InputError("the saved run and this one differ in having a moving average: resume with its settings")
         if (state["buffer"] is None) != (self.method.buffer is None):
             raise InputError("the saved run and this one differ in having a replay buffer: resume with its settings")
+        self._optimizer_state.load_state_dict(state["optimizer"])
         load_tensors(self.jem.state_dict(), state["model"], "model")
         if self.ema is not None:
             load_tensors(self.ema.module.state_dict(), state["ema"], "moving average")
-        load_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), state["optimizer"])
         self.method.load_state_dict(copy_tree(state["method"]))  # it may keep what it is given, and change it
         self.step, self.remedy = state["step"], Remedy(**state["remedy"])
         self._set_lr()

@@ -2,6 +2,7 @@
 
 import torch
 from accelerate import Accelerator
+from timm.utils import distribute_bn
 from torch.utils.data import DataLoader, Subset
 
 from timm_jem.data import ImageSet
@@ -23,8 +24,13 @@ def in_batches(images: ImageSet | Subset, workers: int) -> DataLoader:
 
 
 def measure(jem: JEM, images: ImageSet, name: str, accelerator: Accelerator, *, workers: int = 0) -> dict[str, float]:
-    """``<name>_accuracy`` and ``<name>_ece`` of the split ``name``; all processes call it, and get the same."""
+    """``<name>_accuracy`` and ``<name>_ece`` of the split ``name``; all processes call it, and get the same.
+
+    BatchNorm's statistics become those of the main process in all: its model is the one that is saved.
+    """
     rank, world = accelerator.process_index, accelerator.num_processes
+    if world > 1:
+        distribute_bn(jem, world)
     # Each process predicts every world-th image; a few are predicted twice so that all have as many.
     rows = [min(rank + world * i, len(images) - 1) for i in range(-(-len(images) // world))]
     mine, _ = predict(jem, in_batches(Subset(images, rows), workers), desc=name)

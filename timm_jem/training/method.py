@@ -50,6 +50,9 @@ class Method(Protocol):
         watched: names of terms that must not run away from their own past; see
             :class:`timm_jem.training.DivergenceGuard`.
         buffer: persistent chains, which the learner saves, reseeds and deals out; None: there are none.
+
+    It may also have ``heeds``, names of those parts of a :class:`timm_jem.training.Remedy` that reach it, so that a run
+    changes, and tells of, no others.
     """
 
     watched: Sequence[str]
@@ -139,6 +142,11 @@ class MaximumLikelihood:
         self.jem, self.buffer, self.sgld, self.objective = jem, buffer, sgld, objective
         self.batch_norm, self.class_frequencies = batch_norm, class_frequencies
         self.ramp_from, self.ramp_steps = ramp_from, ramp_steps
+
+    @property
+    def heeds(self) -> tuple[str, ...]:
+        """Cross-entropy alone has neither chains nor energies."""
+        return ("num_steps", "step_size", "energy_l2") if self.objective.needs_chains else ()
 
     def draw(self, model: nn.Module, batch: Batch, *, step: int, remedy: Remedy, generator: torch.Generator) -> Drawn:
         """Draw chains, move them by SGLD, and put them back.

@@ -17,6 +17,9 @@ __all__ = ["is_sharded", "local_processes", "open_accelerator", "refuse_unsuppor
 def open_accelerator(train: TrainConfig) -> Accelerator:
     """The accelerator of a run, with global seeds and CPU threads set.
 
+    Args:
+        train: its ``mixed_precision`` becomes the launcher's where it leaves it to that, so that it is kept with the run.
+
     Raises:
         InputError: what ``accelerate launch`` offers and joint training can't use.
     """
@@ -30,6 +33,7 @@ def open_accelerator(train: TrainConfig) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     refuse_unsupported(accelerator)
+    train.mixed_precision = accelerator.mixed_precision
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not is_sharded(accelerator):
         accelerator.print("note: accelerate shards on GPUs only; here each process has the whole model")
     set_seed(train.seed)

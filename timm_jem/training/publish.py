@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -55,12 +56,13 @@ def publishable(
         "dataset": data.dataset,
         "datasets": [name for source in (data.dataset, data.unlabeled) if source and (name := hub_id(source))],
         "base_model": learner.jem.backbone.pretrained_cfg.get("hf_hub_id") if model.pretrained else None,
-        "command": shlex.join(["accelerate", "launch", "recipes/train.py", *record.command]),
+        "command": shlex.join([*_launcher(accelerator), "recipes/train.py", *record.command]),
         "config": settings.sections(),
         "steps": run.step,
         "seed": settings.train.seed,
         "seconds": record.seconds,
         "rollbacks": run.rollbacks,
+        "data": record.data,
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
         "mixed_precision": accelerator.mixed_precision,
@@ -72,6 +74,13 @@ def publishable(
     if chains and settings.hub.replay_buffer and settings.train.objective.needs_chains and buffer is not None:
         jem.chains = PublishedChains.of_pixels(buffer.chains, buffer.labels)
     return jem
+
+
+def _launcher(accelerator: Accelerator) -> list[str]:
+    """With what is told to the launcher and not to the recipe."""
+    flags = ["--num_processes", str(accelerator.num_processes)] if accelerator.num_processes > 1 else []
+    flags += ["--mixed_precision", accelerator.mixed_precision] if accelerator.mixed_precision != "no" else []
+    return ["accelerate", "launch", *flags]
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, tqdm
 from PIL import Image
+from safetensors import SafetensorError
 
+from timm_jem.data.identity import changed_data
+from timm_jem.errors import InputError, one_line
 from timm_jem.evaluation import image_grid
-from timm_jem.files import replaced_file
 from timm_jem.model import JEM
 from timm_jem.replay_buffer import ReplayBuffer
+from timm_jem.training.resume import refuse_changes
 from timm_jem.training.run import Rollback
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.settings import Settings, differences
 
 __all__ = ["Record"]
+
+WAITS = (1.0, 5.0, 15.0)  # seconds between tries to write what would be lost otherwise
 
 
 class Record:
@@ -32,17 +37,27 @@ class Record:
         accelerator: tells which process this is, and has the trackers.
         settings: the run's.
         command: flags that repeat the run.
+        data: what :func:`timm_jem.data.identity.data_identity` says of its data; None: it isn't known.
 
     Attributes:
         best: [validation accuracy, step] of the models in best/, best first.
         seconds: of training so far, without pictures and validation.
     """
 
-    def __init__(self, folder: RunFolder, accelerator: Accelerator, settings: Settings, command: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        settings: Settings,
+        command: Sequence[str],
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder, self.accelerator, self.settings, self.command = folder, accelerator, settings, list(command)
+        self.data = data
         self.best: list[list[float]] = []
         self.seconds = 0.0
         self._metrics_bytes = 0
+        self._owed = b""
         self._since = time.perf_counter()
 
     @property
@@ -53,9 +68,8 @@ class Record:
         """Make the folder this run's at ``step``: settings written, metrics cut back to there, leftovers removed."""
         if self.main:
             self.folder.tidy(int(step) for _, step in self.best)
-            with replaced_file(self.folder.config_file) as aside:
-                aside.write_text(self.settings.as_yaml(), encoding="utf-8")
-            self._metrics = self.folder.metrics_file.open("ab")
+            self.folder.write_text(self.folder.config_file, f"# {self._machine()}\n{self.settings.as_yaml()}")
+            self._metrics = self.folder.metrics_file.open("ab", buffering=0)
             self._metrics.truncate(min(self._metrics_bytes, self._metrics.tell()))  # what came later comes again
             self._metrics.seek(0, os.SEEK_END)
         if self.settings.train.trackers:
@@ -83,8 +97,7 @@ class Record:
             return
         values = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
         line = {"step": step, **({} if lr is None else {"lr": lr}), **values}
-        self._metrics.write((json.dumps(line) + "\n").encode())
-        self._metrics.flush()
+        self._append((json.dumps(line) + "\n").encode())
         numbers = {name: value for name, value in line.items() if isinstance(value, float)}
         self.accelerator.log(numbers, step=step)
         if shown := {name: f"{values[name]:.3g}" for name in ("loss", "ce", "gap", "gap_xy") if name in values}:
@@ -104,8 +117,11 @@ class Record:
         self.log(event.step, {"event": "rollback", **told})
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        """A picture in the folder and with the trackers."""
-        self.folder.write_picture(name, picture)
+        """A picture in the folder and with the trackers; training goes on where it can't be written."""
+        try:
+            self.folder.write_picture(name, picture)
+        except OSError as error:
+            self.say(f"{self.folder.path / name} can't be written ({one_line(error)}) and is left out")
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -140,7 +156,7 @@ class Record:
     def keep_best(self, step: int, jem: JEM) -> None:
         """Save a model that :meth:`is_best`, and remove those that no longer are."""
         if self.main:
-            jem.save_pretrained(self.folder.best(step), replay_buffer=False)
+            self.patiently(lambda: jem.save_pretrained(self.folder.best(step), replay_buffer=False))
             self.folder.tidy(int(step) for _, step in self.best)
 
     @contextlib.contextmanager
@@ -155,7 +171,44 @@ class Record:
         self._count()
         self._bar.close()
         if self.main:
+            self._append()
             self._metrics.close()
+
+    def patiently(self, write: Callable[[], Any]) -> Any:
+        """What ``write`` returns; where the disk refuses, a few more tries, and a line for each.
+
+        Raises:
+            InputError, OSError: of the last try, or what isn't the disk's.
+        """
+        for wait in WAITS:
+            try:
+                return write()
+            except (InputError, OSError) as error:
+                if not isinstance(error, OSError) and not isinstance(error.__cause__, (OSError, SafetensorError)):
+                    raise
+                self.say(f"{one_line(error)}; trying again in {wait:g} s")
+            time.sleep(wait)
+        return write()
+
+    def _append(self, line: bytes = b"") -> None:
+        """Add to the metrics what they lack; what a full disk doesn't take waits for the next time."""
+        first, end = not self._owed, self._metrics.tell()
+        self._owed += line
+        try:
+            written = 0
+            while written < len(self._owed):
+                written += self._metrics.write(self._owed[written:])
+            self._owed = b""
+        except OSError as error:
+            self._metrics.truncate(end)  # whole lines only
+            self._metrics.seek(end)
+            if first:
+                self.say(f"{self.folder.metrics_file} can't be written ({one_line(error)}): its lines wait, training goes on")
+
+    def _machine(self) -> str:
+        """What settings leave to how a run is launched."""
+        world, kind = self.accelerator.num_processes, self.accelerator.device.type
+        return f"{world} process{'es' * (world > 1)} on {kind}, precision {self.accelerator.mixed_precision}"
 
     def _count(self) -> None:
         now = time.perf_counter()
@@ -165,7 +218,7 @@ class Record:
         """What a checkpoint says of the record; metrics so far are on disk when this returns."""
         self._count()
         if self.main:
-            self._metrics.flush()
+            self._append()
             os.fsync(self._metrics.fileno())
         return {
             "best": self.best,
@@ -174,11 +227,22 @@ class Record:
             "sections": self.settings.sections(),
             "command": self.command,
             "push_to": self.settings.hub.push_to,
+            "data": self.data,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the record of a checkpoint, and say which settings are others now. Before :meth:`open`."""
-        self.best, self.seconds = state["best"], state["seconds"]
+        """Go on with the record of a checkpoint, and say which settings are others now. Before :meth:`open`.
+
+        Raises:
+            InputError: a setting that the run can't take over, or other data; nothing has changed then.
+        """
+        refuse_changes(state["sections"], self.settings)
+        if self.data is not None and state["data"] is not None and (how := changed_data(state["data"], self.data)):
+            raise InputError(
+                f"{self.settings.data.dataset} is not the data of this run ({how}), and test images could move into training: "
+                "give the same data, in whatever place, or start another run; recipes/evaluate.py measures on any"
+            )
+        self.best, self.seconds = state["best"][: self.settings.train.best_k], state["seconds"]
         if self.command != state["command"]:
             self.command = [*state["command"], *self.command]  # what was said later overrides
         if state["push_to"] is not None and self.settings.hub.push_to is None:

@@ -1,7 +1,8 @@
 """What is changed after a rollback."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 
 from timm_jem.errors import check_number
 from timm_jem.objectives import ObjectiveConfig
@@ -46,6 +47,10 @@ class Remedy:
             self.step_size * other.step_size,
             self.energy_l2 + other.energy_l2,
         )
+
+    def only(self, heeded: Collection[str]) -> "Remedy":
+        """What of it reaches a method that heeds these alone; the learning rate is none of a method's."""
+        return Remedy(**{name: value for name, value in asdict(self).items() if name == "lr" or name in heeded})
 
     def chains(self, sgld: SGLDConfig) -> SGLDConfig:
         """How chains move with it."""

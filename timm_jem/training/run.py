@@ -1,6 +1,6 @@
 """A run: what advances, breaks, goes back and goes on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole
 from timm_jem.training.batches import Batches
-from timm_jem.training.checkpoints import Checkpoints, damage, rank_files
+from timm_jem.training.checkpoints import Checkpoints, damage, is_current, rank_files, shared_file
 from timm_jem.training.guard import DivergenceGuard
 from timm_jem.training.learner import Learner
 from timm_jem.training.remedy import Remedy
@@ -77,6 +77,8 @@ class Run:
     def judge(self, *, whole: bool) -> Rollback | None:
         """Go back to the last good snapshot where the steps since the last whole look broke; None: all is well.
 
+        Where they broke already after the only snapshot that there is, the checkpoint before it is taken.
+
         Waits for the device.
 
         Args:
@@ -91,12 +93,16 @@ class Run:
                 self.guard.close()
             return None
         broke_at, remedies = self.step, self.learner.remedy
+        number, config = len(self.rollbacks), self.guard.config
+        if number < config.max_rollbacks and self.guard.cornered:
+            self._take_older_checkpoint()
         step, state = self.guard.last_good()
         self._restore(state)
-        number, config = len(self.rollbacks), self.guard.config
         if number >= config.max_rollbacks:  # more, where a resumed run is allowed fewer
             return Rollback(broke_at, step, reason, None)
         remedy = config.ladder[min(number, len(config.ladder) - 1)]
+        if (heeded := getattr(self.learner.method, "heeds", None)) is not None:
+            remedy = remedy.only(heeded)
         self.learner.remedy = remedies
         self.learner.apply(remedy, self._process_seed() + 1_000_000 * (number + 1))
         self.rollbacks.append({"step": broke_at, "to_step": step, "reason": reason, "remedy": str(remedy)})
@@ -112,14 +118,19 @@ class Run:
         Raises:
             InputError: it can't be written; earlier ones are as they were.
         """
-        tree = {"state": self._state(), "guard": self.guard.state_dict(), "rollbacks": self.rollbacks, "extra": dict(extra)}
-        return self.checkpoints.save(self.step, tree)
+        state = self._state()
+        shared = {name: state["learner"].pop(name) for name in self.learner.shared}
+        own = {"state": state, "guard": self.guard.state_dict(), "rollbacks": self.rollbacks, "extra": dict(extra)}
+        return self.checkpoints.save(self.step, own, shared)
 
-    def resume(self, checkpoint: Path | None = None) -> dict[str, Any] | None:
+    def resume(
+        self, checkpoint: Path | None = None, accept: Callable[[dict[str, Any]], None] | None = None
+    ) -> dict[str, Any] | None:
         """Go on from a checkpoint, also one of another number of processes.
 
         Args:
             checkpoint: None: the newest whole one.
+            accept: is given the ``extra`` that was saved before anything is changed, and raises where the run can't go on.
 
         Returns:
             The ``extra`` that was saved with it; None: there is no whole checkpoint, and nothing has changed.
@@ -136,28 +147,42 @@ class Run:
                 accelerator.print(note)
         if checkpoint is None:
             return None
-        files, world = rank_files(checkpoint), accelerator.num_processes
-        saved = load_tree(files[accelerator.process_index if len(files) == world else 0])
-        if not isinstance(saved, dict) or set(saved) != {"state", "guard", "rollbacks", "extra"}:
-            raise InputError(f"checkpoint {checkpoint} is of another version of timm_jem: resume it with that one")
+        files, world = _rank_files(checkpoint), accelerator.num_processes
+        saved = _read(checkpoint, files, accelerator.process_index if len(files) == world else 0)
+        if accept is not None:
+            accept(saved["extra"])
         if len(files) == world:
             self._restore(saved["state"])
         else:
+            self.learner.load_state_dicts(
+                len(files),
+                lambda i: (load_tree(files[i]) if i else saved)["state"]["learner"],
+                self._process_seed() + 7919 * saved["state"]["learner"]["step"],
+            )
+            self.stream.load_state_dict(saved["state"]["stream"], old_world=len(files))
             accelerator.print(
                 f"{checkpoint} was written with {len(files)} process{'es' * (len(files) > 1)} and goes on with {world}: chains "
                 "are dealt out anew, their randomness starts afresh, and a streamed data set goes on about where it was"
             )
-            self.learner.load_state_dicts(
-                len(files),
-                lambda i: load_tree(files[i])["state"]["learner"],
-                self._process_seed() + 7919 * saved["state"]["learner"]["step"],
-            )
-            self.stream.load_state_dict(saved["state"]["stream"], old_world=len(files))
         self.guard.load_state_dict(saved["guard"])
         self.rollbacks = list(saved["rollbacks"])
         self.checkpoints.forget_after(self.step)
         accelerator.print(f"goes on from {checkpoint}, step {self.step}")
         return saved["extra"]
+
+    def _take_older_checkpoint(self) -> None:
+        """Keep the checkpoint before the only snapshot in its place, where there is one of as many processes."""
+        checkpoint, _ = self.checkpoints.newest(before=self.guard.snapshots[0].step)
+        if checkpoint is None or not is_current(checkpoint):
+            return
+        files, accelerator = rank_files(checkpoint), self.learner.accelerator
+        if len(files) != accelerator.num_processes:
+            return
+        saved = _read(checkpoint, files, accelerator.process_index)
+        step = saved["state"]["learner"]["step"]
+        self.guard.load_state_dict(saved["guard"])
+        self.guard.keep(step, saved["state"], alone=True)
+        self.checkpoints.forget_after(step)  # where training breaks
 
     def _state(self) -> dict[str, Any]:
         """What training goes on from after a rollback."""
@@ -169,3 +194,21 @@ class Run:
 
     def _process_seed(self) -> int:
         return self.seed + 1000 * self.learner.accelerator.process_index
+
+
+def _rank_files(checkpoint: Path) -> list[Path]:
+    if not is_current(checkpoint):
+        raise InputError(f"checkpoint {checkpoint} is of another version of timm_jem: resume it with that one")
+    return rank_files(checkpoint)
+
+
+def _read(checkpoint: Path, files: list[Path], rank: int) -> dict[str, Any]:
+    """What a process has in a whole checkpoint, with what all have in common."""
+    saved, shared = load_tree(files[rank]), shared_file(checkpoint)
+    if not isinstance(saved, dict) or set(saved) != {"state", "guard", "rollbacks", "extra"}:
+        raise InputError(f"checkpoint {checkpoint} is none of a run: give another")
+    if shared is not None:
+        saved["state"]["learner"] |= load_tree(shared)
+    if "model" not in saved["state"]["learner"]:
+        raise InputError(f"checkpoint {checkpoint} has no weights: its manifest was changed; give another")
+    return saved

@@ -5,16 +5,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from timm_jem.errors import InputError, one_line
 from timm_jem.files import replaced_file
 from timm_jem.hub.card import PICTURES
+from timm_jem.training.lock import LOCK_FILE, locked
 
 __all__ = ["RunFolder"]
 
@@ -26,14 +29,25 @@ _MODEL_ASIDE = re.compile(r"\.model-[a-z0-9_]+")
 class RunFolder:
     """What a run has on disk: config.yaml, metrics.jsonl, summary.json, pictures, model/, best/ and checkpoints/.
 
+    One process writes there, the one that has :meth:`claimed` it. Evaluation writes to evaluation/ alone, and publishing
+    reads: they may do so meanwhile, since a model is replaced whole.
+
     Args:
         path: the folder, which need not be there yet.
         checkpoint: the checkpoint of it that was asked for; None: the newest.
-        numbered_by: the data set after which the folder is numbered, so that :meth:`claim` may take another number.
+        numbered_by: the data set after which the folder is numbered, so that :meth:`claimed` may take another number.
+        goes_on: a run is there already.
     """
 
-    def __init__(self, path: str | os.PathLike, checkpoint: Path | None = None, *, numbered_by: str | None = None) -> None:
-        self.path, self.checkpoint, self.numbered_by = Path(path), checkpoint, numbered_by
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        checkpoint: Path | None = None,
+        *,
+        numbered_by: str | None = None,
+        goes_on: bool = False,
+    ) -> None:
+        self.path, self.checkpoint, self.numbered_by, self.goes_on = Path(path), checkpoint, numbered_by, goes_on
 
     def __str__(self) -> str:
         return str(self.path)
@@ -60,10 +74,9 @@ class RunFolder:
             return found
         if output_dir is None:
             return cls(next(path for path in _numbered(dataset) if not path.exists()), numbered_by=dataset)
-        path = Path(output_dir)
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise InputError(f"output_dir {path} holds another run or other files: give a new folder, or --resume auto")
-        return cls(path)
+        new = cls(output_dir)
+        new._refuse_others()
+        return new
 
     @classmethod
     def find(cls, output_dir: str | None, dataset: str, resume: str | None) -> "RunFolder | None":
@@ -73,16 +86,16 @@ class RunFolder:
         if resume != "auto":
             given = Path(resume)
             of_checkpoint = given.parent.name == "checkpoints"
-            return cls(given.parent.parent, given) if of_checkpoint else cls(given)
+            return cls(given.parent.parent, given, goes_on=True) if of_checkpoint else cls(given, goes_on=True)
         if output_dir is not None:
-            run = cls(output_dir)
+            run = cls(output_dir, goes_on=True)
             return run if run.config_file.is_file() else None
         taken = None
         for path in _numbered(dataset):
             if not path.exists():
                 break
-            run = cls(path)
-            if run.config_file.is_file() or (path.is_dir() and not any(path.iterdir())):  # its writer was killed at once
+            run = cls(path, goes_on=True)
+            if run.config_file.is_file() or (path.is_dir() and _empty(path)):  # its writer was killed at once
                 taken = run
         return taken
 
@@ -112,23 +125,60 @@ class RunFolder:
     def best(self, step: int) -> Path:
         return self.path / "best" / f"step_{step:08d}"
 
-    def claim(self) -> None:
-        """Make the folder; a numbered one that someone else made meanwhile is left to them, and the next is taken.
+    @contextlib.contextmanager
+    def claimed(self, accelerator: Accelerator) -> Iterator[None]:
+        """Within the context the folder is there, and this run's alone; all processes call it.
+
+        A numbered one that someone else made meanwhile is left to them, and the next is taken.
 
         Raises:
-            InputError: it can't be made.
+            InputError: it can't be made, holds something else, or another process writes there; and in the place of an
+                OSError that names a file in it.
         """
-        try:
-            if self.numbered_by is None:
-                self.path.mkdir(parents=True, exist_ok=True)
-                return
-            for path in _numbered(self.numbered_by):
-                self.path = path
-                with contextlib.suppress(FileExistsError):
-                    path.mkdir(parents=True)
-                    return
-        except OSError as error:
-            raise InputError(f"output_dir {self} can't be made ({one_line(error)}): give another") from error
+        with contextlib.ExitStack() as held:
+            note = error = None
+            if accelerator.is_main_process:
+                try:
+                    note = held.enter_context(self._claim())
+                except InputError as caught:
+                    error = caught
+            self.path, note, refused = broadcast_object_list([self.path, note, None if error is None else str(error)])
+            if refused is not None:
+                raise InputError(refused) from error
+            if note is not None:
+                accelerator.print(note)
+            try:
+                yield
+            except OSError as caught:
+                if not self._has(caught.filename):
+                    raise
+                raise InputError(
+                    f"{one_line(caught)}; what was written before is whole: fix this and go on with --resume {self}"
+                ) from caught
+
+    @contextlib.contextmanager
+    def _claim(self) -> Iterator[str | None]:
+        with contextlib.ExitStack() as held:
+            try:
+                if self.numbered_by is None:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    note = held.enter_context(locked(self.path))
+                    if not self.goes_on:  # by now
+                        self._refuse_others()
+                else:
+                    self.path, note = next(filter(None, (_first(path, held) for path in _numbered(self.numbered_by))))
+            except OSError as error:
+                raise InputError(f"output_dir {self} can't be made ({one_line(error)}): give another") from error
+            yield note
+
+    def _refuse_others(self) -> None:
+        if self.path.is_file() or (self.path.is_dir() and not _empty(self.path)):
+            raise InputError(f"output_dir {self} holds another run or other files: give a new folder, or --resume auto")
+
+    def _has(self, filename: str | bytes | int | None) -> bool:
+        if not isinstance(filename, (str, bytes)):
+            return False
+        return Path(os.fsdecode(filename)).resolve().is_relative_to(self.path.resolve())
 
     def finished(self, steps: int) -> int | None:
         """How many steps a finished run has done, where that is ``steps`` at least; None: it has more to do.
@@ -166,9 +216,21 @@ class RunFolder:
             raise InputError(f"{self.summary_file} holds a {type(summary).__name__}: remove it, and the run goes on")
         return summary
 
+    def write_text(self, file: Path, text: str) -> None:
+        """Replace a file of the run's.
+
+        Raises:
+            InputError: it can't be written; the old one is as it was.
+        """
+        try:
+            with replaced_file(file) as aside:
+                aside.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{file} can't be written ({one_line(error)}): make room") from error
+
     def write_json(self, file: Path, data: Any) -> None:
-        with replaced_file(file) as aside:
-            aside.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        """As :meth:`write_text`."""
+        self.write_text(file, json.dumps(data, indent=2) + "\n")
 
     def write_picture(self, name: str, picture: Image.Image) -> None:
         with replaced_file(self.path / name) as aside:
@@ -186,6 +248,19 @@ class RunFolder:
         for folder in [*of_best, *aside]:
             if folder.is_dir() and not folder.is_symlink() and folder not in kept:
                 shutil.rmtree(folder)
+
+
+def _empty(folder: Path) -> bool:
+    return all(path.name == LOCK_FILE for path in folder.iterdir())
+
+
+def _first(path: Path, held: contextlib.ExitStack) -> tuple[Path, str | None] | None:
+    """The folder at ``path``, made and locked by this process; None: someone else was first."""
+    try:
+        path.mkdir(parents=True)
+        return path, held.enter_context(locked(path))
+    except (FileExistsError, InputError):  # an InputError: one that goes on with the newest took it at once
+        return None
 
 
 def _numbered(dataset: str) -> Iterable[Path]:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from timm_jem.errors import InputError, one_line
 
-__all__ = ["copy_tree", "load_optimizer", "load_tensors", "load_tree", "local", "save_tree", "sha256"]
+__all__ = ["copy_tree", "load_tensors", "load_tree", "local", "save_tree", "sha256"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -88,19 +88,6 @@ def load_tensors(target: Mapping[str, Tensor], saved: Mapping[str, Tensor], what
     with torch.no_grad():
         for name, tensor in target.items():
             local(tensor).copy_(saved[name])
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load a state dict whose tensors lost their layout and sharding, and give them those of their parameters."""
-    try:
-        optimizer.load_state_dict(copy_tree(saved))  # it keeps what it is given, and would change it
-    except (KeyError, ValueError) as error:
-        raise InputError(f"the saved optimizer differs ({one_line(error)}): resume with the settings of that run") from error
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape == local(parameter).shape:
-                state[name] = torch.empty_like(parameter, dtype=value.dtype)
-                local(state[name]).copy_(value)
 
 
 def _describe(tree: Any, tensors: dict[str, Tensor]) -> Any:

@@ -1,0 +1,160 @@
+"""What each setting means to a run that goes on: it takes effect from there, or is refused with the reason."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from timm_jem.errors import InputError
+from timm_jem.training.settings import Settings
+
+__all__ = ["AT_RESUME", "Refused", "refuse_changes"]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a run can't go on with another value; ``where`` says for which (old, new) that is, where not for all."""
+
+    why: str
+    where: Callable[[Any, Any], bool] = lambda old, new: True
+
+
+def _one_is_zero(old: float, new: float) -> bool:
+    return (old == 0) != (new == 0)
+
+
+_HELD_OUT = Refused("other images would be held out, and test images move into training")
+_PIXELS = Refused("weights and chains are of images of that shape")
+_NETWORK = Refused("the weights are of that network")
+_CLASSES = Refused("every chain has a class, or none, for good")
+_LABELS = Refused("the run has learned from those labels")
+
+# None: it takes effect. That data are the same wherever they are read from is seen from the images; timm_jem.data.identity.
+AT_RESUME: dict[str, Refused | None] = {
+    "data.dataset": None,
+    "data.config_name": None,
+    "data.train_split": None,
+    "data.test_split": None,
+    "data.test_fraction": _HELD_OUT,
+    "data.val_fraction": _HELD_OUT,
+    "data.split_seed": _HELD_OUT,
+    "data.image_column": None,
+    "data.label_column": None,
+    "data.channels": _PIXELS,
+    "data.image_size": _PIXELS,
+    "data.crop_padding": None,
+    "data.flip": None,
+    "data.cache_gib": None,
+    "data.labels_per_class": _LABELS,
+    "data.unlabeled_rows": _LABELS,
+    "data.unlabeled": None,
+    "data.unlabeled_split": None,
+    "data.streaming": Refused("its place in the data is one of that way of reading them"),
+    "data.stream_held_out": _HELD_OUT,
+    "data.shuffle_buffer": _HELD_OUT,
+    "model.name": _NETWORK,
+    "model.pretrained": Refused("the weights have started already"),
+    "model.num_classes": _NETWORK,
+    "model.drop_rate": None,
+    "model.drop_path_rate": None,
+    "model.kwargs": _NETWORK,
+    "sgld.num_steps": None,
+    "sgld.step_size": None,
+    "sgld.noise_std": None,
+    "sgld.grad_clamp": None,
+    "sgld.pixel_clamp": None,
+    "sgld.sample_steps": None,
+    "sgld.denoise_steps": None,
+    "train.steps": None,
+    "train.epochs": None,
+    "train.batch_size": None,
+    "train.grad_accum": None,
+    "train.ce_batch_size": None,
+    "train.px_augment": None,
+    "train.ce_auto_augment": None,
+    "train.opt": Refused("its moments are that optimiser's"),
+    "train.lr": None,
+    "train.weight_decay": None,
+    "train.opt_kwargs": None,
+    "train.sched": None,
+    "train.warmup_steps": None,
+    "train.milestones": None,
+    "train.decay_rate": None,
+    "train.sched_kwargs": None,
+    "train.grad_clip": None,
+    "train.ema_decay": Refused("the moving average is one from the first step on, or none", _one_is_zero),
+    "train.data_noise": None,
+    "train.ce_noise": None,
+    "train.buffer_size": None,
+    "train.restart_prob": None,
+    "train.init": None,
+    "train.conditional_chains": _CLASSES,
+    "train.ramp_from": None,
+    "train.ramp_steps": None,
+    "train.batch_norm": None,
+    "train.objective.w_ce": None,
+    "train.objective.w_x": None,
+    "train.objective.w_xy": Refused(_CLASSES.why, _one_is_zero),
+    "train.objective.energy_l2": None,
+    "train.objective.label_smoothing": None,
+    "train.seed": Refused("weights, order and chains came of that one"),
+    "train.mixed_precision": None,
+    "train.channels_last": None,
+    "train.compile": None,
+    "train.threads": None,
+    "train.workers": None,
+    "train.log_every": None,
+    "train.sample_every": None,
+    "train.eval_every": None,
+    "train.checkpoint_every": None,
+    "train.keep_checkpoints": None,
+    "train.best_k": None,
+    "train.trackers": None,
+    "train.sample_steps": None,
+    "train.sample_count": None,
+    "guard.check_every": None,
+    "guard.snapshot_every": None,
+    "guard.max_rollbacks": None,
+    "guard.runaway_factor": None,
+    "guard.runaway_floor": None,
+    "guard.max_energy": None,
+    "guard.max_chain_rms": None,
+    "guard.min_chain_spread": None,
+    "guard.min_chain_moved": None,
+    "guard.max_saturated": None,
+    "guard.ladder": None,
+    "hub.push_to": None,
+    "hub.private": None,
+    "hub.every": None,
+    "hub.replay_buffer": None,
+    "output_dir": Refused("a run goes on in its own folder"),
+    "resume": None,
+}
+
+
+def refuse_changes(saved: Mapping[str, Any], settings: Settings) -> None:
+    """Refuse to go on with settings that a run can't take over.
+
+    Args:
+        saved: what ``Settings.sections`` gave when the checkpoint was written.
+        settings: those of now.
+
+    Raises:
+        InputError: with the first setting that is refused, and the reason.
+    """
+    now = settings.sections()
+    for name, rule in AT_RESUME.items():
+        try:
+            old, new = _value(saved, name), _value(now, name)
+        except KeyError:  # none of a checkpoint's sections, or none that it knew
+            continue
+        if rule is not None and old != new and rule.where(old, new):
+            raise InputError(
+                f"{name} is {new!r} now and was {old!r}, and a run that goes on can't change it ({rule.why}): leave it out, "
+                "or start another run"
+            )
+
+
+def _value(sections: Mapping[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        sections = sections[part]
+    return sections
