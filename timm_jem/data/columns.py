@@ -4,13 +4,11 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
 from timm_jem.data.config import DataConfig
-from timm_jem.data.images import open_image
 from timm_jem.data.streamed import Labelling
 from timm_jem.errors import InputError
 
 __all__ = [
     "TEST_SPLITS",
-    "channels_and_size",
     "find_class_names",
     "find_image_column",
     "find_label_column",
@@ -103,8 +101,3 @@ def labels_of(rows: Dataset, config: DataConfig, split: str, column: str, class_
     what = f"split {split} of {config.dataset}"
     return np.array([labelling.of(value, f"{what}, row {row}") for row, value in enumerate(rows[column])], dtype=np.int64)
 
-
-def channels_and_size(config: DataConfig, stored: dict | None, what: str) -> tuple[int, tuple[int, int]]:
-    first = open_image(stored, what)
-    channels = config.channels or (1 if first.mode in ("1", "L", "LA") else 3)
-    return channels, (config.image_size, config.image_size) if config.image_size else (first.height, first.width)

@@ -23,8 +23,9 @@ class DataConfig:
         split_seed: seed of the held-out parts: the same images are held out whatever ``train.seed``.
         image_column: None: the only image column.
         label_column: None: ``label``, ``fine_label``, ``labels``, or the only column of class labels.
-        channels: 1 (grey) or 3 (RGB); None: as the first image is.
-        image_size: side in pixels; None: the first image's size. Others are resized to cover it, and centre-cropped.
+        channels: 1 (grey) or 3 (RGB); None: 1 where all images are grey (of some hundreds looked at), else 3.
+        image_size: side in pixels, which images of another size are resized to cover, and centre-cropped to. None: the
+            images' own size, where they have one in common of at most 256 a side; otherwise a power of two, at most 64.
         crop_padding: random crops after reflective padding by this many pixels (paper, CIFAR-10: 4); None: an eighth
             of the side from 16 pixels up, none below.
         flip: random horizontal flips; None: yes, unless the class names are single characters or numbers.
@@ -36,6 +37,8 @@ class DataConfig:
             held out.
         unlabeled: a second data set, as ``dataset``, whose images join the unlabelled ones; its labels are ignored.
         unlabeled_split: its split.
+        skip_broken: leave out images that can't be decoded, and say how many; all are tried at the start, those of a
+            stream as they come. False: the first ones stop the run by name.
         streaming: read the rows one after another, as a Hub data set too large for the disk needs it. Classes must have
             names in the data set's features. Not with ``labels_per_class`` and ``unlabeled``.
         stream_held_out: how many labelled images of the shuffled train stream are held out for validation, and the
@@ -62,6 +65,7 @@ class DataConfig:
     unlabeled_rows: bool = False
     unlabeled: str | None = None
     unlabeled_split: str = "train"
+    skip_broken: bool = False
     streaming: bool = False
     stream_held_out: int = 2000
     shuffle_buffer: int = 10_000

@@ -1,15 +1,15 @@
 """Hugging Face image data sets, split into train, validation and test."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Image
+from datasets import ClassLabel, Dataset
 from torch import Tensor
 
 from timm_jem.data.columns import (
     TEST_SPLITS,
-    channels_and_size,
     find_class_names,
     find_image_column,
     find_label_column,
@@ -17,6 +17,7 @@ from timm_jem.data.columns import (
     labels_of,
 )
 from timm_jem.data.config import DataConfig
+from timm_jem.data.headers import Headers, read_headers
 from timm_jem.data.images import ImageSet, cache_small
 from timm_jem.data.sources import load
 from timm_jem.data.stream_splits import split_stream
@@ -40,6 +41,8 @@ class Splits:
             float32, sum 1; the same for all classes of a stream.
         labeled: the labelled training images, where ``train`` has (or, a stream, may have) unlabelled ones as well;
             None: ``train`` itself.
+        files: what the images are as they are stored, in words, beside what is made of them.
+        left_out: how many broken images were left out (of a stream: of those held out).
     """
 
     train: ImageSet | StreamedSet
@@ -51,6 +54,21 @@ class Splits:
     flip: bool
     class_frequencies: Tensor
     labeled: ImageSet | StreamedSet | None = None
+    files: str = ""
+    left_out: int = 0
+
+    def summary(self) -> str:
+        """One line that says what was loaded, for people."""
+        classes = f"{len(self.class_names)} classes"
+        if empty := [name for name, part in zip(self.class_names, self.class_frequencies, strict=True) if part == 0]:
+            classes += f" ({len(empty)} without training images, such as {empty[0]!r})"
+        train = "a stream of"
+        if isinstance(self.train, ImageSet):
+            unlabeled = int((self.train.labels < 0).sum())
+            train = f"{len(self.train):,}{f' ({unlabeled:,} without a label)' if unlabeled else ''}"
+        counts = f"{train} training / {len(self.val):,} validation / {len(self.test):,} test images"
+        left_out = f", {self.left_out:,} broken ones left out" if self.left_out else ""
+        return f"{classes}, {counts}, {self.files}{left_out}"
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -76,7 +94,7 @@ def load_splits(config: DataConfig) -> Splits:
         )
     class_names = find_class_names(train, label_column)
     split = split_stream if config.streaming else _split_stored
-    sets, labeled = split(config, loaded, image_column, label_column, class_names)
+    sets, labeled, headers, left_out = split(config, loaded, image_column, label_column, class_names)
     train = sets["train"]
 
     if isinstance(train, StreamedSet):
@@ -96,6 +114,8 @@ def load_splits(config: DataConfig) -> Splits:
         flip=flip,
         class_frequencies=frequencies / frequencies.sum(),
         labeled=labeled,
+        files=headers.told(channels, size, asked=config.image_size is not None),
+        left_out=left_out,
     )
 
 
@@ -142,13 +162,16 @@ def load_images(
         raise InputError(f"split {split} of {name} is empty: choose another")
     rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:count])
     unknown = np.full(len(rows), -1)
-    return ImageSet(data.select(rows), column, unknown, channels, tuple(size), f"{name}, split {split}", rows).cache().images
+    images = ImageSet(data.select(rows), column, unknown, channels, tuple(size), f"{name}, split {split}", rows)
+    cache_small({"ood": images}, math.inf, skip_broken=False)
+    return images.images
 
 
 def _split_stored(
     config: DataConfig, loaded: dict[str, Dataset], image_column: str, label_column: str, class_names: list[str]
-) -> tuple[dict[str, ImageSet], ImageSet | None]:
-    """The three image sets, and the labelled training images where there are others: they come first."""
+) -> tuple[dict[str, ImageSet], ImageSet | None, Headers, int]:
+    """The three image sets, the labelled training images where there are others (they come first), headers, and how many
+    broken images were left out."""
     train = loaded[config.train_split]
     test_split = find_test_split(config, loaded, image_column, label_column)
     labels = labels_of(train, config, config.train_split, label_column, class_names)
@@ -163,12 +186,10 @@ def _split_stored(
         kept = _some_of_each(rows_of["train"], labels, config.labels_per_class, class_names, rng)
         unlabeled = np.union1d(unlabeled, np.setdiff1d(rows_of["train"], kept))
         labels[unlabeled], rows_of["train"] = -1, kept
-    labeled = len(rows_of["train"])
     rows_of["train"] = np.concatenate([rows_of["train"], unlabeled])
 
-    channels, size = channels_and_size(
-        config, train.cast_column(image_column, Image(decode=False))[0][image_column], f"row 0 of split {config.train_split}"
-    )
+    headers = read_headers(train, image_column, f"split {config.train_split}")
+    channels, size = headers.channels_for(config), headers.size_for(config)
     sets = {
         name: ImageSet(train.select(rows), image_column, labels[rows], channels, size, f"split {config.train_split}", rows)
         for name, rows in rows_of.items()
@@ -188,8 +209,9 @@ def _split_stored(
         name = f"{config.unlabeled}, split {config.unlabeled_split}"
         nothing = np.full(len(more), -1)
         sets["train"] = sets["train"].joined(ImageSet(more, column, nothing, channels, size, name, range(len(more))))
-    cache_small(sets.values(), config.cache_gib)
-    return sets, None if labeled == len(sets["train"]) else sets["train"].head(labeled)
+    sets, left_out = cache_small(sets, config.cache_gib, skip_broken=config.skip_broken)
+    labeled = int((sets["train"].labels >= 0).sum())
+    return sets, None if labeled == len(sets["train"]) else sets["train"].head(labeled), headers, left_out
 
 
 def _some_of_each(
