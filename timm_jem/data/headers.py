@@ -40,14 +40,14 @@ class Headers:
     def size_for(self, config: DataConfig) -> tuple[int, int]:
         """The files' own (H, W) where they have one in common of at most 256 pixels a side, unless ``config`` says.
 
-        Otherwise a power of two, as most files' short side allows, of at most 64.
+        Otherwise a square whose side most files' short side allows: a multiple of 8, where it can be, of at most 64.
         """
         if config.image_size is not None:
             return config.image_size, config.image_size
         if len(set(self.sizes)) == 1 and max(self.sizes[0]) <= _LARGEST_OWN:
             return self.sizes[0]
         side = min(_LARGEST_ROUND, sorted(min(size) for size in self.sizes)[len(self.sizes) // 2])
-        return (1 << (side.bit_length() - 1),) * 2
+        return (side - side % 8 or side,) * 2
 
     def told(self, channels: int, size: tuple[int, int], asked: bool) -> str:
         """The files beside what is made of them, where that differs.

@@ -159,13 +159,13 @@ class ImageSet(torch.utils.data.Dataset):
         raise IndexError(row)
 
 
-def cache_small(sets: Mapping[str, ImageSet], gib: float, *, skip_broken: bool) -> tuple[dict[str, ImageSet], int]:
+def cache_small(sets: Mapping[str, ImageSet], gib: float, *, skip_broken: bool | None) -> tuple[dict[str, ImageSet], int]:
     """Decode all images of ``sets`` now and keep them, where they take no more than ``gib`` GiB together.
 
     Args:
         sets: by name.
         gib: see above.
-        skip_broken: decode them in any case, and leave out those that can't be.
+        skip_broken: decode them in any case, and leave out those that can't be; None: there is no such choice.
 
     Returns:
         The sets, and how many images were left out.
@@ -181,16 +181,16 @@ def cache_small(sets: Mapping[str, ImageSet], gib: float, *, skip_broken: bool) 
     if not errors:
         return dict(sets), 0
     if not skip_broken:
-        raise InputError(_all_of(errors))
+        raise InputError(_all_of(errors) + ("" if skip_broken is None else f", {SKIP_HINT}"))
     return {name: image_set.without(broken[name]) for name, image_set in sets.items()}, len(errors)
 
 
 def _all_of(errors: Sequence[BrokenImage]) -> str:
     first, *others = errors
     if not others:
-        return f"{first}, {SKIP_HINT}"
+        return str(first)
     named = ", ".join(error.what for error in others[:20]) + (f" and {len(others) - 20} more" if len(others) > 20 else "")
-    return f"{first}; {len(others)} more images are broken: {named}; repair them, {SKIP_HINT}"
+    return f"{first}; {len(others)} more cannot be read: {named}"
 
 
 def located(what: str, stored: dict | None) -> str:
@@ -224,8 +224,9 @@ def open_image(stored: dict | None, what: str) -> PILImage.Image:
     if stored is None or (stored["bytes"] is None and stored["path"] is None):
         raise BrokenImage(what, "no image: remove the row")
     try:
-        image = ImageOps.exif_transpose(open_lazily(stored))
-        image.load()
+        with open_lazily(stored) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
     except UNREADABLE as error:
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise BrokenImage(what, f"an image that can't be decoded ({reason}): repair or remove it") from error

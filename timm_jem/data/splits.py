@@ -10,16 +10,19 @@ from torch import Tensor
 
 from timm_jem.data.columns import (
     TEST_SPLITS,
+    check_classes,
     find_class_names,
     find_image_column,
     find_label_column,
     find_test_split,
     labels_of,
+    with_images,
+    with_whole_labels,
 )
 from timm_jem.data.config import DataConfig
 from timm_jem.data.headers import Headers, read_headers
 from timm_jem.data.images import ImageSet, cache_small
-from timm_jem.data.sources import load
+from timm_jem.data.sources import load, read_name
 from timm_jem.data.stream_splits import split_stream
 from timm_jem.data.streamed import StreamedSet
 from timm_jem.errors import InputError, check_whole
@@ -80,11 +83,14 @@ def load_splits(config: DataConfig) -> Splits:
         InputError: an unknown data set, split or column, labels out of range, or images that can't be decoded.
     """
     loaded = load(config.dataset, config.config_name, config.train_split, config.streaming)
+    loaded = with_whole_labels(with_images(loaded, config.image_column), config.label_column)
     if config.train_split not in loaded:
         raise InputError(f"{config.dataset} has no split {config.train_split!r}: choose train_split from {', '.join(loaded)}")
     train = loaded[config.train_split]
     if train.features is None:
         raise InputError(f"{config.dataset} does not list its columns before its rows are read: leave data.streaming out")
+    if isinstance(train, Dataset) and len(train) == 0:
+        raise InputError(f"split {config.train_split} of {config.dataset} is empty: choose another")
     image_column = find_image_column(train.features, config.dataset, config.image_column, "choose one with --data.image_column")
     label_column = find_label_column(train.features, config)
     if config.streaming and not isinstance(train.features[label_column], ClassLabel):
@@ -92,7 +98,7 @@ def load_splits(config: DataConfig) -> Splits:
             f"{config.dataset} has no class names for {label_column!r} in its features, and data.streaming can't look for "
             "them in the rows: leave data.streaming out"
         )
-    class_names = find_class_names(train, label_column)
+    class_names = find_class_names(train, label_column, config.dataset)
     split = split_stream if config.streaming else _split_stored
     sets, labeled, headers, left_out = split(config, loaded, image_column, label_column, class_names)
     train = sets["train"]
@@ -101,6 +107,8 @@ def load_splits(config: DataConfig) -> Splits:
         frequencies = torch.full((len(class_names),), 1 / len(class_names))
     else:
         frequencies = (train if labeled is None else labeled).labels.bincount(minlength=len(class_names)).float()
+    if (frequencies > 0).sum() < 2:
+        raise InputError(f"{config.dataset} has no two classes of readable training images: repair them, or give more")
     channels, size = train.channels, train.size
     flip = not all(len(name) == 1 or name.isdigit() for name in class_names) if config.flip is None else config.flip
     padding = (size[0] // 8 if size[0] >= 16 else 0) if config.crop_padding is None else config.crop_padding
@@ -133,7 +141,8 @@ def load_images(
     """Images of any data set, without labels: what a model of other images is tried on.
 
     Args:
-        name: as ``DataConfig.dataset``.
+        name: as ``DataConfig.dataset``; ?split=NAME, ?image_column=NAME and ?config_name=NAME may follow, joined by &, where
+            they aren't given as arguments.
         channels: 1 (grey) or 3 (RGB); images are converted.
         size: (H, W); images of another size are resized to cover it, and centre-cropped.
         count: at most so many, chosen by ``seed`` where there are more; in the rows' order.
@@ -152,18 +161,20 @@ def load_images(
         raise InputError(f"images of {name} have {channels!r} channels asked for: give 1 (grey) or 3 (RGB)")
     for what, value, least in (("height", size[0], 1), ("width", size[1], 1), ("count", count, 1), ("seed", seed, 0)):
         check_whole(what, value, least)
-    loaded = load(name, config_name, split or "test", streaming=False)
+    asked = read_name(name)
+    name, split, image_column = asked.name, split or asked.split, image_column or asked.image_column
+    loaded = with_images(load(name, config_name or asked.config_name, split or "test", streaming=False), image_column)
     split = split or next((s for s in (*TEST_SPLITS, "train") if s in loaded), next(iter(loaded), None))
     if split not in loaded:
-        raise InputError(f"{name} has no split {split!r}: choose split from {', '.join(loaded)}")
+        raise InputError(f"{name} has no split {split!r}: choose split from {', '.join(loaded)}, as {name}?split=NAME")
     data = loaded[split]
-    column = find_image_column(data.features, name, image_column, "choose one with image_column")
+    column = find_image_column(data.features, name, image_column, f"choose one, as {name}?image_column=NAME")
     if len(data) == 0:
         raise InputError(f"split {split} of {name} is empty: choose another")
     rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:count])
     unknown = np.full(len(rows), -1)
     images = ImageSet(data.select(rows), column, unknown, channels, tuple(size), f"{name}, split {split}", rows)
-    cache_small({"ood": images}, math.inf, skip_broken=False)
+    cache_small({name: images}, math.inf, skip_broken=None)
     return images.images
 
 
@@ -175,13 +186,12 @@ def _split_stored(
     train = loaded[config.train_split]
     test_split = find_test_split(config, loaded, image_column, label_column)
     labels = labels_of(train, config, config.train_split, label_column, class_names)
+    check_classes(labels, class_names, config.dataset, label_column)
     rng = np.random.default_rng(config.split_seed)
     rows_of, unlabeled = {"train": np.flatnonzero(labels >= 0)}, np.flatnonzero(labels < 0)
-    if len(rows_of["train"]) < 3:
-        raise InputError(f"{config.dataset} has {len(rows_of['train'])} labelled images, too few for three splits")
     if test_split is None:
-        rows_of["train"], rows_of["test"] = _hold_out(rows_of["train"], labels, config.test_fraction, rng)
-    rows_of["train"], rows_of["val"] = _hold_out(rows_of["train"], labels, config.val_fraction, rng)
+        rows_of["train"], rows_of["test"] = _hold_out(rows_of["train"], labels, config.test_fraction, rng, class_names)
+    rows_of["train"], rows_of["val"] = _hold_out(rows_of["train"], labels, config.val_fraction, rng, class_names)
     if config.labels_per_class is not None:
         kept = _some_of_each(rows_of["train"], labels, config.labels_per_class, class_names, rng)
         unlabeled = np.union1d(unlabeled, np.setdiff1d(rows_of["train"], kept))
@@ -199,14 +209,18 @@ def _split_stored(
         classes = labels_of(test, config, test_split, label_column, class_names)
         sets["test"] = ImageSet(test, image_column, classes, channels, size, f"split {test_split}", range(len(test)))
     if config.unlabeled is not None:
-        more = load(config.unlabeled, None, config.unlabeled_split, streaming=False)
+        asked = read_name(config.unlabeled)
+        more = with_images(
+            load(asked.name, asked.config_name, config.unlabeled_split, streaming=False), asked.image_column
+        )
         if config.unlabeled_split not in more:
             raise InputError(
-                f"{config.unlabeled} has no split {config.unlabeled_split!r}: choose unlabeled_split from {', '.join(more)}"
+                f"{asked.name} has no split {config.unlabeled_split!r}: choose unlabeled_split from {', '.join(more)}"
             )
         more = more[config.unlabeled_split]
-        column = find_image_column(more.features, config.unlabeled, None, "data.unlabeled needs exactly one")
-        name = f"{config.unlabeled}, split {config.unlabeled_split}"
+        remedy = f"choose one, as {asked.name}?image_column=NAME"
+        column = find_image_column(more.features, asked.name, asked.image_column, remedy)
+        name = f"{asked.name}, split {config.unlabeled_split}"
         nothing = np.full(len(more), -1)
         sets["train"] = sets["train"].joined(ImageSet(more, column, nothing, channels, size, name, range(len(more))))
     sets, left_out = cache_small(sets, config.cache_gib, skip_broken=config.skip_broken)
@@ -229,15 +243,28 @@ def _some_of_each(
     return np.sort(np.concatenate(kept))
 
 
-def _hold_out(rows: np.ndarray, labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Split ``rows`` into (kept, held out), the same fraction of each class held out, in the rows' order."""
-    held = []
+def _hold_out(
+    rows: np.ndarray, labels: np.ndarray, fraction: float, rng: np.random.Generator, class_names: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split ``rows`` into (kept, held out), the same fraction of each class held out, in the rows' order.
+
+    Of classes so small that the fraction is none of their images, as many images as it is of all of these are held out, at
+    most one a class, and none of a class that has no other.
+    """
+    held, small = [], []
     for label in np.unique(labels[rows]):
         of_class = rng.permutation(rows[labels[rows] == label])
-        held.append(of_class[: round(len(of_class) * fraction)])
+        count = round(len(of_class) * fraction)
+        if count == len(of_class):
+            raise InputError(f"a fraction of {fraction} holds out all images of class {class_names[label]!r}: lower it")
+        held.append(of_class[:count])
+        if count == 0:
+            small.append(of_class)
+    wanted = round(sum(len(of_class) for of_class in small) * fraction)
+    spare = [of_class[:1] for of_class in small if len(of_class) > 1]
+    if wanted and spare:
+        held += [spare[i] for i in rng.permutation(len(spare))[:wanted]]
     held = np.sort(np.concatenate(held))
     if len(held) == 0:
         held = rng.permutation(rows)[:1]
-    if len(held) == len(rows):
-        raise InputError(f"a fraction of {fraction} holds out all {len(rows)} images: lower it")
     return np.setdiff1d(rows, held), held

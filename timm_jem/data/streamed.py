@@ -12,7 +12,7 @@ from torch import Tensor
 from timm_jem.data.images import SKIP_HINT, BrokenImage, decode, located
 from timm_jem.errors import InputError
 
-__all__ = ["Labelling", "StreamedImage", "StreamedSet", "digest"]
+__all__ = ["Labelling", "StreamedImage", "StreamedSet", "digest", "is_missing"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class Labelling:
         Raises:
             InputError: no class of the train split.
         """
-        if value in (None, -1) and self.missing is None:
+        missing = is_missing(value)
+        if missing and self.missing is None:
             return -1
         name = str(value) if self.names is None else self.names.get(value)
-        if value is None or name not in self.classes:
-            remedy = self.missing if value in (None, -1) else "fix or remove the row"
+        if missing or name not in self.classes:
+            remedy = self.missing if missing else "fix or remove the row"
             raise InputError(
                 f"{what}, has the label {value!r}, none of the train split's {len(self.classes)} classes: {remedy}"
             )
@@ -112,6 +113,11 @@ class StreamedImage:
     label: int
     digest: bytes
     what: str
+
+
+def is_missing(value: str | int | None) -> bool:
+    """Whether a value says that there is no label: none, −1, or a blank."""
+    return value is None or value == -1 or (isinstance(value, str) and not value.strip())
 
 
 def digest(stored: dict | None) -> bytes:
