@@ -153,18 +153,19 @@ def absolute(name: str) -> str:
 
 def hub_id(name: str) -> str | None:
     """The Hub's id of the data set that :func:`load` reads by this name; None: it comes from elsewhere."""
-    return None if name == "digits" or _is_local(name) else name
+    return None if name == "digits" or _is_local(name) else read_name(name).name
 
 
 def public_name(name: str) -> str:
     """What strangers may read of a data set's name: a Hub id as it is, and the last part of a local path."""
     if name == "digits" or not _is_local(name):
         return name
-    return Path(name).stem or "a local data set"
+    return Path(read_name(name).name).name or "a local data set"
 
 
 def _is_local(name: str) -> bool:
-    return Path(name).expanduser().exists() or name.startswith((".", os.sep, "~")) or name.endswith(".parquet")
+    path = name if Path(name).exists() else name.partition("?")[0]
+    return Path(path).expanduser().exists() or path.startswith((".", os.sep, "~")) or path.endswith(".parquet")
 
 
 def _say(line: str) -> None:
