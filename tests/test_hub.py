@@ -40,9 +40,13 @@ def test_no_local_path_is_sent(hub, jem, tmp_path):
     jem.save_pretrained(tmp_path / "acme" / "model")
     base = f"local-dir:{tmp_path}/acme/model"
     tuned = timm_jem.create_model(base, pretrained=True, num_classes=3, input_size=(1, 8, 8))
-    data, command = str(tmp_path / "acme" / "photos"), f"accelerate launch recipes/train.py --data.dataset {tmp_path}/acme/photos"
-    told = {"dataset": "photos", "command": f"{command} --model.name {base}"}
-    tuned.provenance = {**told, "config": {"data": {"dataset": data}, "model": {"name": base}}, "explanation": f"{data} is gone"}
+    data = str(tmp_path / "acme" / "photos")
+    tuned.provenance = {
+        "dataset": "photos",
+        "command": f"accelerate launch recipes/train.py --data.dataset {data} --model.name {base}",
+        "config": {"data": {"dataset": data}, "model": {"name": base}},
+        "explanation": f"{data} is gone",
+    }
     tuned.push_to_hub(REPO)
     for name, content in hub.files(REPO).items():
         assert str(tmp_path).encode() not in content, name

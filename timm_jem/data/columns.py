@@ -52,7 +52,7 @@ def find_image_column(features: Features, dataset: str, column: str | None, reme
         found = [name for name in features if name in images or _holds_files(features[name])]
         if found:
             raise InputError(f"{dataset} has image columns {', '.join(found)}: {remedy}")
-        raise InputError(f"{dataset} has no image column among {', '.join(features)}: store images, or the bytes of their files")
+        raise InputError(f"{dataset} has no image column among {', '.join(features)}: give images or their files' bytes")
     if column is not None and column not in images:
         held = f", it holds {_kind(features[column])}" if column in features else ""
         raise InputError(
@@ -120,7 +120,7 @@ def find_class_names(train: Dataset | IterableDataset, column: str, dataset: str
     if any(is_missing(name) for name in names):
         raise InputError(f"class {next(i for i, n in enumerate(names) if is_missing(n))} of {dataset} has no name: give it one")
     if len(names) < 2:
-        raise InputError(f"{dataset} has {f'one class, {names[0]!r}' if names else 'no labels'}: a classifier needs two classes")
+        raise InputError(f"{dataset} has {f'one class, {names[0]!r}' if names else 'no labels'}: a classifier needs two")
     return names
 
 
@@ -154,9 +154,7 @@ def _has_labels(rows: Dataset | IterableDataset, column: str, config: DataConfig
     return any(not is_missing(row[column]) for row in first)
 
 
-def find_test_split(
-    config: DataConfig, loaded: Loaded, image_column: str, label_column: str
-) -> str | None:
+def find_test_split(config: DataConfig, loaded: Loaded, image_column: str, label_column: str) -> str | None:
     """The split to report on, checked; None: part of the train split."""
     candidates = (s for s in TEST_SPLITS if s in loaded and s != config.train_split)
     test_split = config.test_split or next((s for s in candidates if _has_labels(loaded[s], label_column, config)), None)
@@ -187,4 +185,3 @@ def labels_of(rows: Dataset, config: DataConfig, split: str, column: str, class_
     labelling = labelling_of(rows.features, config, split, column, class_names)
     what = f"split {split} of {config.dataset}"
     return np.array([labelling.of(value, f"{what}, row {row}") for row, value in enumerate(rows[column])], dtype=np.int64)
-

@@ -56,12 +56,12 @@ class Headers:
             channels, size: of what is made.
             asked: whether the size was asked for.
         """
-        differs = [f"{self.grey} grey"] if 0 < self.grey and channels == 3 else []
+        differs = [f"{self.grey} grey"] if self.grey and channels == 3 else []
         differs += [f"{len(self.sizes) - self.grey} in colour"] if self.grey < len(self.sizes) and channels == 1 else []
         if set(self.sizes) != {size}:
             small, large = (f"{h}×{w}" for h, w in (extreme(self.sizes, key=_area) for extreme in (min, max)))
             differs = [f"files are {small}" if small == large else f"files are {small} to {large}", *differs]
-        if differs and len(self.sizes) < self.total:
+        if differs and self.total > _LOOK:
             differs.append(f"of {len(self.sizes)} looked at")
         if set(self.sizes) != {size} and not asked:
             differs.append("--data.image_size sets another")

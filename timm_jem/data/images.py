@@ -19,7 +19,17 @@ from torchvision.transforms.v2 import functional as tvf
 from timm_jem.errors import InputError, one_line
 from timm_jem.files import cores
 
-__all__ = ["SKIP_HINT", "UNREADABLE", "BrokenImage", "ImageSet", "cache_small", "decode", "located", "open_image", "open_lazily"]
+__all__ = [
+    "SKIP_HINT",
+    "UNREADABLE",
+    "BrokenImage",
+    "ImageSet",
+    "cache_small",
+    "decode",
+    "located",
+    "open_image",
+    "open_lazily",
+]
 
 SKIP_HINT = "or leave out all such images with --data.skip_broken true"
 # What Pillow's decoders raise for files that aren't what they say.

@@ -82,7 +82,8 @@ def _load_local(path: Path, config_name: str | None, split: str, streaming: bool
     if files.splits and not files.told and config_name is None:
         loaded = files.load()
     else:
-        loaded, images = datasets.load_dataset(str(path), config_name, streaming=streaming), sum(map(len, files.splits.values()))
+        loaded = datasets.load_dataset(str(path), config_name, streaming=streaming)
+        images = sum(map(len, files.splits.values()))
         rows = 0 if streaming else sum(map(len, loaded.values()))
         others = {"images that no metadata tells of": images - rows} if 0 < rows < images else {}
     if others:
@@ -138,10 +139,10 @@ def read_name(text: str) -> Asked:
     name, mark, query = text.partition("?")
     if not mark or Path(text).exists():
         return Asked(text, None, None, None)
-    parts = dict(parse_qsl(query, keep_blank_values=True))
-    if not parts or not set(parts) <= set(Asked._fields[1:]) or not all(parts.values()):
-        raise InputError(f"{text!r} is no data set's name: after ? give {', '.join(f'{part}=...' for part in Asked._fields[1:])}")
-    return Asked(name, *(parts.get(part) for part in Asked._fields[1:]))
+    parts, known = dict(parse_qsl(query, keep_blank_values=True)), Asked._fields[1:]
+    if not parts or not set(parts) <= set(known) or not all(parts.values()):
+        raise InputError(f"{text!r} is no data set's name: after ? give {', '.join(f'{part}=...' for part in known)}")
+    return Asked(name, *map(parts.get, known))
 
 
 def absolute(name: str) -> str:

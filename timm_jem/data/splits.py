@@ -65,12 +65,12 @@ class Splits:
         classes = f"{len(self.class_names)} classes"
         if empty := [name for name, part in zip(self.class_names, self.class_frequencies, strict=True) if part == 0]:
             classes += f" ({len(empty)} without training images, such as {empty[0]!r})"
-        train = "a stream of"
+        train = "streamed"
         if isinstance(self.train, ImageSet):
             unlabeled = int((self.train.labels < 0).sum())
             train = f"{len(self.train):,}{f' ({unlabeled:,} without a label)' if unlabeled else ''}"
         counts = f"{train} training / {len(self.val):,} validation / {len(self.test):,} test images"
-        left_out = f", {self.left_out:,} broken ones left out" if self.left_out else ""
+        left_out = f", {self.left_out:,} broken one{'s' * (self.left_out > 1)} left out" if self.left_out else ""
         return f"{classes}, {counts}, {self.files}{left_out}"
 
 
@@ -210,9 +210,7 @@ def _split_stored(
         sets["test"] = ImageSet(test, image_column, classes, channels, size, f"split {test_split}", range(len(test)))
     if config.unlabeled is not None:
         asked = read_name(config.unlabeled)
-        more = with_images(
-            load(asked.name, asked.config_name, config.unlabeled_split, streaming=False), asked.image_column
-        )
+        more = with_images(load(asked.name, asked.config_name, config.unlabeled_split, streaming=False), asked.image_column)
         if config.unlabeled_split not in more:
             raise InputError(
                 f"{asked.name} has no split {config.unlabeled_split!r}: choose unlabeled_split from {', '.join(more)}"
