@@ -15,6 +15,7 @@ from PIL import Image
 
 from timm_jem.evaluation import image_grid
 from timm_jem.files import replaced_file
+from timm_jem.hub.local_paths import without_local_paths
 from timm_jem.model import JEM
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.training.run import Rollback
@@ -62,7 +63,7 @@ class Record:
             self.accelerator.project_configuration.logging_dir = str(self.folder)
             self.accelerator.init_trackers(
                 "timm_jem",
-                config=_flat(self.settings.sections()),
+                config=_flat(without_local_paths(self.settings.sections())),  # which may be seen on the web
                 init_kwargs={"wandb": {"name": self.folder.path.name}, "trackio": {"name": self.folder.path.name}},
             )
         self._bar = tqdm(total=self.settings.train.steps, initial=step, desc="training", unit="it")
