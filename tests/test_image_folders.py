@@ -35,7 +35,7 @@ def test_names_that_are_those_of_splits_lose_no_image(tmp_path):
     kinds = load_splits(DataConfig(lay(tmp_path / "kinds", *classes("train", "car", "test"))))
     assert kinds.class_names == ["car", "test", "train"]
     assert len(kinds.train) + len(kinds.val) + len(kinds.test) == 18
-    files = lay(tmp_path / "files", *classes("bee", "cat"), "bee/test 1.png", "cat/val_2.png", "cat/my-train.png")
+    files = lay(tmp_path / "files", *classes("bee", "cat"), "bee/test 1.png", "cat/val_2.png", "cat/metadata.png")
     named = load_splits(DataConfig(files))
     assert len(named.train) + len(named.val) + len(named.test) == 15
 
@@ -140,7 +140,15 @@ def test_one_class_that_is_left(tmp_path):
     path = lay(tmp_path, *classes("bee", "cat"))
     for i in range(6):
         (tmp_path / "cat" / f"{i}.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match="no two classes of readable training images"):
+    with pytest.raises(InputError, match=r"too few images that can be read, .* of the 6 broken ones"):
+        load_splits(DataConfig(path, skip_broken=True))
+
+
+def test_no_test_image_that_is_left(tmp_path):
+    path = lay(tmp_path, *classes("bee", "cat", above="train"), *classes("bee", "cat", above="test", n=1))
+    for name in ("bee", "cat"):
+        (tmp_path / "test" / name / "0.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"too few images that can be read, .* of the 2 broken ones"):
         load_splits(DataConfig(path, skip_broken=True))
 
 

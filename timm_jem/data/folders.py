@@ -88,11 +88,10 @@ def find_image_files(folder: Path) -> ImageFiles:
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         for name in names:
-            stem, extension = os.path.splitext(name)
-            extension = extension.lower()
+            extension = os.path.splitext(name)[1].lower()
             if name.startswith((".", "__")):
                 continue
-            if stem == "metadata" or extension in _TABLES:
+            if name in ImageFolder.METADATA_FILENAMES or extension in _TABLES:
                 told = True
             elif extension in _IMAGES:
                 files.append(Path(parent, name).relative_to(folder))

@@ -42,7 +42,8 @@ def load(name: str, config_name: str | None, split: str, streaming: bool) -> dic
     Raises:
         InputError: nothing there, or nothing that can be read.
     """
-    path, local = Path(name), _is_local(name)
+    name, local = absolute(name), _is_local(name)
+    path = Path(name)
     if name != "digits" and local and not path.exists():
         raise InputError(f"there is no data set at {name}: give a folder, a .parquet file or a Hub name")
     if path.is_file() and path.suffix != ".parquet":
@@ -58,6 +59,8 @@ def load(name: str, config_name: str | None, split: str, streaming: bool) -> dic
         else:
             _look_for_the_hub(name)
             loaded = datasets.load_dataset(name, config_name, streaming=streaming)
+    except InputError:
+        raise
     except LOADING_ERRORS as error:
         raise InputError(_why_not(name, local, error)) from error
     loaded = loaded if isinstance(loaded, dict) else {split: loaded}
@@ -112,7 +115,10 @@ def _why_not(name: str, local: bool, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "onfig name is missing" in lines[0]:
         found = re.search(r"\[.*\]", str(error), re.DOTALL)
-        return f"{name} has several configurations: choose one with --data.config_name, {found[0] if found else lines[-1]}"
+        return (
+            f"{name} has several configurations: choose one with --data.config_name, or where there is no such flag as "
+            f"{name}?config_name=NAME, from {found[0] if found else lines[-1]}"
+        )
     if local:
         return f"data set {name!r} can't be loaded from this folder or file ({lines[0]})"
     return (

@@ -107,8 +107,11 @@ def load_splits(config: DataConfig) -> Splits:
         frequencies = torch.full((len(class_names),), 1 / len(class_names))
     else:
         frequencies = (train if labeled is None else labeled).labels.bincount(minlength=len(class_names)).float()
-    if (frequencies > 0).sum() < 2:
-        raise InputError(f"{config.dataset} has no two classes of readable training images: repair them, or give more")
+    if (frequencies > 0).sum() < 2 or not len(sets["val"]) or not len(sets["test"]):
+        raise InputError(
+            f"{config.dataset} has too few images that can be read, for training on two classes, validation and test: "
+            f"repair some of the {left_out} broken ones, or give more"
+        )
     channels, size = train.channels, train.size
     flip = not all(len(name) == 1 or name.isdigit() for name in class_names) if config.flip is None else config.flip
     padding = (size[0] // 8 if size[0] >= 16 else 0) if config.crop_padding is None else config.crop_padding
