@@ -12,6 +12,7 @@ from timm_jem import InputError
 from timm_jem.data import DataConfig, load_images, load_splits
 from timm_jem.data.images import BrokenImage, decode
 from timm_jem.data.loader import open_stream
+from timm_jem.evaluation.subject import some
 
 
 def folder(tmp_path, n=12):
@@ -133,6 +134,15 @@ def test_a_stream_leaves_them_out_as_they_come(tmp_path):
             x, y = next(again)
             assert torch.equal(x, images)
             assert torch.equal(y, labels)
+
+
+def test_images_of_a_stream_to_compare_with(tmp_path):
+    bad = set(range(0, 40, 3))
+    splits = stream_of(tmp_path, bad, skip_broken=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        images, labels = some(splits.train, 100, 0, "training images")
+    assert len(images) == len(labels) == 40 - len(bad) - len(splits.val) - len(splits.test)
 
 
 def test_a_stream_stops_by_name(tmp_path):
