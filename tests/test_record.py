@@ -242,7 +242,7 @@ def test_trackers_see_no_local_path(tmp_path, monkeypatch):
     record = make(tmp_path / "a")
     record.settings.data.dataset, record.settings.train.trackers = str(tmp_path / "acme" / "photos"), ["wandb"]
     told = {}
-    monkeypatch.setattr(record.accelerator, "init_trackers", lambda name, config, init_kwargs: told.update(config), raising=False)
+    monkeypatch.setattr(record.accelerator, "init_trackers", lambda _, config, **__: told.update(config), raising=False)
     monkeypatch.setattr(record.accelerator, "project_configuration", SimpleNamespace(), raising=False)
     record.open(0)
     assert told["data.dataset"] == "./photos"

@@ -93,9 +93,7 @@ def test_configurations_are_named(monkeypatch):
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['full', 'cropped']\nExample")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        InputError, match=r"--data\.config_name, .*\?config_name=NAME, from \['full', 'cropped'\]"
-    ) as error:
+    with pytest.raises(InputError, match=r"--data\.config_name, .*\?config_name=NAME, from \['full', 'cropped'\]") as error:
         load_splits(DataConfig("user/many"))
     assert "\n" not in str(error.value)
 

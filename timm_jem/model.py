@@ -14,7 +14,6 @@ from timm_jem.backbone import architecture
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, check_whole
 from timm_jem.hub.folder import write_folder
-from timm_jem.hub.local_paths import without_local_paths
 from timm_jem.hub.publish import publish
 from timm_jem.hub.published_chains import PublishedChains
 from timm_jem.inputs import as_labels, check_drawing, check_labels, check_model_input, how_many
@@ -254,13 +253,11 @@ class JEM(nn.Module):
         Raises:
             InputError: a backbone that plain timm would rebuild as another function, or provenance that is not JSON.
         """
-        self._write(save_directory, self.provenance, replay_buffer)
-
-    def _write(self, folder: str | os.PathLike, provenance: dict[str, Any], replay_buffer: bool) -> None:
+        ours = {"sgld": asdict(self.sgld), "provenance": self.provenance}
         write_folder(
             self.backbone,
-            folder,
-            {"sgld": asdict(self.sgld), "provenance": provenance},
+            save_directory,
+            ours,
             class_names=self.class_names,
             data_config=self.data_config,
             chains=self.chains if replay_buffer else None,
@@ -281,8 +278,6 @@ class JEM(nn.Module):
     ) -> str:
         """Push the model with its card to the Hub in one commit; names and defaults are ``ModelHubMixin.push_to_hub``'s.
 
-        Of local paths in the provenance no more is sent than their last part.
-
         Args:
             repo_id: "user/name"; made if it isn't there.
             commit_message, private, token, branch, create_pr: as in ``huggingface_hub.ModelHubMixin``.
@@ -297,7 +292,6 @@ class JEM(nn.Module):
         Raises:
             InputError: what :meth:`save_pretrained` refuses, before anything is sent; or what the Hub refuses.
         """
-        provenance = without_local_paths(self.provenance)
         about = {
             "architecture": architecture(self.backbone),
             "parameters": sum(p.numel() for p in self.parameters()),
@@ -305,10 +299,10 @@ class JEM(nn.Module):
             "class_names": self.class_names,
             "num_classes": self.num_classes,
             "sgld": asdict(self.sgld),
-            "provenance": provenance,
+            "provenance": self.provenance,
         }
         with tempfile.TemporaryDirectory() as folder:
-            self._write(folder, provenance, replay_buffer)
+            self.save_pretrained(folder, replay_buffer=replay_buffer)
             return publish(
                 folder,
                 repo_id,
