@@ -36,6 +36,26 @@ def jem():
     return jem
 
 
+def test_no_local_path_is_sent(hub, jem, tmp_path):
+    jem.save_pretrained(tmp_path / "acme" / "model")
+    base = f"local-dir:{tmp_path}/acme/model"
+    tuned = timm_jem.create_model(base, pretrained=True, num_classes=3, input_size=(1, 8, 8))
+    data = str(tmp_path / "acme" / "photos")
+    tuned.provenance = {
+        "dataset": "photos",
+        "command": f"accelerate launch recipes/train.py --data.dataset {data} --model.name {base}",
+        "config": {"data": {"dataset": data}, "model": {"name": base}},
+        "explanation": f"{data} is gone",
+    }
+    tuned.push_to_hub(REPO)
+    for name, content in hub.files(REPO).items():
+        assert str(tmp_path).encode() not in content, name
+        assert b"acme" not in content, name
+    card = hub.files(REPO)["README.md"].decode()
+    assert "recipes/train.py --data.dataset ./photos --model.name local-dir:./model" in card
+    assert tuned.provenance["config"]["data"]["dataset"] == data  # evaluation from here still finds it
+
+
 def test_one_repository_two_readers(hub, jem):
     url = jem.push_to_hub(REPO)
     assert url.startswith(f"{hub.url}/{REPO}/commit/")

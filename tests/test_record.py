@@ -321,6 +321,17 @@ def test_another_process_writes_nothing(tmp_path):
     assert os.listdir(tmp_path / "a") == []
 
 
+def test_trackers_see_no_local_path(tmp_path, monkeypatch):
+    record = make(tmp_path / "a")
+    record.settings.data.dataset, record.settings.train.trackers = str(tmp_path / "acme" / "photos"), ["wandb"]
+    told = {}
+    monkeypatch.setattr(record.accelerator, "init_trackers", lambda _, config, **__: told.update(config), raising=False)
+    monkeypatch.setattr(record.accelerator, "project_configuration", SimpleNamespace(), raising=False)
+    record.open(0)
+    assert told["data.dataset"] == "./photos"
+    record.close()
+
+
 def test_settings_are_flat_for_trackers():
     assert _flat({"a": {"b": 1, "c": {"d": None, "e": [1]}}, "f": True}) == {
         "a.b": 1,

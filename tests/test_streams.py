@@ -172,7 +172,8 @@ def test_broken_images_are_named_in_one_line(tmp_path, workers):
     rows = marked(range(40), broken=[17]).select(data.parts[0][1])
     data.data = rows.select_columns(["image"]).cast_column("image", Image(decode=False))
     stream = ImageStream(data, 4, seed=SEED, workers=workers)
-    with pytest.raises(InputError, match=r"^row 17 of split train has an image that can't be decoded .*$") as error:
+    message = r"^row 17 of split train \(17\.png\) has an image that can't be decoded .*skip_broken true$"
+    with pytest.raises(InputError, match=message) as error:
         drawn(stream, len(data))
     assert "\n" not in str(error.value)
     place = list(np.random.default_rng([SEED, 0]).permutation(len(data))).index(list(data.parts[0][1]).index(17))

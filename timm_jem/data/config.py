@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from timm_jem.data.sources import absolute
 from timm_jem.errors import InputError, check_number, check_whole
 
 __all__ = ["DataConfig"]
@@ -13,7 +14,8 @@ class DataConfig:
 
     Attributes:
         dataset: "digits" (scikit-learn's 1,797 handwritten digits of 8×8, no network), a Hub name, a local folder (of
-            ``save_to_disk``, of parquet files, or an imagefolder), or a .parquet file.
+            ``save_to_disk``, of parquet files, or of images, see :class:`timm_jem.data.folders.ImageFiles`), or a .parquet
+            file. Local paths are kept from the root, so that they mean the same from any folder.
         config_name: the Hub data set's configuration, where it has several.
         train_split: split to train on.
         test_split: split that is only reported; None: the first of test, validation that has labels, or, where there is
@@ -23,8 +25,9 @@ class DataConfig:
         split_seed: seed of the held-out parts: the same images are held out whatever ``train.seed``.
         image_column: None: the only image column.
         label_column: None: ``label``, ``fine_label``, ``labels``, or the only column of class labels.
-        channels: 1 (grey) or 3 (RGB); None: as the first image is.
-        image_size: side in pixels; None: the first image's size. Others are resized to cover it, and centre-cropped.
+        channels: 1 (grey) or 3 (RGB); None: 1 where all images are grey (of some hundreds looked at), else 3.
+        image_size: side in pixels, which images of another size are resized to cover, and centre-cropped to. None: the
+            images' own size, where they have one in common of at most 256 a side; otherwise a multiple of 8, at most 64.
         crop_padding: random crops after reflective padding by this many pixels (paper, CIFAR-10: 4); None: an eighth
             of the side from 16 pixels up, none below.
         flip: random horizontal flips; None: yes, unless the class names are single characters or numbers.
@@ -35,7 +38,10 @@ class DataConfig:
         unlabeled_rows: keep the train split's rows without a label (none, or −1) as unlabelled images. They are never
             held out.
         unlabeled: a second data set, as ``dataset``, whose images join the unlabelled ones; its labels are ignored.
+            ?image_column=NAME and ?config_name=NAME may follow, joined by &.
         unlabeled_split: its split.
+        skip_broken: leave out images that can't be decoded, and say how many; all are tried at the start, those of a
+            stream as they come. False: the first ones stop the run by name.
         streaming: read the rows one after another, as a Hub data set too large for the disk needs it. Classes must have
             names in the data set's features. Not with ``labels_per_class`` and ``unlabeled``.
         stream_held_out: how many labelled images of the shuffled train stream are held out for validation, and the
@@ -62,11 +68,16 @@ class DataConfig:
     unlabeled_rows: bool = False
     unlabeled: str | None = None
     unlabeled_split: str = "train"
+    skip_broken: bool = False
     streaming: bool = False
     stream_held_out: int = 2000
     shuffle_buffer: int = 10_000
 
     def __post_init__(self) -> None:
+        if not self.dataset.strip():
+            raise InputError("data dataset is empty: give digits, a Hub name, a folder or a .parquet file")
+        self.dataset = absolute(self.dataset)
+        self.unlabeled = None if self.unlabeled is None else absolute(self.unlabeled)
         for name in ("test_fraction", "val_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"data {name} is {getattr(self, name)}: give a fraction between 0 and 1")

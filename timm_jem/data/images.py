@@ -1,7 +1,10 @@
 """Images of a data set as 8-bit pixels."""
 
 import io
-from collections.abc import Iterable, Sequence
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -9,15 +12,40 @@ import torch
 from accelerate.utils import tqdm
 from datasets import Dataset, Image
 from PIL import Image as PILImage
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from timm_jem.errors import InputError, one_line
+from timm_jem.files import cores
 
-__all__ = ["ImageSet", "cache_small", "decode", "open_image"]
+__all__ = [
+    "SKIP_HINT",
+    "UNREADABLE",
+    "BrokenImage",
+    "ImageSet",
+    "cache_small",
+    "decode",
+    "located",
+    "open_image",
+    "open_lazily",
+]
 
+SKIP_HINT = "or leave out all such images with --data.skip_broken true"
+# What Pillow's decoders raise for files that aren't what they say.
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError),
+    *(struct.error, zlib.error, PILImage.DecompressionBombError),
+)
 _MODES = {1: "L", 3: "RGB"}
+
+
+class BrokenImage(InputError):
+    """An image that can't be used; ``what`` names it."""
+
+    def __init__(self, what: str, fault: str) -> None:
+        super().__init__(f"{what} has {fault}")
+        self.what = what
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -57,13 +85,44 @@ class ImageSet(torch.utils.data.Dataset):
         """Bytes of the decoded images."""
         return len(self) * self.channels * self.size[0] * self.size[1]
 
-    def cache(self) -> "ImageSet":
-        """Decode every image now and keep it in memory, 8 bits a pixel; returns itself."""
-        images = torch.empty(len(self), self.channels, *self.size, dtype=torch.uint8)
-        for row in tqdm(range(len(self)), desc=f"decoding images of {self.parts[0][0]}", leave=False):
-            images[row] = self._decode(row)
-        self.images = images
-        return self
+    def cache(self) -> dict[int, BrokenImage]:
+        """Decode every image now and keep it in memory, 8 bits a pixel; returns what is wrong, by row."""
+        self.images = torch.zeros(len(self), self.channels, *self.size, dtype=torch.uint8)
+        return self._decode_all(self.images)
+
+    def check(self) -> dict[int, BrokenImage]:
+        """Decode every image once and keep none; returns what is wrong, by row."""
+        return self._decode_all(None)
+
+    def _decode_all(self, images: Tensor | None) -> dict[int, BrokenImage]:
+        def decode_one(row: int) -> BrokenImage | None:
+            try:
+                pixels = self._decode(row)
+            except BrokenImage as error:
+                return error
+            if images is not None:
+                images[row] = pixels
+            return None
+
+        pool = ThreadPoolExecutor(cores())
+        try:
+            outcomes = pool.map(decode_one, range(len(self)))
+            described = {"total": len(self), "desc": f"decoding images of {self.parts[0][0]}", "leave": False}
+            return {row: error for row, error in enumerate(tqdm(outcomes, **described)) if error is not None}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def without(self, rows: Iterable[int]) -> "ImageSet":
+        """The other images; decoded ones are copied."""
+        kept = np.setdiff1d(np.arange(len(self)), list(rows))
+        others = ImageSet(self.data.select(kept), self.image_column, self.labels[kept], self.channels, self.size, "", ())
+        others.images = None if self.images is None else self.images[kept]
+        ends = np.cumsum([0, *(len(numbers) for _, numbers in self.parts)])
+        others.parts = [
+            (name, np.asarray(numbers)[kept[(kept >= start) & (kept < end)] - start])
+            for (name, numbers), start, end in zip(self.parts, ends, ends[1:], strict=False)
+        ]
+        return others
 
     def head(self, count: int) -> "ImageSet":
         """The first ``count`` images; decoded ones are shared, not copied."""
@@ -99,7 +158,8 @@ class ImageSet(torch.utils.data.Dataset):
         return images, self.labels[rows]
 
     def _decode(self, row: int) -> Tensor:
-        return decode(self.data[row][self.image_column], self.channels, self.size, self._named(row))
+        stored = self.data[row][self.image_column]
+        return decode(stored, self.channels, self.size, located(self._named(row), stored))
 
     def _named(self, row: int) -> str:
         for name, numbers in self.parts:
@@ -109,12 +169,44 @@ class ImageSet(torch.utils.data.Dataset):
         raise IndexError(row)
 
 
-def cache_small(sets: Iterable[ImageSet], gib: float) -> None:
-    """Decode all images of ``sets`` now and keep them, where they take no more than ``gib`` GiB together."""
-    sets = list(sets)
-    if sum(image_set.nbytes for image_set in sets) <= gib * 2**30:
-        for image_set in sets:
-            image_set.cache()
+def cache_small(sets: Mapping[str, ImageSet], gib: float, *, skip_broken: bool | None) -> tuple[dict[str, ImageSet], int]:
+    """Decode all images of ``sets`` now and keep them, where they take no more than ``gib`` GiB together.
+
+    Args:
+        sets: by name.
+        gib: see above.
+        skip_broken: decode them in any case, and leave out those that can't be; None: there is no such choice.
+
+    Returns:
+        The sets, and how many images were left out.
+
+    Raises:
+        InputError: images that can't be decoded, all of them named.
+    """
+    keep = sum(image_set.nbytes for image_set in sets.values()) <= gib * 2**30
+    if not (keep or skip_broken):
+        return dict(sets), 0
+    broken = {name: image_set.cache() if keep else image_set.check() for name, image_set in sets.items()}
+    errors = [error for of_set in broken.values() for error in of_set.values()]
+    if not errors:
+        return dict(sets), 0
+    if not skip_broken:
+        raise InputError(_all_of(errors) + ("" if skip_broken is None else f", {SKIP_HINT}"))
+    return {name: image_set.without(broken[name]) for name, image_set in sets.items()}, len(errors)
+
+
+def _all_of(errors: Sequence[BrokenImage]) -> str:
+    first, *others = errors
+    if not others:
+        return str(first)
+    named = ", ".join(error.what for error in others[:20]) + (f" and {len(others) - 20} more" if len(others) > 20 else "")
+    return f"{first}; {len(others)} more cannot be read: {named}"
+
+
+def located(what: str, stored: dict | None) -> str:
+    """``what`` and the file that an undecoded image cell is or was, where it has a name."""
+    path = (stored or {}).get("path")
+    return f"{what} ({path})" if path else what
 
 
 def decode(stored: dict | None, channels: int, size: tuple[int, int], what: str) -> Tensor:
@@ -123,7 +215,7 @@ def decode(stored: dict | None, channels: int, size: tuple[int, int], what: str)
     Images of another size are resized to cover it, and centre-cropped.
 
     Raises:
-        InputError: as :func:`open_image`.
+        BrokenImage: as :func:`open_image`.
     """
     pixels = tvf.pil_to_tensor(open_image(stored, what).convert(_MODES[channels]))
     if pixels.shape[1:] != size:
@@ -137,21 +229,29 @@ def open_image(stored: dict | None, what: str) -> PILImage.Image:
     """Decode an undecoded image cell of ``datasets``, upright, to 8 bits a channel.
 
     Raises:
-        InputError: no image there, or not one that can be decoded.
+        BrokenImage: no image there, or not one that can be decoded.
     """
     if stored is None or (stored["bytes"] is None and stored["path"] is None):
-        raise InputError(f"{what} has no image: remove the row")
+        raise BrokenImage(what, "no image: remove the row")
     try:
-        if stored["bytes"] is None and "://" in stored["path"]:
-            image = Image().decode_example(stored)  # a file on the Hub
-        else:
-            image = PILImage.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
-        image = ImageOps.exif_transpose(image)
-        image.load()
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-        raise InputError(f"{what} has an image that can't be decoded ({one_line(error)}): repair or remove it") from error
+        with open_lazily(stored) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+    except UNREADABLE as error:
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise BrokenImage(what, f"an image that can't be decoded ({reason}): repair or remove it") from error
     if image.mode.startswith("I;16"):
         return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise InputError(f"{what} has an image of 32-bit numbers, whose range is unknown: convert it to 8 or 16 bits")
+        raise BrokenImage(what, "an image of 32-bit numbers, whose range is unknown: convert it to 8 or 16 bits")
     return image
+
+
+def open_lazily(stored: dict) -> PILImage.Image:
+    """An undecoded image cell of ``datasets``, of which no more is read than its header, unless it is a file on the Hub.
+
+    Raises one of ``UNREADABLE``, where it is no image.
+    """
+    if stored["bytes"] is None and "://" in stored["path"]:
+        return Image().decode_example(stored)
+    return PILImage.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_jem.data import ImageSet, StreamedSet
 from timm_jem.data.augmentation import AutoAugment
+from timm_jem.data.images import SKIP_HINT, BrokenImage
 from timm_jem.data.streamed import StreamedImage
 from timm_jem.errors import InputError, check_whole
 from timm_jem.files import cores
@@ -229,8 +230,8 @@ class _Fetch(Dataset):
         start, *positions = positions
         try:
             images, labels = self.data.__getitems__(self.rows(np.asarray(positions)).tolist())
-        except InputError as error:
-            return str(error)
+        except BrokenImage as error:
+            return f"{error}, {SKIP_HINT}"
         if self.augment is not None:
             images = self.augment(images, [(self.seed, position) for position in positions])
         return images, labels, {"position": start + self.stride}
@@ -270,7 +271,9 @@ class _Read(IterableDataset):
         images, labels, seeds = [], [], []
         while len(images) < self.batch_size:
             image, epoch, offset = next(taken)
-            images.append(self.data.decode(image))
+            if (pixels := self.data.decode(image)) is None:
+                continue
+            images.append(pixels)
             labels.append(image.label)
             seeds.append((self.seed, epoch, int.from_bytes(image.digest, "big")))
         images = torch.stack(images)

@@ -1,16 +1,26 @@
 """Data sets by name: the embedded digits, the Hub's, folders and files."""
 
 import os
+import re
+import sys
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qsl
 
 import datasets
 import numpy as np
+from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import httpx
 from PIL import Image as PILImage
 
-from timm_jem.errors import InputError
+from timm_jem.data.folders import find_image_files
+from timm_jem.errors import InputError, one_line
 
-__all__ = ["LOADING_ERRORS", "digits", "hub_id", "load"]
+__all__ = ["LOADING_ERRORS", "Asked", "absolute", "digits", "hub_id", "load", "public_name", "read_name"]
 
 LOADING_ERRORS = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError)
 _STREAM_SHARDS = 64  # of a stored set that is read as a stream: many numbers of processes divide it
@@ -27,23 +37,32 @@ def digits() -> Dataset:
 
 
 def load(name: str, config_name: str | None, split: str, streaming: bool) -> dict[str, Dataset] | dict[str, IterableDataset]:
-    """The splits of a data set; one without splits, or in a single file, has all its rows in ``split``."""
-    path, local = Path(name), _is_local(name)
+    """The splits of a data set; one without splits, or in a single file, has all its rows in ``split``.
+
+    Raises:
+        InputError: nothing there, or nothing that can be read.
+    """
+    name, local = absolute(name), _is_local(name)
+    path = Path(name)
     if name != "digits" and local and not path.exists():
         raise InputError(f"there is no data set at {name}: give a folder, a .parquet file or a Hub name")
+    if path.is_file() and path.suffix != ".parquet":
+        raise InputError(
+            f"data set {name} is a {path.suffix or 'nameless'} file: give a folder of images, with a metadata.csv of file_name "
+            "and label or with a folder for each class, a .parquet file or a Hub name"
+        )
     try:
         if name == "digits":
             loaded = {"train": digits()}
-        elif path.is_file():
-            loaded = datasets.load_dataset("parquet", data_files={split: str(path)}, streaming=streaming)
-        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            loaded = datasets.load_from_disk(str(path))
+        elif local:
+            loaded = _load_local(path, config_name, split, streaming)
         else:
+            _look_for_the_hub(name)
             loaded = datasets.load_dataset(name, config_name, streaming=streaming)
+    except InputError:
+        raise
     except LOADING_ERRORS as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = "from this folder or file" if local else "from the Hub; give its exact name, a local folder or a .parquet file"
-        raise InputError(f"data set {name!r} can't be loaded {where} ({reason})") from error
+        raise InputError(_why_not(name, local, error)) from error
     loaded = loaded if isinstance(loaded, dict) else {split: loaded}
     if not streaming:
         return loaded
@@ -53,10 +72,108 @@ def load(name: str, config_name: str | None, split: str, streaming: bool) -> dic
     }
 
 
+def _load_local(path: Path, config_name: str | None, split: str, streaming: bool) -> Dataset | dict:
+    if path.is_file():
+        return datasets.load_dataset("parquet", data_files={split: str(path)}, streaming=streaming)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        try:
+            return datasets.load_from_disk(str(path))
+        except IndexError as error:  # of a split without a file
+            raise ValueError("a split of it holds no rows: save it without that") from error
+    files = find_image_files(path)
+    others = dict(files.others)
+    if files.splits and not files.told and config_name is None:
+        loaded = files.load()
+    else:
+        loaded = datasets.load_dataset(str(path), config_name, streaming=streaming)
+        images = sum(map(len, files.splits.values()))
+        rows = 0 if streaming else sum(map(len, loaded.values()))
+        others = {"images that no metadata tells of": images - rows} if 0 < rows < images else {}
+    if others:
+        _say(f"{path}: passed over {', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items())[:10])}")
+    return loaded
+
+
+def _look_for_the_hub(name: str) -> None:
+    """Say where a name is looked for, and don't wait for a Hub that is out of reach and was never asked for it."""
+    _say(f"no folder or file here is called {name}: looking for it on the Hub")
+    cached = (
+        Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset")),
+        Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")),
+    )
+    if any(folder.is_dir() for folder in cached):
+        return
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except httpx.TransportError as error:
+        raise ConnectionError(f"the Hub is out of reach: {one_line(error)}") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, ValueError):
+        return  # datasets says why
+
+
+def _why_not(name: str, local: bool, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if "onfig name is missing" in lines[0]:
+        found = re.search(r"\[.*\]", str(error), re.DOTALL)
+        return (
+            f"{name} has several configurations: choose one with --data.config_name, or where there is no such flag as "
+            f"{name}?config_name=NAME, from {found[0] if found else lines[-1]}"
+        )
+    if local:
+        return f"data set {name!r} can't be loaded from this folder or file ({lines[0]})"
+    return (
+        f"data set {name!r} can't be loaded from the Hub; give its exact name, a local folder or a .parquet file; "
+        f"{Path.cwd()} has none called so ({lines[0]})"
+    )
+
+
+class Asked(NamedTuple):
+    """A data set by one string, and which part of it."""
+
+    name: str
+    split: str | None
+    config_name: str | None
+    image_column: str | None
+
+
+def read_name(text: str) -> Asked:
+    """What "name?split=test&config_name=cropped&image_column=photo" asks for; each part may be left out.
+
+    Raises:
+        InputError: other parts.
+    """
+    name, mark, query = text.partition("?")
+    if not mark or Path(text).exists():
+        return Asked(text, None, None, None)
+    parts, known = dict(parse_qsl(query, keep_blank_values=True)), Asked._fields[1:]
+    if not parts or not set(parts) <= set(known) or not all(parts.values()):
+        raise InputError(f"{text!r} is no data set's name: after ? give {', '.join(f'{part}=...' for part in known)}")
+    return Asked(name, *map(parts.get, known))
+
+
+def absolute(name: str) -> str:
+    """The same name wherever the program runs: local paths from the root, others as they are."""
+    if name == "digits" or not _is_local(name):
+        return name
+    return os.path.abspath(Path(name).expanduser())
+
+
 def hub_id(name: str) -> str | None:
     """The Hub's id of the data set that :func:`load` reads by this name; None: it comes from elsewhere."""
-    return None if name == "digits" or _is_local(name) else name
+    return None if name == "digits" or _is_local(name) else read_name(name).name
+
+
+def public_name(name: str) -> str:
+    """What strangers may read of a data set's name: a Hub id as it is, and the last part of a local path."""
+    if name == "digits" or not _is_local(name):
+        return name
+    return Path(read_name(name).name).name or "a local data set"
 
 
 def _is_local(name: str) -> bool:
-    return Path(name).exists() or name.startswith((".", os.sep)) or name.endswith(".parquet")
+    path = name if Path(name).exists() else name.partition("?")[0]
+    return Path(path).expanduser().exists() or path.startswith((".", os.sep, "~")) or path.endswith(".parquet")
+
+
+def _say(line: str) -> None:
+    PartialState().print(line, file=sys.stderr)

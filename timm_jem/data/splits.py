@@ -1,24 +1,28 @@
 """Hugging Face image data sets, split into train, validation and test."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Image
+from datasets import ClassLabel, Dataset
 from torch import Tensor
 
 from timm_jem.data.columns import (
     TEST_SPLITS,
-    channels_and_size,
+    check_classes,
     find_class_names,
     find_image_column,
     find_label_column,
     find_test_split,
     labels_of,
+    with_images,
+    with_whole_labels,
 )
 from timm_jem.data.config import DataConfig
+from timm_jem.data.headers import Headers, read_headers
 from timm_jem.data.images import ImageSet, cache_small
-from timm_jem.data.sources import load
+from timm_jem.data.sources import load, read_name
 from timm_jem.data.stream_splits import split_stream
 from timm_jem.data.streamed import StreamedSet
 from timm_jem.errors import InputError, check_whole
@@ -40,6 +44,8 @@ class Splits:
             float32, sum 1; the same for all classes of a stream.
         labeled: the labelled training images, where ``train`` has (or, a stream, may have) unlabelled ones as well;
             None: ``train`` itself.
+        files: what the images are as they are stored, in words, beside what is made of them.
+        left_out: how many broken images were left out (of a stream: of those held out).
     """
 
     train: ImageSet | StreamedSet
@@ -51,6 +57,21 @@ class Splits:
     flip: bool
     class_frequencies: Tensor
     labeled: ImageSet | StreamedSet | None = None
+    files: str = ""
+    left_out: int = 0
+
+    def summary(self) -> str:
+        """One line that says what was loaded, for people."""
+        classes = f"{len(self.class_names)} classes"
+        if empty := [name for name, part in zip(self.class_names, self.class_frequencies, strict=True) if part == 0]:
+            classes += f" ({len(empty)} without training images, such as {empty[0]!r})"
+        train = "streamed"
+        if isinstance(self.train, ImageSet):
+            unlabeled = int((self.train.labels < 0).sum())
+            train = f"{len(self.train):,}{f' ({unlabeled:,} without a label)' if unlabeled else ''}"
+        counts = f"{train} training / {len(self.val):,} validation / {len(self.test):,} test images"
+        left_out = f", {self.left_out:,} broken one{'s' * (self.left_out > 1)} left out" if self.left_out else ""
+        return f"{classes}, {counts}, {self.files}{left_out}"
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -62,11 +83,14 @@ def load_splits(config: DataConfig) -> Splits:
         InputError: an unknown data set, split or column, labels out of range, or images that can't be decoded.
     """
     loaded = load(config.dataset, config.config_name, config.train_split, config.streaming)
+    loaded = with_whole_labels(with_images(loaded, config.image_column), config.label_column)
     if config.train_split not in loaded:
         raise InputError(f"{config.dataset} has no split {config.train_split!r}: choose train_split from {', '.join(loaded)}")
     train = loaded[config.train_split]
     if train.features is None:
         raise InputError(f"{config.dataset} does not list its columns before its rows are read: leave data.streaming out")
+    if isinstance(train, Dataset) and len(train) == 0:
+        raise InputError(f"split {config.train_split} of {config.dataset} is empty: choose another")
     image_column = find_image_column(train.features, config.dataset, config.image_column, "choose one with --data.image_column")
     label_column = find_label_column(train.features, config)
     if config.streaming and not isinstance(train.features[label_column], ClassLabel):
@@ -74,15 +98,20 @@ def load_splits(config: DataConfig) -> Splits:
             f"{config.dataset} has no class names for {label_column!r} in its features, and data.streaming can't look for "
             "them in the rows: leave data.streaming out"
         )
-    class_names = find_class_names(train, label_column)
+    class_names = find_class_names(train, label_column, config.dataset)
     split = split_stream if config.streaming else _split_stored
-    sets, labeled = split(config, loaded, image_column, label_column, class_names)
+    sets, labeled, headers, left_out = split(config, loaded, image_column, label_column, class_names)
     train = sets["train"]
 
     if isinstance(train, StreamedSet):
         frequencies = torch.full((len(class_names),), 1 / len(class_names))
     else:
         frequencies = (train if labeled is None else labeled).labels.bincount(minlength=len(class_names)).float()
+    if (frequencies > 0).sum() < 2 or not len(sets["val"]) or not len(sets["test"]):
+        raise InputError(
+            f"{config.dataset} has too few images that can be read, for training on two classes, validation and test: "
+            f"repair some of the {left_out} broken ones, or give more"
+        )
     channels, size = train.channels, train.size
     flip = not all(len(name) == 1 or name.isdigit() for name in class_names) if config.flip is None else config.flip
     padding = (size[0] // 8 if size[0] >= 16 else 0) if config.crop_padding is None else config.crop_padding
@@ -96,6 +125,8 @@ def load_splits(config: DataConfig) -> Splits:
         flip=flip,
         class_frequencies=frequencies / frequencies.sum(),
         labeled=labeled,
+        files=headers.told(channels, size, asked=config.image_size is not None),
+        left_out=left_out,
     )
 
 
@@ -113,7 +144,8 @@ def load_images(
     """Images of any data set, without labels: what a model of other images is tried on.
 
     Args:
-        name: as ``DataConfig.dataset``.
+        name: as ``DataConfig.dataset``; ?split=NAME, ?image_column=NAME and ?config_name=NAME may follow, joined by &, where
+            they aren't given as arguments.
         channels: 1 (grey) or 3 (RGB); images are converted.
         size: (H, W); images of another size are resized to cover it, and centre-cropped.
         count: at most so many, chosen by ``seed`` where there are more; in the rows' order.
@@ -132,43 +164,45 @@ def load_images(
         raise InputError(f"images of {name} have {channels!r} channels asked for: give 1 (grey) or 3 (RGB)")
     for what, value, least in (("height", size[0], 1), ("width", size[1], 1), ("count", count, 1), ("seed", seed, 0)):
         check_whole(what, value, least)
-    loaded = load(name, config_name, split or "test", streaming=False)
+    asked = read_name(name)
+    name, split, image_column = asked.name, split or asked.split, image_column or asked.image_column
+    loaded = with_images(load(name, config_name or asked.config_name, split or "test", streaming=False), image_column)
     split = split or next((s for s in (*TEST_SPLITS, "train") if s in loaded), next(iter(loaded), None))
     if split not in loaded:
-        raise InputError(f"{name} has no split {split!r}: choose split from {', '.join(loaded)}")
+        raise InputError(f"{name} has no split {split!r}: choose split from {', '.join(loaded)}, as {name}?split=NAME")
     data = loaded[split]
-    column = find_image_column(data.features, name, image_column, "choose one with image_column")
+    column = find_image_column(data.features, name, image_column, f"choose one, as {name}?image_column=NAME")
     if len(data) == 0:
         raise InputError(f"split {split} of {name} is empty: choose another")
     rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:count])
     unknown = np.full(len(rows), -1)
-    return ImageSet(data.select(rows), column, unknown, channels, tuple(size), f"{name}, split {split}", rows).cache().images
+    images = ImageSet(data.select(rows), column, unknown, channels, tuple(size), f"{name}, split {split}", rows)
+    cache_small({name: images}, math.inf, skip_broken=None)
+    return images.images
 
 
 def _split_stored(
     config: DataConfig, loaded: dict[str, Dataset], image_column: str, label_column: str, class_names: list[str]
-) -> tuple[dict[str, ImageSet], ImageSet | None]:
-    """The three image sets, and the labelled training images where there are others: they come first."""
+) -> tuple[dict[str, ImageSet], ImageSet | None, Headers, int]:
+    """The three image sets, the labelled training images where there are others (they come first), headers, and how many
+    broken images were left out."""
     train = loaded[config.train_split]
     test_split = find_test_split(config, loaded, image_column, label_column)
     labels = labels_of(train, config, config.train_split, label_column, class_names)
+    check_classes(labels, class_names, config.dataset, label_column)
     rng = np.random.default_rng(config.split_seed)
     rows_of, unlabeled = {"train": np.flatnonzero(labels >= 0)}, np.flatnonzero(labels < 0)
-    if len(rows_of["train"]) < 3:
-        raise InputError(f"{config.dataset} has {len(rows_of['train'])} labelled images, too few for three splits")
     if test_split is None:
-        rows_of["train"], rows_of["test"] = _hold_out(rows_of["train"], labels, config.test_fraction, rng)
-    rows_of["train"], rows_of["val"] = _hold_out(rows_of["train"], labels, config.val_fraction, rng)
+        rows_of["train"], rows_of["test"] = _hold_out(rows_of["train"], labels, config.test_fraction, rng, class_names)
+    rows_of["train"], rows_of["val"] = _hold_out(rows_of["train"], labels, config.val_fraction, rng, class_names)
     if config.labels_per_class is not None:
         kept = _some_of_each(rows_of["train"], labels, config.labels_per_class, class_names, rng)
         unlabeled = np.union1d(unlabeled, np.setdiff1d(rows_of["train"], kept))
         labels[unlabeled], rows_of["train"] = -1, kept
-    labeled = len(rows_of["train"])
     rows_of["train"] = np.concatenate([rows_of["train"], unlabeled])
 
-    channels, size = channels_and_size(
-        config, train.cast_column(image_column, Image(decode=False))[0][image_column], f"row 0 of split {config.train_split}"
-    )
+    headers = read_headers(train, image_column, f"split {config.train_split}")
+    channels, size = headers.channels_for(config), headers.size_for(config)
     sets = {
         name: ImageSet(train.select(rows), image_column, labels[rows], channels, size, f"split {config.train_split}", rows)
         for name, rows in rows_of.items()
@@ -178,18 +212,21 @@ def _split_stored(
         classes = labels_of(test, config, test_split, label_column, class_names)
         sets["test"] = ImageSet(test, image_column, classes, channels, size, f"split {test_split}", range(len(test)))
     if config.unlabeled is not None:
-        more = load(config.unlabeled, None, config.unlabeled_split, streaming=False)
+        asked = read_name(config.unlabeled)
+        more = with_images(load(asked.name, asked.config_name, config.unlabeled_split, streaming=False), asked.image_column)
         if config.unlabeled_split not in more:
             raise InputError(
-                f"{config.unlabeled} has no split {config.unlabeled_split!r}: choose unlabeled_split from {', '.join(more)}"
+                f"{asked.name} has no split {config.unlabeled_split!r}: choose unlabeled_split from {', '.join(more)}"
             )
         more = more[config.unlabeled_split]
-        column = find_image_column(more.features, config.unlabeled, None, "data.unlabeled needs exactly one")
-        name = f"{config.unlabeled}, split {config.unlabeled_split}"
+        remedy = f"choose one, as {asked.name}?image_column=NAME"
+        column = find_image_column(more.features, asked.name, asked.image_column, remedy)
+        name = f"{asked.name}, split {config.unlabeled_split}"
         nothing = np.full(len(more), -1)
         sets["train"] = sets["train"].joined(ImageSet(more, column, nothing, channels, size, name, range(len(more))))
-    cache_small(sets.values(), config.cache_gib)
-    return sets, None if labeled == len(sets["train"]) else sets["train"].head(labeled)
+    sets, left_out = cache_small(sets, config.cache_gib, skip_broken=config.skip_broken)
+    labeled = int((sets["train"].labels >= 0).sum())
+    return sets, None if labeled == len(sets["train"]) else sets["train"].head(labeled), headers, left_out
 
 
 def _some_of_each(
@@ -207,15 +244,28 @@ def _some_of_each(
     return np.sort(np.concatenate(kept))
 
 
-def _hold_out(rows: np.ndarray, labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Split ``rows`` into (kept, held out), the same fraction of each class held out, in the rows' order."""
-    held = []
+def _hold_out(
+    rows: np.ndarray, labels: np.ndarray, fraction: float, rng: np.random.Generator, class_names: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split ``rows`` into (kept, held out), the same fraction of each class held out, in the rows' order.
+
+    Of classes so small that the fraction is none of their images, as many images as it is of all of these are held out, at
+    most one a class, and none of a class that has no other.
+    """
+    held, small = [], []
     for label in np.unique(labels[rows]):
         of_class = rng.permutation(rows[labels[rows] == label])
-        held.append(of_class[: round(len(of_class) * fraction)])
+        count = round(len(of_class) * fraction)
+        if count == len(of_class):
+            raise InputError(f"a fraction of {fraction} holds out all images of class {class_names[label]!r}: lower it")
+        held.append(of_class[:count])
+        if count == 0:
+            small.append(of_class)
+    wanted = round(sum(len(of_class) for of_class in small) * fraction)
+    spare = [of_class[:1] for of_class in small if len(of_class) > 1]
+    if wanted and spare:
+        held += [spare[i] for i in rng.permutation(len(spare))[:wanted]]
     held = np.sort(np.concatenate(held))
     if len(held) == 0:
         held = rng.permutation(rows)[:1]
-    if len(held) == len(rows):
-        raise InputError(f"a fraction of {fraction} holds out all {len(rows)} images: lower it")
     return np.setdiff1d(rows, held), held

@@ -6,8 +6,9 @@ from itertools import islice
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset
 
-from timm_jem.data.columns import channels_and_size, find_test_split, labelling_of
+from timm_jem.data.columns import find_test_split, labelling_of
 from timm_jem.data.config import DataConfig
+from timm_jem.data.headers import Headers, read_headers
 from timm_jem.data.images import ImageSet, cache_small
 from timm_jem.data.sources import LOADING_ERRORS
 from timm_jem.data.streamed import StreamedImage, StreamedSet
@@ -18,15 +19,20 @@ __all__ = ["split_stream"]
 
 def split_stream(
     config: DataConfig, loaded: dict[str, IterableDataset], image_column: str, label_column: str, class_names: list[str]
-) -> tuple[dict[str, ImageSet | StreamedSet], StreamedSet | None]:
-    """The training stream and the two held-out sets, and the stream of labelled images where there may be others."""
+) -> tuple[dict[str, ImageSet | StreamedSet], StreamedSet | None, Headers, int]:
+    """The training stream and the two held-out sets, the stream of labelled images where there may be others, headers of
+    the images held out, and how many of these were broken and left out."""
     test_split = find_test_split(config, loaded, image_column, label_column)
 
     def stream(split: str) -> StreamedSet:
         rows = loaded[split].select_columns([image_column, label_column]).cast_column(image_column, Image(decode=False))
         labelling = labelling_of(loaded[split].features, config, split, label_column, class_names)
         name = f"the shuffled split {split} of {config.dataset}"
-        return StreamedSet(rows, image_column, labelling, 0, (0, 0), name, config.shuffle_buffer, labelled_only=True)
+        return StreamedSet(
+            *(rows, image_column, labelling, 0, (0, 0), name, config.shuffle_buffer),
+            labelled_only=True,
+            skip_broken=config.skip_broken,
+        )
 
     def front(split: str, count: int) -> list[StreamedImage]:
         try:
@@ -48,10 +54,15 @@ def split_stream(
     tested = held_out[count:] if test_split is None else front(test_split, count)
     if not tested:
         raise InputError(f"split {test_split} of {config.dataset} is empty: choose another")
-    channels, size = channels_and_size(config, held_out[0].stored, held_out[0].what)
+
+    def stored(images: list[StreamedImage]) -> Dataset:
+        return Dataset.from_dict({image_column: [i.stored for i in images]}, Features({image_column: Image(decode=False)}))
+
+    headers = read_headers(stored(held_out), image_column, stream(config.train_split).name)
+    channels, size = headers.channels_for(config), headers.size_for(config)
 
     def image_set(images: list[StreamedImage], split: str) -> ImageSet:
-        rows = Dataset.from_dict({image_column: [i.stored for i in images]}, Features({image_column: Image(decode=False)}))
+        rows = stored(images)
         classes, name = [i.label for i in images], stream(split).name
         return ImageSet(rows, image_column, classes, channels, size, name, range(len(images)))
 
@@ -60,9 +71,8 @@ def split_stream(
     )
     train = replace(labeled, labelled_only=False)
     sets = {
-        "train": train,
         "val": image_set(held_out[:count], config.train_split),
         "test": image_set(tested, test_split or config.train_split),
     }
-    cache_small([sets["val"], sets["test"]], config.cache_gib)
-    return sets, labeled if config.unlabeled_rows else None
+    sets, left_out = cache_small(sets, config.cache_gib, skip_broken=config.skip_broken)
+    return {"train": train, **sets}, labeled if config.unlabeled_rows else None, headers, left_out

@@ -1,7 +1,7 @@
 """Training images that are read one after another."""
 
 import hashlib
-import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ import numpy as np
 from datasets import IterableDataset
 from torch import Tensor
 
-from timm_jem.data.images import decode
+from timm_jem.data.images import SKIP_HINT, BrokenImage, decode, located
 from timm_jem.errors import InputError
 
-__all__ = ["Labelling", "StreamedImage", "StreamedSet", "digest"]
+__all__ = ["Labelling", "StreamedImage", "StreamedSet", "digest", "is_missing"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class Labelling:
         Raises:
             InputError: no class of the train split.
         """
-        if value in (None, -1) and self.missing is None:
+        missing = is_missing(value)
+        if missing and self.missing is None:
             return -1
         name = str(value) if self.names is None else self.names.get(value)
-        if value is None or name not in self.classes:
-            remedy = self.missing if value in (None, -1) else "fix or remove the row"
+        if missing or name not in self.classes:
+            remedy = self.missing if missing else "fix or remove the row"
             raise InputError(
                 f"{what}, has the label {value!r}, none of the train split's {len(self.classes)} classes: {remedy}"
             )
@@ -63,6 +64,7 @@ class StreamedSet:
         held_out: digests of the images held out: they, and any copies of them, are known by their content wherever a
             shuffled and split stream has them.
         labelled_only: leave unlabelled images out.
+        skip_broken: leave out, with a warning each, images that can't be decoded.
     """
 
     rows: IterableDataset
@@ -74,6 +76,7 @@ class StreamedSet:
     shuffle_buffer: int
     held_out: frozenset[bytes] = frozenset()
     labelled_only: bool = False
+    skip_broken: bool = False
 
     def epoch(self, generator: np.random.Generator) -> Iterator["StreamedImage"]:
         """Every image once, shuffled by ``generator`` alone, not yet decoded."""
@@ -81,16 +84,25 @@ class StreamedSet:
         # Not `for row in shuffled`: in a DataLoader's worker, datasets would shuffle otherwise than outside of one.
         for batch in shuffled.iter(batch_size=32):
             for stored, value in zip(batch[self.image_column], batch[self.labelling.column], strict=True):
-                file = os.path.basename((stored or {}).get("path") or "")
-                what = f"row {number} of {self.name}{f' ({file})' if file else ''}"
+                what = located(f"row {number} of {self.name}", stored)
                 number += 1
                 image = StreamedImage(stored, self.labelling.of(value, what), digest(stored), what)
                 if image.digest not in self.held_out and not (self.labelled_only and image.label < 0):
                     yield image
 
-    def decode(self, image: "StreamedImage") -> Tensor:
-        """8-bit pixels of an image, shape (C, H, W)."""
-        return decode(image.stored, self.channels, self.size, image.what)
+    def decode(self, image: "StreamedImage") -> Tensor | None:
+        """8-bit pixels of an image, shape (C, H, W); None: it is broken, and left out.
+
+        Raises:
+            InputError: it is broken.
+        """
+        try:
+            return decode(image.stored, self.channels, self.size, image.what)
+        except BrokenImage as error:
+            if not self.skip_broken:
+                raise InputError(f"{error}, {SKIP_HINT}") from error
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            return None
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,11 @@ class StreamedImage:
     label: int
     digest: bytes
     what: str
+
+
+def is_missing(value: str | int | None) -> bool:
+    """Whether a value says that there is no label: none, −1, or a blank."""
+    return value is None or value == -1 or (isinstance(value, str) and not value.strip())
 
 
 def digest(stored: dict | None) -> bytes:

@@ -220,8 +220,9 @@ def some(images: ImageSet | StreamedSet, count: int, seed: int, desc: str) -> tu
         parts = np.array_split(rows, max(1, len(rows) // 256))
         fetched = [images.__getitems__(part.tolist()) for part in tqdm(parts, desc=desc, leave=False)]
         return torch.cat([part for part, _ in fetched]), torch.cat([labels for _, labels in fetched])
-    streamed = list(tqdm(islice(images.epoch(rng), count), desc=desc, total=count, leave=False))
-    return torch.stack([images.decode(image) for image in streamed]), torch.tensor([image.label for image in streamed])
+    decoded = ((pixels, image.label) for image in images.epoch(rng) if (pixels := images.decode(image)) is not None)
+    pixels, labels = zip(*tqdm(islice(decoded, count), desc=desc, total=count, leave=False), strict=True)
+    return torch.stack(pixels), torch.tensor(labels)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from timm_jem.errors import InputError
 from timm_jem.hub.card import CARD_FILE, PICTURES, model_card
+from timm_jem.hub.local_paths import without_local_paths
 from timm_jem.hub.provenance import Provenance, license_id
 from timm_jem.hub.published_chains import CHAINS_FILE
 from timm_jem.hub.reading import CONFIG_FILE
@@ -27,7 +28,7 @@ def publish(
     pictures: Mapping[str, str | os.PathLike],
     **options: Any,
 ) -> str:
-    """Add card and pictures to a saved model's folder, and push it.
+    """Add card and pictures to a saved model's folder, and push it. Of local paths no more goes along than their last part.
 
     Args:
         folder: a model as :func:`timm_jem.hub.folder.write_folder` writes it; card and pictures are added to it.
@@ -45,7 +46,8 @@ def publish(
     """
     check_repository_name(repo_id)
     folder = Path(folder)
-    about = {**about, "provenance": Provenance.read(about["provenance"])}
+    provenance = without_local_paths(about["provenance"])
+    about = {**about, "provenance": Provenance.read(provenance)}
     for name, file in pictures.items():
         if name not in PICTURES:
             raise InputError(f"no card shows a picture {name!r}: its pictures are {', '.join(PICTURES)}")
@@ -59,6 +61,8 @@ def publish(
         with safe_open(folder / CHAINS_FILE, framework="pt") as chains:
             chains_have_classes = "labels" in chains.keys()  # noqa: SIM118
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config["timm_jem"]["provenance"] = provenance
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
     card = model_card(
         repo_id=repo_id,
         weights_license=license_id(config["pretrained_cfg"].get("license")),

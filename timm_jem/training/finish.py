@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from timm_jem.data import Splits
+from timm_jem.data.sources import public_name
 from timm_jem.errors import InputError
 from timm_jem.evaluation import best_num_steps
 from timm_jem.model import JEM
@@ -80,7 +81,8 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
         raise InputError(f"training {explanation}; the last good model, of step {run.step}, is in {folder.model}")
     if settings.hub.push_to is not None:
         try:
-            message = f"{settings.model.name} after {run.step} steps on {settings.data.dataset}"
+            model = settings.model.name.rsplit("/", 1)[-1]  # a folder's path is for nobody else
+            message = f"{model} after {run.step} steps on {public_name(settings.data.dataset)}"
             push(jem, settings, record, message, folder.pictures())
         except InputError as error:
             raise InputError(f"{error}; the run is whole: python recipes/push.py {folder} {settings.hub.push_to}") from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from timm_jem.data import Splits
-from timm_jem.data.sources import hub_id
+from timm_jem.data.sources import hub_id, public_name
 from timm_jem.hub.published_chains import PublishedChains
 from timm_jem.model import JEM
 from timm_jem.training.build import build_model
@@ -53,7 +53,7 @@ def publishable(
         jem = whole
     data, model = settings.data, settings.model
     jem.provenance = {
-        "dataset": data.dataset,
+        "dataset": public_name(data.dataset),
         "datasets": [name for source in (data.dataset, data.unlabeled) if source and (name := hub_id(source))],
         "base_model": learner.jem.backbone.pretrained_cfg.get("hf_hub_id") if model.pretrained else None,
         "command": shlex.join([*_launcher(accelerator), "recipes/train.py", *record.command]),

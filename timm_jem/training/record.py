@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from timm_jem.data.identity import changed_data
 from timm_jem.errors import InputError, one_line
 from timm_jem.evaluation import image_grid
+from timm_jem.hub.local_paths import without_local_paths
 from timm_jem.model import JEM
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.training.resume import refuse_changes
@@ -76,7 +77,7 @@ class Record:
             self.accelerator.project_configuration.logging_dir = str(self.folder)
             self.accelerator.init_trackers(
                 "timm_jem",
-                config=_flat(self.settings.sections()),
+                config=_flat(without_local_paths(self.settings.sections())),  # which may be seen on the web
                 init_kwargs={"wandb": {"name": self.folder.path.name}, "trackio": {"name": self.folder.path.name}},
             )
         self._bar = tqdm(total=self.settings.train.steps, initial=step, desc="training", unit="it")

@@ -1,0 +1,165 @@
+import os
+import unicodedata
+
+import pytest
+import torch
+from image_sets import pictures
+from PIL import Image as PILImage
+
+from timm_jem import InputError
+from timm_jem.data import DataConfig, load_images, load_splits
+
+
+def lay(root, *files):
+    """Image files of 10×10 at these places."""
+    for image, name in zip(pictures(len(files)), files, strict=True):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(root / name)
+    return str(root)
+
+
+def classes(*names, above="", n=6):
+    return [os.path.join(above, name, f"{i}.png") for name in names for i in range(n)]
+
+
+def test_splits_by_folders(tmp_path):
+    path = lay(tmp_path, *classes("bee", "cat", above="Train"), *classes("cat", "bee", above="val", n=2))
+    splits = load_splits(DataConfig(path))
+    assert splits.class_names == ["bee", "cat"]
+    assert (len(splits.train) + len(splits.val), len(splits.test)) == (12, 4)
+    assert splits.test.labels.tolist() == [0, 0, 1, 1]
+    assert len(load_images(path, channels=3, size=(4, 4), count=50)) == 4
+
+
+def test_names_that_are_those_of_splits_lose_no_image(tmp_path):
+    kinds = load_splits(DataConfig(lay(tmp_path / "kinds", *classes("train", "car", "test"))))
+    assert kinds.class_names == ["car", "test", "train"]
+    assert len(kinds.train) + len(kinds.val) + len(kinds.test) == 18
+    files = lay(tmp_path / "files", *classes("bee", "cat"), "bee/test 1.png", "cat/val_2.png", "cat/metadata.png")
+    named = load_splits(DataConfig(files))
+    assert len(named.train) + len(named.val) + len(named.test) == 15
+
+
+def test_hidden_files_are_no_images_and_others_are_told(tmp_path, capsys):
+    lay(tmp_path, *classes("bee", "cat"), ".thumbs/x.png", "__MACOSX/bee/x.png", "cat/._1.png")
+    for name in (".DS_Store", "cat/Thumbs.db", "cat/1.HEIC", "bee/2.heic"):
+        (tmp_path / name).write_bytes(b"x")
+    splits = load_splits(DataConfig(str(tmp_path)))
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 12
+    assert f"{tmp_path}: passed over 1 .db, 2 .heic\n" in capsys.readouterr().err
+
+
+def test_formats_and_names(tmp_path):
+    kinds = ("JPG", "webp", "gif", "bmp", "tif")
+    lay(tmp_path, *(f"{name}/{i}.{kind}" for name in ("bée", "猫 1") for i, kind in enumerate(kinds)))
+    splits = load_splits(DataConfig(str(tmp_path)))
+    assert splits.class_names == ["bée", "猫 1"]
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 10
+    form = {kind: unicodedata.normalize(kind, "bée") for kind in ("NFC", "NFD")}
+    both = lay(tmp_path / "both", *classes(form["NFC"], "x", above="train"), *classes(form["NFD"], "x", above="test", n=2))
+    assert load_splits(DataConfig(both)).class_names == [form["NFC"], "x"]
+
+
+def test_links_are_followed(tmp_path):
+    lay(tmp_path / "store", *classes("bee", "cat"))
+    (tmp_path / "linked").mkdir()
+    for name in ("bee", "cat"):
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "store" / name)
+    linked, stored = (load_splits(DataConfig(str(tmp_path / name))) for name in ("linked", "store"))
+    assert torch.equal(linked.train.images, stored.train.images)
+    (tmp_path / "store" / "bee" / "loop").symlink_to(tmp_path / "store")
+    with pytest.raises(InputError, match="deeper than the class folders, such as bee/loop"):
+        load_splits(DataConfig(str(tmp_path / "store")))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["1.png", "2.png", "3.png"], r"has images and no class folders: put the images .*metadata\.csv"),
+        (["train/1.png", "test/2.png"], "has images and no class folders"),
+        (classes("bee"), "has one class folder, bee, and a classifier needs two"),
+        (classes("bee", above="train"), "has one class folder, bee"),
+        ([*classes("bee", "cat"), "cover.png"], r"images outside of the class folders, such as cover\.png"),
+        ([*classes("bee", "cat"), "cat/old/1.png"], r"images deeper than the class folders, such as cat/old/1\.png"),
+        (classes("2023/bee", "2024/cat"), r"deeper than the class folders, such as 2023/bee/0\.png"),
+    ],
+)
+def test_folders_without_classes_say_what_to_do(tmp_path, files, message):
+    path = lay(tmp_path, *files)
+    with pytest.raises(InputError, match=message) as error:
+        load_splits(DataConfig(path))
+    assert "\n" not in str(error.value)
+    assert load_images(path, channels=3, size=(4, 4), count=100).shape[1:] == (3, 4, 4)  # which needs no classes
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    lay(tmp_path, *classes("bee", "cat"))
+    os.rename(os.fsencode(tmp_path / "cat" / "1.png"), os.fsencode(tmp_path / "cat") + b"/caf\xe9.png")
+    with pytest.raises(InputError, match=r"cat/caf\\udce9\.png', whose name is not UTF-8: rename it"):
+        load_splits(DataConfig(str(tmp_path)))
+
+
+def test_metadata(tmp_path, capsys):
+    lay(tmp_path, *(f"{i}.png" for i in range(12)))
+
+    def told(rows, **settings):
+        (tmp_path / "metadata.csv").write_text(rows)
+        return load_splits(DataConfig(str(tmp_path), **settings))
+
+    splits = told("file_name,label\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(10)))
+    assert splits.class_names == ["a", "b"]
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 10
+    assert "passed over 2 images that no metadata tells of" in capsys.readouterr().err
+    numbers = "file_name,label\n0.png,\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(1, 12))  # read as 1.0, 0.0, ...
+    with pytest.raises(InputError, match=r"row 0, has the label None.*unlabeled_rows"):
+        told(numbers)
+    splits = told(numbers, unlabeled_rows=True)
+    assert splits.class_names == ["0", "1"]
+    assert int((splits.train.labels == -1).sum()) == 1
+    with pytest.raises(InputError, match=r"among image, kind: choose one of kind with --data\.label_column"):
+        told("file_name,kind\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(12)))
+    with pytest.raises(InputError, match="no single label column among image: add a column of classes, label"):
+        told("file_name\n" + "".join(f"{i}.png\n" for i in range(12)))
+    with pytest.raises(InputError, match=r"row 0 of split train \(.*gone\.png\) has an image that can't be decoded"):
+        told("file_name,label\ngone.png,a\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(12)))
+
+
+def test_small_classes(tmp_path):
+    """A fraction of each class is none of three images, and of forty such classes it is twelve."""
+    splits = load_splits(DataConfig(lay(tmp_path / "many", *classes(*(f"c{i:02}" for i in range(40)), n=3)), test_fraction=0.1))
+    assert (len(splits.test), len(splits.val), len(splits.train)) == (12, 11, 97)
+    assert splits.test.labels.bincount().max() == splits.val.labels.bincount().max() == 1
+    assert splits.train.labels.bincount(minlength=40).min() >= 1
+    lone = load_splits(DataConfig(lay(tmp_path / "lone", *classes("bee", "cat", n=20), "dog/1.png")))
+    assert lone.train.labels.bincount().tolist()[2] == 1  # never held out
+    with pytest.raises(InputError, match=r"a fraction of 0\.95 holds out all images of class 'cat': lower it"):
+        load_splits(DataConfig(lay(tmp_path / "all", *classes("bee", n=40), *classes("cat", n=3)), test_fraction=0.95))
+
+
+def test_one_class_that_is_left(tmp_path):
+    path = lay(tmp_path, *classes("bee", "cat"))
+    for i in range(6):
+        (tmp_path / "cat" / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"too few images that can be read, .* of the 6 broken ones"):
+        load_splits(DataConfig(path, skip_broken=True))
+
+
+def test_no_test_image_that_is_left(tmp_path):
+    path = lay(tmp_path, *classes("bee", "cat", above="train"), *classes("bee", "cat", above="test", n=1))
+    for name in ("bee", "cat"):
+        (tmp_path / "test" / name / "0.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"too few images that can be read, .* of the 2 broken ones"):
+        load_splits(DataConfig(path, skip_broken=True))
+
+
+def test_what_was_loaded(tmp_path):
+    assert load_splits(DataConfig()).summary() == "10 classes, 1,295 training / 143 validation / 359 test images, grey 8×8"
+    lay(tmp_path, *classes("bee", "cat", above="train"), *classes("bee", "cat", "dog", above="test", n=2))
+    PILImage.new("RGB", (40, 30)).save(tmp_path / "train" / "bee" / "0.png")
+    PILImage.new("L", (24, 24)).save(tmp_path / "train" / "bee" / "1.png")
+    (tmp_path / "train" / "cat" / "5.png").write_bytes(b"no image")
+    splits = load_splits(DataConfig(str(tmp_path), skip_broken=True, image_size=20))
+    assert splits.summary() == (
+        "3 classes (1 without training images, such as 'dog'), 9 training / 2 validation / 6 test images, "
+        "RGB 20×20 (files are 10×10 to 30×40, 1 grey), 1 broken one left out"
+    )

@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from timm_jem.hub.local_paths import without_local_paths
+
+
+def command(*words):
+    return without_local_paths({"command": " ".join(words), "config": {"data": {"dataset": "/home/me/clients/acme/photos"}}})[
+        "command"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/home/me/clients/acme/photos", "./photos"),
+        ("/home/me/my clients/photos/", "./photos"),
+        ("~/photos", "./photos"),
+        ("../acme/photos?image_column=image", "./photos?image_column=image"),
+        ("local-dir:/home/me/model", "local-dir:./model"),
+        ("local-dir:runs/acme/model", "local-dir:./model"),
+        ("C:\\Users\\me\\photos", "./photos"),
+        ("/", "."),
+        ("no good: /home/me/a.bin, ~/b is cut", "no good: ./a.bin, ./b is cut"),
+        ("{file: /home/me/w.safetensors}", "{file: ./w.safetensors}"),
+    ],
+)
+def test_paths_are_cut_to_their_last_part(path, shown):
+    provenance = {"config": {"data": [path, {"deep": path}]}, "explanation": path}
+    assert without_local_paths(provenance) == {"config": {"data": [shown, {"deep": shown}]}, "explanation": shown}
+    assert without_local_paths(without_local_paths(provenance)) == without_local_paths(provenance)
+
+
+@pytest.mark.parametrize(
+    "value", ["user/name", "hf-hub:user/name", "https://hf.co/a/b", "eps 8/255, and/or", "a / b", "", 3, None, True]
+)
+def test_what_is_no_path_stays(value):
+    assert without_local_paths({"a": [value]}) == {"a": [value]}
+
+
+def test_the_command_is_one_that_still_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "acme" / "more").mkdir(parents=True)
+    assert command("--data.dataset", "../acme/photos") == "--data.dataset ./photos"
+    assert command("--data.dataset", "acme/photos", "--train.lr", "1e-3") == "--data.dataset ./photos --train.lr 1e-3"
+    assert command("--data.unlabeled=acme/more") == "--data.unlabeled=./more"
+    assert command("--config", "acme/settings.yaml") == "--config ./settings.yaml"
+    assert command("--data.dataset", "'/home/me/my photos'") == "--data.dataset './my photos'"
+    kept = "accelerate launch recipes/train.py --config recipes/configs/cifar10_jem.yaml --data.dataset user/name"
+    assert command(kept) == kept
+    assert command("--an open", "'quote", "/home/me/x") == "--an open 'quote ./x"
+
+
+def test_the_argument_is_left_alone():
+    provenance = {"config": {"data": {"dataset": "/home/me/photos"}}}
+    before = json.dumps(provenance)
+    without_local_paths(provenance)
+    assert json.dumps(provenance) == before

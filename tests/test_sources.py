@@ -1,0 +1,197 @@
+import io
+import os
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from huggingface_hub import HfApi
+from huggingface_hub.utils import httpx
+from image_sets import marked, pictures, save
+
+from timm_jem import InputError
+from timm_jem.data import DataConfig, load_images, load_splits
+from timm_jem.data.sources import Asked, absolute, hub_id, public_name, read_name
+
+
+def test_which_names_are_the_hubs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    hubs = {"cifar10": "cifar10", "user/name": "user/name", "user/name?split=a": "user/name"}
+    assert {name: hub_id(name) for name in hubs} == hubs
+    local = ("digits", "photos", "photos?split=a", "./elsewhere", str(tmp_path / "photos"), "rows.parquet", "~/photos")
+    assert [hub_id(name) for name in local] == [None] * len(local)
+
+
+def test_local_paths_mean_the_same_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save(tmp_path)
+    config = DataConfig("rows.parquet", unlabeled="./more?image_column=a")
+    assert (config.dataset, config.unlabeled) == (path, str(tmp_path / "more?image_column=a"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(load_splits(DataConfig(config.dataset)).train) > 0
+    assert DataConfig("../rows.parquet").dataset == path
+    assert absolute("~/photos") == os.path.expanduser("~/photos")
+    for name in ("digits", "cifar10", "user/name", "user/name?config_name=a"):
+        assert absolute(name) == name
+    with pytest.raises(InputError, match="dataset is empty"):
+        DataConfig(" ")
+
+
+def test_names_for_strangers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = {"digits": "digits", "user/name": "user/name", "/home/me/acme/photos": "photos", "./rows.parquet": "rows.parquet"}
+    shown |= {"~/acme/my photos?split=a": "my photos", "/": "a local data set"}
+    assert {name: public_name(name) for name in shown} == shown
+
+
+def test_parts_of_a_set_by_its_name(tmp_path):
+    assert read_name("user/name") == Asked("user/name", None, None, None)
+    assert read_name("a?split=test&image_column=photo") == Asked("a", "test", None, "photo")
+    odd = tmp_path / "why?split=x"
+    odd.mkdir()
+    assert read_name(str(odd)).name == str(odd)
+    for bad in ("a?", "a?split", "a?split=", "a?image_size=3"):
+        with pytest.raises(InputError, match=r"after \? give split=\.\.\., config_name=\.\.\., image_column="):
+            read_name(bad)
+    parts = {"train": marked([0] * 3), "extra": marked([0] * 2, start=9)}
+    DatasetDict(parts).save_to_disk(str(tmp_path / "set"))
+    extra = load_images(f"{tmp_path / 'set'}?split=extra", channels=1, size=(4, 4), count=9)
+    assert extra[:, 0, 0, 0].tolist() == [9, 10]
+    with pytest.raises(InputError, match=r"no split 'nope': choose split from train, extra, as .*set\?split=NAME"):
+        load_images(f"{tmp_path / 'set'}?split=nope", channels=1, size=(4, 4), count=9)
+
+
+def test_a_hub_out_of_reach_is_not_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked a Hub that isn't there, again and again"))
+
+    def refused(*_, **__):
+        raise httpx.ConnectError("Connection refused")
+
+    monkeypatch.setattr(HfApi, "dataset_info", refused)
+    with pytest.raises(
+        InputError, match=rf"'photos' can't be loaded from the Hub; .*{tmp_path} has none .*out of reach"
+    ) as error:
+        load_splits(DataConfig("photos"))
+    assert "\n" not in str(error.value)
+    assert "no folder or file here is called photos: looking for it on the Hub" in capsys.readouterr().err
+
+
+def test_what_the_cache_has_needs_no_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    (tmp_path / "user___name").mkdir()
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: DatasetDict({"train": marked([0, 1, 2] * 5)}))
+    assert len(load_splits(DataConfig("user/name")).train) > 0
+
+
+def test_configurations_are_named(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['full', 'cropped']\nExample")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError, match=r"--data\.config_name, .*\?config_name=NAME, from \['full', 'cropped'\]") as error:
+        load_splits(DataConfig("user/many"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "photos.zip", "photo.png", "nameless"])
+def test_files_that_are_no_sets(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=r"is a (\.\w+|nameless) file: give a folder of images, .*\.parquet"):
+        load_splits(DataConfig(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sets_without_a_row(tmp_path, streaming):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    empty = Dataset.from_dict({"image": [], "label": []}, features)
+    empty.save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"train": empty, "test": empty}).save_to_disk(str(tmp_path / "two"))
+    for name in ("one", "two"):
+        with pytest.raises(InputError, match="a split of it holds no rows") as error:
+            load_splits(DataConfig(str(tmp_path / name), streaming=streaming))
+        assert "\n" not in str(error.value)
+
+
+def test_no_labelled_row_is_the_first(monkeypatch):
+    empty = Dataset.from_dict({"image": [], "label": []}, Features({"image": Image(), "label": Value("string")}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: DatasetDict({"train": empty}))
+    with pytest.raises(InputError, match="split train of user/none is empty"):
+        load_splits(DataConfig("user/none"))
+
+
+def files(n=12):
+    for image in pictures(n):
+        buffer = io.BytesIO()
+        image.save(buffer, "png")
+        yield buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct", "bytes alone"])
+@pytest.mark.parametrize("named", [None, "photo"])
+def test_images_as_pandas_writes_them(tmp_path, kind, named):
+    cells = {
+        "bytes": list(files()),
+        "struct": [{"bytes": content, "path": f"{i}.png"} for i, content in enumerate(files())],
+        "bytes alone": [{"bytes": content} for content in files()],
+    }
+    pd.DataFrame({"photo": cells[kind], "label": [i % 2 for i in range(12)]}).to_parquet(tmp_path / "rows.parquet")
+    splits = load_splits(DataConfig(str(tmp_path / "rows.parquet"), image_column=named))
+    assert splits.image_shape == (3, 10, 10)
+    assert {tuple(i.flatten().tolist()) for i in splits.train.images} <= {
+        tuple(np.asarray(image).transpose(2, 0, 1).flatten().tolist()) for image in pictures()
+    }
+    images = load_images(str(tmp_path / "rows.parquet"), channels=3, size=(10, 10), count=50, image_column=named)
+    assert len(images) == 12
+
+
+def test_which_bytes_are_images(tmp_path):
+    rows = pd.DataFrame({"photo": list(files()), "mask": list(files()), "file": ["a.png"] * 12, "label": [0, 1] * 6})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    path = str(tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match=r"image columns photo, mask: choose one with --data\.image_column"):
+        load_splits(DataConfig(path))
+    assert load_splits(DataConfig(path, image_column="mask")).image_shape == (3, 10, 10)
+    with pytest.raises(InputError, match=r"no image column 'file', it holds \w*string"):
+        load_splits(DataConfig(path, image_column="file"))
+    with pytest.raises(InputError, match=r"image columns photo, mask: choose one, as .*\?image_column=NAME"):
+        load_images(path, channels=3, size=(4, 4), count=3)
+    rows[["file", "label"]].to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="no image column among file, label: give images or their files' bytes"):
+        load_splits(DataConfig(path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "message"),
+    [
+        ([0] * 12, ClassLabel(names=["a", "b"]), "has images of one class, 'a': a classifier needs two"),
+        (["a"] * 12, Value("string"), "has one class, 'a'"),
+        ([-1] * 12, Value("int64"), "has no labels"),
+        (["", *"ab" * 5, " "], Value("string"), r"row 0, has the label ''.*unlabeled_rows"),
+        ([0, 1] * 6, ClassLabel(names=["", "b"]), "class 0 of .* has no name"),
+        (list(range(12)), Value("int64"), r"12 labelled images of 12 classes by 'label', too few of each.*label_column"),
+        ([f"id {i}" for i in range(12)], Value("string"), "12 classes by 'label', too few of each"),
+        ([*range(10), 0, 1], Value("int64"), "12 labelled images of 10 classes by 'label', too few of each"),
+        ([0.5, 1.0] * 6, Value("float64"), "holds neither classes, integers nor names"),
+    ],
+)
+def test_labels_that_make_no_classes(tmp_path, labels, feature, message):
+    with pytest.raises(InputError, match=message) as error:
+        load_splits(DataConfig(save(tmp_path, labels=labels, feature=feature)))
+    assert "\n" not in str(error.value)
+
+
+def test_blank_labels_are_none(tmp_path):
+    path = save(tmp_path, labels=["", *"ab" * 5, " "], feature=Value("string"))
+    splits = load_splits(DataConfig(path, unlabeled_rows=True))
+    assert splits.class_names == ["a", "b"]
+    assert int((splits.train.labels < 0).sum()) == 2
+    assert "(2 without a label) training" in splits.summary()
+    path = save(
+        tmp_path, labels=[0.0, 1.0, None] * 4, feature=Value("float64")
+    )  # as pandas makes integers of which one is missing
+    assert load_splits(DataConfig(path, unlabeled_rows=True)).class_names == ["0", "1"]

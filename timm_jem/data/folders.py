@@ -1,0 +1,110 @@
+"""Folders of image files: which split and which class each file is of, by where it lies."""
+
+import os
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from timm_jem.errors import InputError
+
+__all__ = ["ImageFiles", "find_image_files"]
+
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_IMAGES = frozenset((*ImageFolder.EXTENSIONS, ".avif"))
+_TABLES = (".arrow", ".parquet", ".tar")  # images beside them are those of a README
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The image files of a folder: CLASS/image.jpg, or train/CLASS/image.jpg and test/CLASS/image.jpg.
+
+    torchvision takes the first folder as the class and timm the last: files for which they differ have none here. Folders
+    are splits only where all at the top have such names: "train" may be a class among others, and "test 1.jpg" is an image.
+
+    Attributes:
+        root: the folder.
+        splits: files of each split, relative to ``root``, sorted.
+        depth: how many folders are above those of the classes: 1 where they are splits, else 0.
+        others: how many visible files are no images, by their extension.
+        told: whether other files tell more of them, metadata.csv or tables of rows: then these are for ``datasets`` to read.
+    """
+
+    root: Path
+    splits: dict[str, list[Path]]
+    depth: int
+    others: Counter
+    told: bool
+
+    def why_no_classes(self) -> str | None:
+        """What is wrong with where the files lie, and the remedy; None: each has a class, or other files tell."""
+        if self.told:
+            return None
+        within = {path: path.parts[self.depth :] for paths in self.splits.values() for path in paths}
+        remedy = (
+            "put the images of each class in a folder of its own, CLASS/image.jpg, or train/CLASS/image.jpg and "
+            "test/CLASS/image.jpg; or add a metadata.csv with the columns file_name and label"
+        )
+        if all(len(parts) == 1 for parts in within.values()):
+            return f"{self.root} has images and no class folders: {remedy}"
+        for path, parts in within.items():
+            if len(parts) != 2:
+                where = "outside of the class folders" if len(parts) == 1 else "deeper than the class folders"
+                return f"{self.root} has images {where}, such as {path}: {remedy}"
+        if len(classes := {parts[0] for parts in within.values()}) == 1:
+            return f"{self.root} has one class folder, {classes.pop()}, and a classifier needs two: {remedy}"
+        return None
+
+    def load(self) -> dict[str, Dataset]:
+        """Rows of each split: images, and labels where each file has a class."""
+        columns = {
+            split: {"image": [str(self.root / path) for path in paths], "label": [_class_of(path) for path in paths]}
+            for split, paths in self.splits.items()
+        }
+        features = Features({"image": Value("string")})
+        if self.why_no_classes() is None:
+            names = sorted({name for of_split in columns.values() for name in of_split["label"]})
+            features["label"] = ClassLabel(names=names)
+        return {
+            split: Dataset.from_dict({name: of_split[name] for name in features}, features).cast_column("image", Image())
+            for split, of_split in columns.items()
+        }
+
+
+def find_image_files(folder: Path) -> ImageFiles:
+    """The visible image files in a folder.
+
+    Raises:
+        InputError: one whose name can't be read.
+    """
+    files, others, told = [], Counter(), False
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        for name in names:
+            extension = os.path.splitext(name)[1].lower()
+            if name.startswith((".", "__")):
+                continue
+            if name in ImageFolder.METADATA_FILENAMES or extension in _TABLES:
+                told = True
+            elif extension in _IMAGES:
+                files.append(Path(parent, name).relative_to(folder))
+            else:
+                others[extension or name] += 1
+    if odd := next((path for path in files if any("\ud800" <= letter <= "\udfff" for letter in str(path))), None):
+        raise InputError(f"{folder} has the file {str(odd)!r}, whose name is not UTF-8: rename it")
+    by_split = all(len(path.parts) > 1 and path.parts[0].lower() in _SPLITS for path in files)
+    splits: dict[str, list[Path]] = {}
+    for path in sorted(files, key=str):
+        splits.setdefault(_SPLITS[path.parts[0].lower()] if by_split else "train", []).append(path)
+    return ImageFiles(folder, splits, int(by_split), others, told)
+
+
+def _class_of(path: Path) -> str:
+    return unicodedata.normalize("NFC", path.parent.name)  # archives made on macOS write é as two letters
