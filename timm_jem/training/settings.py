@@ -1,14 +1,13 @@
 """Everything that can be set of a training run, and how it is told: YAML files and flags."""
 
-import argparse
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from accelerate.tracking import get_available_trackers
-from jsonargparse import ArgumentError, ArgumentParser
 
+from timm_jem.command_line import Arguments, Flag, make_parser, parse_flags, read_flags
 from timm_jem.data import DataConfig
 from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.models.names import check_name
@@ -38,7 +37,7 @@ class ModelConfig:
     num_classes: int | None = None
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: Arguments = field(default_factory=dict)
 
 
 @dataclass
@@ -98,12 +97,12 @@ class TrainConfig:
     opt: str = "adam"
     lr: float = 1e-4
     weight_decay: float = 0.0
-    opt_kwargs: dict[str, Any] = field(default_factory=dict)
+    opt_kwargs: Arguments = field(default_factory=dict)
     sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"] = "multistep"
     warmup_steps: int = 1000
     milestones: list[float] = field(default_factory=lambda: [0.8, 0.9])
     decay_rate: float = 0.3
-    sched_kwargs: dict[str, Any] = field(default_factory=dict)
+    sched_kwargs: Arguments = field(default_factory=dict)
     grad_clip: float = 0.0
     ema_decay: float = 0.0
     data_noise: float = 0.03
@@ -257,10 +256,7 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
         InputError: an unknown setting, or a value that it can't have.
         SystemExit: after ``--help``.
     """
-    parser = ArgumentParser(
-        prog="recipes/train.py", description="Train a joint energy model.", exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
+    parser = make_parser("recipes/train.py", "Train a joint energy model.")
     for name in ("data", "model", "sgld", "train", "guard", "hub"):
         kind = Settings.__dataclass_fields__[name].type
         parser.add_argument(f"--{name}", type=kind, default=kind())
@@ -272,31 +268,21 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
         help="a run's folder, or one of its checkpoints: go on with it, by its own config.yaml unless told otherwise; "
         "auto: go on with output_dir where it has a checkpoint, else start it",
     )
-    run, repeated = _values(argv, "output_dir", "resume")
-    flags = {word.split("=")[0] for word in repeated}
-    if "--config" not in flags:
-        dataset = _values(argv, "data.dataset")[0]["data.dataset"] or "digits"
-        own = RunFolder.find(run["output_dir"], dataset, run["resume"])
+    flags = read_flags(parser, argv)
+    told = {flag.name: flag.value for flag in flags}
+    repeated = [word for flag in flags if flag.name not in ("--output_dir", "--resume") for word in flag.words]
+    if "--config" not in told:
+        own = RunFolder.find(told.get("--output_dir"), told.get("--data.dataset", "digits"), told.get("--resume"))
         if own is not None and own.config_file.is_file():
-            argv = ["--config", str(own.config_file), *argv]
-        elif default_config is not None and not {"--data.dataset", "--data"} & flags:
-            argv = ["--config", str(default_config), *argv]
-    try:
-        config = parser.parse_args(_without_foreign_kwargs(argv))
-    except ArgumentError as error:
-        raise InputError(f"{' '.join(str(error).split())}; recipes/train.py --help lists the settings") from error
-    found = parser.instantiate(config)
+            flags.insert(0, Flag("--config", str(own.config_file)))
+        elif default_config is not None and not {"--data.dataset", "--data"} & set(told):
+            flags.insert(0, Flag("--config", str(default_config)))
+    # A config's arguments of a model are for its own: flags that name another after it start from none.
+    after = max((i + 1 for i, flag in enumerate(flags) if flag.name == "--config"), default=0)
+    if any(flag.name == "--model.name" for flag in flags[after:]):
+        flags.insert(after, Flag("--model.kwargs", "{}"))
+    found = parser.instantiate(parse_flags(parser, flags))
     return Settings(**{name: found[name] for name in Settings.__dataclass_fields__}), repeated
-
-
-def _without_foreign_kwargs(argv: list[str]) -> list[str]:
-    """A config's arguments of a model are for its own: flags that name another after it start from none."""
-    after = 0
-    for i, word in enumerate(argv):
-        if word == "--config" or word.startswith("--config="):
-            after = i + 1 + (word == "--config")
-    renamed = any(word == "--model.name" or word.startswith("--model.name=") for word in argv[after:])
-    return [*argv[:after], "--model.kwargs={}", *argv[after:]] if renamed else argv
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -314,14 +300,3 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
             lines += differences(old[key], new[key], path)
     return lines
 
-
-def _values(argv: list[str], *names: str) -> tuple[dict[str, str | None], list[str]]:
-    """The last value of each flag in ``names``, or None, and ``argv`` without them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in names:
-        parser.add_argument(f"--{name}")
-    try:
-        known, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise InputError(f"{error}; recipes/train.py --help lists the settings") from error
-    return vars(known), rest
