@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
+    "command_line": {"errors"},
     "files": {"errors"},
     "energy": set(),
     "pixels": {"errors"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
         "energy", "files", "pixels", "modes", "sampling", "models", "model", "wrap", "data", "evaluation", "errors",
     },
     "training": {
-        "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model",
+        "command_line", "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model",
         "wrap", "data", "evaluation", "training", "version", "errors",
     },
     "stability": {"stability", "training", "errors"},

@@ -45,7 +45,7 @@ def test_what_does_not_fit_the_data_is_said(splits, flags, world, message):
 
 def test_what_fits(splits):
     told = settings()
-    assert check_plan(told, splits, 1) is told
+    assert check_plan(told, splits, 1) == told
     most = 2 * int(splits.train.labels.bincount().max())
     for flags, world in (
         ("--train.batch_size 647 --train.buffer_size 2640", 2),

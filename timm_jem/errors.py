@@ -10,10 +10,11 @@ class InputError(ValueError):
     """Bad input: the message is one line that names what was wrong and how to fix it."""
 
 
-def check_whole(name: str, value, least: int) -> None:
-    """Raise an InputError unless ``value`` is a whole number of at least ``least``; numpy's are as good as Python's."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise InputError(f"{name} is {value!r}: give a whole number of at least {least}")
+def check_whole(name: str, value, least: int, most: float = math.inf) -> None:
+    """Raise an InputError unless ``value`` is a whole number from ``least`` to ``most``; numpy's are as good as Python's."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+        bound = f" and at most {most}" if most < math.inf else ""
+        raise InputError(f"{name} is {value!r}: give a whole number of at least {least}{bound}")
 
 
 def check_number(name: str, value, *, above: float | None = None, least: float = -math.inf, most: float = math.inf) -> None:

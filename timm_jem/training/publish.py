@@ -18,7 +18,7 @@ from timm_jem.training.build import build_model
 from timm_jem.training.processes import is_sharded
 from timm_jem.training.record import Record
 from timm_jem.training.run import Run
-from timm_jem.training.settings import Settings
+from timm_jem.training.settings import ModelConfig, Settings
 from timm_jem.version import __version__
 
 __all__ = ["publishable", "push", "whole_state"]
@@ -46,7 +46,7 @@ def publishable(
     learner, accelerator = run.learner, run.learner.accelerator
     jem = learner.published()
     if is_sharded(accelerator):
-        whole = build_model(settings, splits, accelerator.device)
+        whole = build_model(settings, splits, accelerator.device, kept=record.folder.backbone)
         whole.load_state_dict(whole_state(jem))
         whole.sgld = jem.sgld
         jem = whole
@@ -54,7 +54,7 @@ def publishable(
     jem.provenance = {
         "dataset": data.dataset,
         "datasets": [name for source in (data.dataset, data.unlabeled) if source and (name := hub_id(source))],
-        "base_model": learner.jem.backbone.pretrained_cfg.get("hf_hub_id") if model.pretrained else None,
+        "base_model": _base_model(model, learner.jem),
         "command": shlex.join(["accelerate", "launch", "recipes/train.py", *record.command]),
         "config": settings.sections(),
         "steps": run.step,
@@ -72,6 +72,13 @@ def publishable(
     if chains and settings.hub.replay_buffer and settings.train.objective.needs_chains and buffer is not None:
         jem.chains = PublishedChains.of_pixels(buffer.chains, buffer.labels)
     return jem
+
+
+def _base_model(model: ModelConfig, jem: JEM) -> str | None:
+    """The Hub repository whose weights training started from."""
+    if model.name.startswith("hf-hub:"):
+        return model.name.removeprefix("hf-hub:") if model.starts_pretrained else None
+    return jem.backbone.pretrained_cfg.get("hf_hub_id") if model.starts_pretrained and not model.has_source else None
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
