@@ -39,11 +39,9 @@ from timm_jem.wrap import create_model
 
 __all__ = ["build_learner", "build_method", "build_model", "build_stream", "frozen_parts", "keep_source", "workers_of"]
 
-# What timm's configuration of a model says of its published weights.
-_OF_WEIGHTS = {
-    "url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "license", "description", "origin_url", "paper_name",
-    "paper_ids", "notes",
-}  # fmt: skip
+# What timm's configuration of a model says of its published weights, and what holds for weights trained from them, too.
+_OF_WEIGHTS = {"url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag"}
+_INHERITED = {"license", "description", "origin_url", "paper_name", "paper_ids", "notes"}
 
 
 def workers_of(train: TrainConfig) -> int:
@@ -84,8 +82,8 @@ def build_model(settings: Settings, splits: Splits, device: torch.device, *, kep
         ).to(device)
     except SafetensorError as error:
         raise InputError(f"the weights of {name} can't be read ({one_line(error)}): get them again") from error
-    if not model.starts_pretrained:  # it is none of the models that timm publishes
-        jem.backbone.pretrained_cfg = {k: v for k, v in jem.backbone.pretrained_cfg.items() if k not in _OF_WEIGHTS}
+    foreign = _OF_WEIGHTS if model.starts_pretrained else _OF_WEIGHTS | _INHERITED
+    jem.backbone.pretrained_cfg = {key: value for key, value in jem.backbone.pretrained_cfg.items() if key not in foreign}
     jem.data_config["crop_pct"] = 1.0  # trained on whole images
     jem = jem.to(memory_format=torch.channels_last) if settings.train.channels_last else jem
     try:

@@ -54,7 +54,7 @@ def publishable(
     jem.provenance = {
         "dataset": data.dataset,
         "datasets": [name for source in (data.dataset, data.unlabeled) if source and (name := hub_id(source))],
-        "base_model": _base_model(model, learner.jem),
+        "base_model": _base_model(model),
         "command": shlex.join(["accelerate", "launch", "recipes/train.py", *record.command]),
         "config": settings.sections(),
         "steps": run.step,
@@ -74,11 +74,14 @@ def publishable(
     return jem
 
 
-def _base_model(model: ModelConfig, jem: JEM) -> str | None:
+def _base_model(model: ModelConfig) -> str | None:
     """The Hub repository whose weights training started from."""
-    if model.name.startswith("hf-hub:"):
-        return model.name.removeprefix("hf-hub:") if model.starts_pretrained else None
-    return jem.backbone.pretrained_cfg.get("hf_hub_id") if model.starts_pretrained and not model.has_source else None
+    elsewhere = model.name.startswith("local-dir:") or "pretrained_cfg_overlay" in model.kwargs
+    if elsewhere or not model.starts_pretrained:
+        return None
+    if model.has_source:
+        return model.name.partition(":")[2]
+    return timm.get_pretrained_cfg(model.name).hf_hub_id
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

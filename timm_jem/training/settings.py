@@ -317,7 +317,8 @@ def _named(name: str) -> str:
         inside = folder / "model"
         return f"local-dir:{(inside if (inside / 'config.json').is_file() else folder).absolute()}"
     if "/" in name and ":" not in name:
-        raise InputError(f"model.name is {name!r}, and there is no such folder: a Hub repository is hf-hub:{name}")
+        remedy = "give one with a saved model" if name[0] in "./~" else f"a Hub repository is hf-hub:{name}"
+        raise InputError(f"model.name is {name!r}, and there is no such folder: {remedy}")
     check_name(name)
     return name
 
