@@ -63,8 +63,6 @@ def main(argv: list[str]) -> None:
         make_repository(settings.hub.push_to, private=settings.hub.private)
     if settings.resume in (None, "auto") and accelerator.is_main_process:
         folder.claim()
-        if not goes_on:
-            keep_source(settings, learner.jem, folder.backbone)
     (folder,) = broadcast_object_list([folder])
 
     run = Run(
@@ -78,6 +76,8 @@ def main(argv: list[str]) -> None:
     record = Record(folder, accelerator, settings, command)
     if settings.resume:
         resume(settings.resume, run, record)
+    if not goes_on and accelerator.is_main_process:
+        keep_source(settings, learner.jem, folder.backbone)
     record.open(run.step)
     record.say(start_lines(told, settings, splits, run, folder))
     if settings.model.starts_pretrained and not goes_on:

@@ -30,8 +30,8 @@ MAY_IMPORT = {
         "energy", "files", "pixels", "modes", "sampling", "models", "model", "wrap", "data", "evaluation", "errors",
     },
     "training": {
-        "command_line", "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model",
-        "wrap", "data", "evaluation", "training", "version", "errors",
+        "command_line", "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models",
+        "hub", "model", "wrap", "data", "evaluation", "training", "version", "errors",
     },
     "stability": {"stability", "training", "errors"},
     "__init__": {

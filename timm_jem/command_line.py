@@ -4,7 +4,9 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
@@ -52,11 +54,11 @@ def read_flags(parser: ArgumentParser, argv: Sequence[str]) -> list[Flag]:
         if kind == "alone":
             flags.append(Flag(name, None, (word,)))
             continue
-        words = [word]
+        words, switch = [word], bool in (kind, *get_args(kind))
         if not given:
-            if rest and not rest[0].startswith("--"):
+            if rest and not rest[0].startswith("--") and not (switch and isinstance(_loaded(rest[0]), str)):
                 words.append(value := rest.pop(0))
-            elif bool in (kind, *get_args(kind)):
+            elif switch:
                 value = "true"
             else:
                 raise InputError(f"{name} has no value: expected one argument")
@@ -116,7 +118,7 @@ def _settings(flag: Flag, prefix: str, parser: ArgumentParser, options: dict[str
         holds = "nothing" if content is None else f"{str(content)[:60]!r}"
         if prefix == "--":
             raise InputError(f"{source} holds {holds}: give a YAML file of settings, such as 'train: {{steps: 1000}}'")
-        first = next(option for option in options if option.startswith(prefix))
+        first = _first(prefix, options)
         hint = f"did you mean {first} {str(content)[:60]}?" if content is not None else f"give {first} or another setting"
         raise InputError(f"{source} is a section of settings and is given {holds}: {hint}")
     content = _checked(content, prefix, source, options)
@@ -141,7 +143,7 @@ def _checked(content: dict[str, Any], prefix: str, source: str, options: dict[st
             if value is None:
                 continue
             if not isinstance(value, dict):
-                first = next(option for option in options if option.startswith(f"{name}.")).removeprefix("--")
+                first = _first(f"{name}.", options).removeprefix("--")
                 raise InputError(
                     f"{source}: {name.removeprefix('--')} is {str(value)[:60]!r} and should be a section of settings: "
                     f"did you mean {first}: {str(value)[:60]}?"
@@ -161,11 +163,19 @@ def _options(parser: ArgumentParser) -> dict[str, Any]:
         kind = getattr(action, "_typehint", None)
         section = kind is None and any(other.startswith(f"{name}.") for other in actions)
         kinds[name] = "section" if section else "alone" if action.nargs in (0, "?") else kind
+        for part in get_args(kind) if get_origin(kind) is UnionType else ():
+            if is_dataclass(part):  # a section that need not be there
+                kinds |= {name: "section", **{f"{name}.{field.name}": field.type for field in fields(part)}}
     return kinds
 
 
 def _kind(options: dict[str, Any], name: str) -> type | None:
     return get_origin(options.get(name))
+
+
+def _first(prefix: str, options: dict[str, Any]) -> str:
+    """The setting that a section is told by, if it is told by one: data.dataset, model.name."""
+    return next(option for option in options if option.startswith(prefix) and not option.endswith(".help"))
 
 
 def _meant(name: str, options: dict[str, Any]) -> str:

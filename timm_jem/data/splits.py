@@ -52,6 +52,13 @@ class Splits:
     class_frequencies: Tensor
     labeled: ImageSet | StreamedSet | None = None
 
+    def summary(self) -> str:
+        """One line that says what was loaded, for people."""
+        channels, height, width = self.image_shape
+        train = f"{len(self.train):,}" if isinstance(self.train, ImageSet) else "a stream of"
+        counts = f"{train} training / {len(self.val):,} validation / {len(self.test):,} test images"
+        return f"{len(self.class_names)} classes, {counts}, {'grey' if channels == 1 else 'RGB'} {height}×{width}"
+
 
 def load_splits(config: DataConfig) -> Splits:
     """Load a data set and split it into train, validation and test.

@@ -68,7 +68,7 @@ def build_model(settings: Settings, splits: Splits, device: torch.device, *, kep
         folder = Path(name.removeprefix("local-dir:"))
         for file in (CONFIG_FILE, WEIGHTS_FILE) if pretrained else (CONFIG_FILE,):
             if not (folder / file).is_file():
-                raise InputError(f"model.name is {name}, and there is no {file}: give a folder saved by timm or save_pretrained")
+                raise InputError(f"model.name is {name}, and there is no {file} in it: give a folder with a saved model")
     try:
         jem = create_model(
             name,

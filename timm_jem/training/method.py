@@ -105,7 +105,8 @@ class MaximumLikelihood:
         ramp_from, ramp_steps: K goes from ``ramp_from`` to ``sgld.num_steps`` over so many steps; 0 steps: no ramp.
 
     Raises:
-        InputError: no buffer, or ``w_xy`` > 0 and one without classes; an unknown ``batch_norm``, class frequencies of wrong shape.
+        InputError: no buffer, or ``w_xy`` > 0 and one without classes; an unknown ``batch_norm``; class frequencies of wrong
+            shape.
     """
 
     # Energies that sharpen or drift without end; the classifier's loss runs away with them.

@@ -337,4 +337,3 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         else:
             lines += differences(old[key], new[key], path)
     return lines
-

@@ -45,17 +45,17 @@ def one_line_errors() -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        _leave(f"{one_line(error)}; what was written before is whole: fix this and go on with --resume", error)
+        _leave(one_line(error), error)
 
 
 def _leave(line: str, error: BaseException, *, own: bool = True, code: int = 1) -> None:
     """End this process; ``own``: the line tells of itself, and not of what another one did."""
     line = f"error: {line}"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if int(os.environ.get("RANK", 0)) or not own:
+            time.sleep(_PATIENCE)
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the launcher's own report then ends with the line
             with open(report, "w", encoding="utf-8") as file:
                 json.dump({"message": {"message": line, "extraInfo": {"timestamp": int(time.time())}}}, file)
-        if int(os.environ.get("RANK", 0)) or not own:
-            time.sleep(_PATIENCE)
     print(line, file=sys.stderr, flush=True)
     raise SystemExit(code) from error

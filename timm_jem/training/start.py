@@ -1,6 +1,5 @@
 """What is about to happen, in words."""
 
-import math
 import os
 
 from timm_jem.data import Splits
@@ -27,7 +26,7 @@ def start_lines(told: Settings, settings: Settings, splits: Splits, run: Run, fo
     processes = f"{world} process{'es' * (world > 1)}"
     return "\n".join(
         [
-            f"data      {settings.data.dataset}: {_data(settings, splits)}",
+            f"data      {settings.data.dataset}: {splits.summary()}",
             f"model     {_model(settings, run)}",
             f"training  {train.steps:,} steps of {together:,} images{epochs}, {train.warmup_steps:,} of them to warm up; "
             f"{accelerator.device.type}, {processes}, {_precision(accelerator.mixed_precision)}",
@@ -35,17 +34,6 @@ def start_lines(told: Settings, settings: Settings, splits: Splits, run: Run, fo
             f"writes to {folder}",
             *(f"note: {note}" for note in _notes(told, settings, world)),
         ]
-    )
-
-
-def _data(settings: Settings, splits: Splits) -> str:
-    channels, height, width = splits.image_shape
-    train = "a stream" if settings.data.streaming else f"{len(splits.train):,}"
-    if splits.labeled is not None and not settings.data.streaming:
-        train += f" ({len(splits.train) - len(splits.labeled):,} without a label)"
-    return (
-        f"{len(splits.class_names)} classes, {train} training / {len(splits.val):,} validation / {len(splits.test):,} test "
-        f"images, {'grey' if channels == 1 else 'RGB'} {height}×{width}"
     )
 
 
@@ -77,9 +65,8 @@ def _precision(name: str) -> str:
 def _notes(told: Settings, settings: Settings, world: int) -> list[str]:
     train, notes = settings.train, []
     if told.train.warmup_steps not in (None, train.warmup_steps):
-        notes.append(
-            f"train.warmup_steps {told.train.warmup_steps} would be the whole run, {train.steps} steps: it is {train.warmup_steps}"
-        )
+        asked = told.train.warmup_steps
+        notes.append(f"train.warmup_steps {asked} would be the whole run of {train.steps} steps: it is {train.warmup_steps}")
     if told.train.buffer_size is None and train.objective.needs_chains and train.buffer_size < 10_000:
         notes.append(f"train.buffer_size is {train.buffer_size:,}, which take 1 GiB: set it to have more or fewer")
     if settings.hub.every and settings.hub.push_to is None:
