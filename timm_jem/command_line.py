@@ -164,7 +164,7 @@ def _options(parser: ArgumentParser) -> dict[str, Any]:
         section = kind is None and any(other.startswith(f"{name}.") for other in actions)
         kinds[name] = "section" if section else "alone" if action.nargs in (0, "?") else kind
         for part in get_args(kind) if get_origin(kind) is UnionType else ():
-            if is_dataclass(part):  # a section that need not be there
+            if is_dataclass(part) and not name.endswith(".help"):  # a section that need not be there
                 kinds |= {name: "section", **{f"{name}.{field.name}": field.type for field in fields(part)}}
     return kinds
 
