@@ -173,6 +173,8 @@ def test_quoted_text_stays_text():
     assert parsed(*config(text)).train.kwargs == kept
     assert parsed("--train.kwargs", '{"a": "off", "b": false}').train.kwargs == {"a": "off", "b": False}
     # On the command line there are no quotes left to tell.
-    told = parsed("--train.kwargs.a", "off", "--train.kwargs.b", "2", "--train.kwargs.c", "[1, 2.5]", "--train.kwargs.d", "silu")
+    told = parsed(
+        "--train.kwargs.a", "off", "--train.kwargs.b", "2", "--train.kwargs.c", "[1, 2.5]", "--train.kwargs.d", "silu"
+    )
     assert told.train.kwargs == {"a": False, "b": 2, "c": [1, 2.5], "d": "silu"}
     assert parsed(*config("train: {kwargs: {a: 1}}"), "--train.kwargs.b", "2").train.kwargs == {"a": 1, "b": 2}

@@ -196,8 +196,8 @@ def frozen_parts(backbone: nn.Module, names: list[str]) -> list[nn.Module]:
             found += [modules[module] for module in group_modules(backbone, matcher)[0]]
             parameters = [backbone.get_parameter(name) for name in group_parameters(backbone, matcher)[0]]
         else:
-            parts = [name for name, part in backbone.named_children() if any(True for _ in part.parameters())]
-            raise InputError(f"train.freeze has {name!r}: give some of stem, {', '.join(parts)}, or of their parts")
+            parts = ["stem"] + [name for name, part in backbone.named_children() if any(True for _ in part.parameters())]
+            raise InputError(f"train.freeze has {name!r}: give some of {', '.join(dict.fromkeys(parts))}, or of their parts")
         for parameter in parameters:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in backbone.parameters()):
