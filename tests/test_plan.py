@@ -185,6 +185,18 @@ def test_pixels_that_a_backbone_does_not_see_are_refused(splits, side, sizes):
     build_model(settings(small), replace(splits, image_shape=(3, 32, 32)), device)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mixer_s32_224"])
+def test_what_starts_as_zero_hides_no_pixel(splits, name):
+    """The shortcuts alone see one pixel of many, and a head of zeros none; training ends that. All is as it was before."""
+    state, told = torch.get_rng_state(), settings(f"--model.name {name}")
+    torch.manual_seed(0)
+    plain = timm_jem.create_model(name, num_classes=10, input_size=(3, 32, 32)).state_dict()
+    torch.manual_seed(0)
+    built = build_model(told, replace(splits, image_shape=(3, 32, 32)), torch.device("cpu")).state_dict()
+    assert all(torch.equal(plain[key], built[key]) for key in plain)
+    torch.set_rng_state(state)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A saved classifier of three other classes."""

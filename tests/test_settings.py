@@ -121,6 +121,14 @@ def test_a_configs_model_kwargs_belong_to_its_own_model(flags, kwargs):
     assert parse_settings(flags, DIGITS)[0].model.kwargs == kwargs
 
 
+def test_steps_are_meant_where_a_config_says_epochs():
+    Path("some.yaml").write_text("train: {epochs: 30}\n")
+    told = parse_settings(["--config", "some.yaml", "--train.steps", "5"])[0].train
+    assert (told.steps, told.epochs) == (5, None)
+    assert parse_settings(["--train.steps", "5", "--config", "some.yaml"])[0].train.epochs == 30
+    assert parse_settings(["--config", "some.yaml", "--train.steps", "5", "--train.epochs", "2"])[0].train.epochs == 2
+
+
 def test_the_command_repeats_the_run_elsewhere():
     flags = ["--train.lr", "1", "--hub.push_to", "user/name", "--sgld.noise_std=0"]
     for where in (["--output_dir", "a"], ["--output_dir=a", "--resume=auto"], ["--resume", "auto"], []):

@@ -94,7 +94,7 @@ def build_model(settings: Settings, splits: Splits, device: torch.device, *, kep
         raise InputError(
             f"{model.name} can't take images of {splits.image_shape} ({one_line(error)}): give --data.image_size"
         ) from error
-    if unseen.any() and not unseen.all() and settings.train.objective.needs_chains:
+    if unseen.any() and settings.train.objective.needs_chains:
         raise InputError(_why_unseen(model.name, jem, unseen))
     return jem
 
@@ -275,15 +275,28 @@ def _scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer) -> Schedule
 
 
 def _unseen(jem: JEM, image_shape: tuple[int, int, int]) -> torch.Tensor:
-    """Which pixels have no influence on the energy of random images, bool, shape (H, W): no chain could move them."""
-    unseen = torch.ones(image_shape[1:], dtype=torch.bool)
-    for seed in range(4):  # what one image leaves out by chance, another has
-        u = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-        with frozen(jem):
-            score = jem.score(jem.normalize(u.to(jem.mean.device)))
-        unseen &= (score == 0).all(0).all(0).cpu()
-        if not unseen.any():
-            break
+    """Which pixels can have no influence on the energy, whatever is learnt, bool, shape (H, W): no chain could move them.
+
+    What starts as zero, such as the last normalisation of a residual branch, hides pixels that training will see: it is
+    random meanwhile.
+    """
+    unseen, zeros = torch.ones(image_shape[1:], dtype=torch.bool), [p for p in jem.parameters() if not p.any()]
+    try:
+        for seed in range(4):  # what one image leaves out by chance, another has
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for parameter in zeros:
+                    parameter.copy_(torch.rand(parameter.shape, generator=generator))
+            u = torch.rand(2, *image_shape, generator=generator) * 2 - 1
+            with frozen(jem):
+                score = jem.score(jem.normalize(u.to(jem.mean.device)))
+            unseen &= (score == 0).all(0).all(0).cpu()
+            if not unseen.any():
+                break
+    finally:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.zero_()
     return unseen
 
 

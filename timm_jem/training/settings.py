@@ -302,10 +302,14 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
             flags.insert(0, Flag("--config", str(own.config_file)))
         elif default_config is not None and not {"--data.dataset", "--data"} & set(told):
             flags.insert(0, Flag("--config", str(default_config)))
-    # A config's arguments of a model are for its own: flags that name another after it start from none.
+    # A config's arguments of a model are for its own: flags that name another after it start from none. Its epochs are no
+    # more meant where steps follow.
     after = max((i + 1 for i, flag in enumerate(flags) if flag.name == "--config"), default=0)
-    if any(flag.name == "--model.name" for flag in flags[after:]):
+    later = {flag.name for flag in flags[after:]}
+    if "--model.name" in later:
         flags.insert(after, Flag("--model.kwargs", "{}"))
+    if "--train.steps" in later and "--train.epochs" not in later:
+        flags.insert(after, Flag("--train.epochs", "null"))
     found = parser.instantiate(parse_flags(parser, flags))
     return Settings(**{name: found[name] for name in Settings.__dataclass_fields__}), repeated
 
