@@ -18,13 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
-from jsonargparse import ArgumentError, ArgumentParser
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,7 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_jem
 from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
-from timm_jem.errors import check_whole, one_line
+from timm_jem.command_line import make_parser, parse_flags, read_flags
+from timm_jem.errors import check_whole
 from timm_jem.evaluation.ood import ood_scores
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
@@ -185,12 +185,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="recipes/benchmark.py", description=__doc__.splitlines()[0], exit_on_error=False)
+    parser = make_parser("recipes/benchmark.py", __doc__.splitlines()[0])
     parser.add_class_arguments(BenchmarkConfig)
-    try:
-        config = BenchmarkConfig(**vars(parser.parse_args(argv)))
-    except ArgumentError as error:
-        raise InputError(f"{one_line(error)}; recipes/benchmark.py --help lists the settings") from error
+    given = parse_flags(parser, read_flags(parser, argv))
+    config = BenchmarkConfig(**{field.name: given[field.name] for field in fields(BenchmarkConfig)})
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     device, bf16 = accelerator.device, config.mixed_precision == "bf16"
     iteration, bare_passes = build(config, accelerator, plain=False)

@@ -24,10 +24,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils.environment import get_int_from_env
 from accelerate.utils.memory import should_reduce_batch_size
-from jsonargparse import ArgumentError, ArgumentParser
 
 import timm_jem
 from timm_jem import InputError
+from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.data import DataConfig
 from timm_jem.errors import one_line
 from timm_jem.evaluation.classification_section import classification_section
@@ -52,18 +52,14 @@ MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], No
 
 
 def parse(argv: list[str]) -> tuple[Any, EvaluationConfig, DataConfig | None]:
-    parser = ArgumentParser(prog="recipes/evaluate.py", description=__doc__.splitlines()[0], exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
+    parser = make_parser("recipes/evaluate.py", __doc__.splitlines()[0])
     parser.add_argument("model", type=str | None, nargs="?", help="a run, a saved folder, a Hub name, or timm:NAME")
     parser.add_argument("--output_dir", type=str | None, default=None, help="default: evaluation in the run's folder")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace an earlier report in output_dir")
     parser.add_argument("--compare", type=list[str], default=[], help="reports to put side by side, as name=FOLDER or FOLDER")
     parser.add_argument("--data", type=DataConfig | None, default=None, help="images; default: those of the model's training")
     parser.add_class_arguments(EvaluationConfig, as_group=False)
-    try:
-        given = parser.parse_args(argv)
-    except ArgumentError as error:
-        raise InputError(f"{one_line(error)}; recipes/evaluate.py --help lists the settings") from error
+    given = parse_flags(parser, read_flags(parser, argv))
     config = EvaluationConfig(**{f.name: given[f.name] for f in fields(EvaluationConfig)})
     return given, config, parser.instantiate(given).data
 

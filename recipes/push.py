@@ -7,27 +7,22 @@ python recipes/push.py runs/digits user/digits-jem
 
 import sys
 
-from jsonargparse import ArgumentError, ArgumentParser
-
 import timm_jem
 from timm_jem import InputError
-from timm_jem.errors import one_line
+from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.evaluation.report import REPORT_FILE, fingerprint, read_report
 from timm_jem.hub.card import PICTURES
 from timm_jem.training.run_folder import RunFolder
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="recipes/push.py", description=__doc__.splitlines()[0], exit_on_error=False)
+    parser = make_parser("recipes/push.py", __doc__.splitlines()[0])
     parser.add_argument("run", type=str, help="a run's folder")
     parser.add_argument("repo_id", type=str, help="user/name; made if it is not there")
     parser.add_argument("--private", type=bool, default=False, help="make it private if it is not there yet")
     parser.add_argument("--replay_buffer", type=bool, default=True, help="with the run's chains")
     parser.add_argument("--overwrite_card", type=bool, default=False, help="replace a README.md that someone wrote")
-    try:
-        settings = parser.parse_args(argv)
-    except ArgumentError as error:
-        raise InputError(f"{one_line(error)}; recipes/push.py --help lists the settings") from error
+    settings = parse_flags(parser, read_flags(parser, argv))
     run = RunFolder(settings.run)
     if not run.model.is_dir():
         raise InputError(f"{run} has no folder 'model': give the folder of a finished run, such as runs/digits")

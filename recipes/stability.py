@@ -16,15 +16,15 @@ import shlex
 import signal
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
 from timm_jem import InputError
+from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.errors import check_whole, one_line
 from timm_jem.files import cores, replaced_file
 from timm_jem.stability.curves import Curves
@@ -95,14 +95,13 @@ class Run:
 def parse(argv: list[str]) -> tuple[StabilityConfig, list[str]]:
     """This recipe's own settings, and the flags for recipes/train.py that follow --."""
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0], exit_on_error=False)
+    parser = make_parser(COMMAND, __doc__.splitlines()[0])
     parser.add_class_arguments(StabilityConfig)
     try:
-        return StabilityConfig(**vars(parser.parse_args(own))), flags
-    except ArgumentError as error:
-        raise InputError(
-            f"{one_line(error)}; recipes/stability.py --help lists its settings, and those of recipes/train.py follow --"
-        ) from error
+        given = parse_flags(parser, read_flags(parser, own))
+    except InputError as error:
+        raise InputError(f"{error}, and those of recipes/train.py follow --") from error
+    return StabilityConfig(**{field.name: given[field.name] for field in fields(StabilityConfig)}), flags
 
 
 def read_variants(path: str | None, flags: list[str]) -> dict[str, list[str]]:

@@ -11,13 +11,11 @@ Without a data set and a config, recipes/configs/digits.yaml is used; otherwise 
 import sys
 from pathlib import Path
 
-import torch
 from accelerate.utils import broadcast_object_list
 
 from timm_jem import InputError
 from timm_jem.data import Splits, load_splits
 from timm_jem.data.identity import data_identity
-from timm_jem.errors import one_line
 from timm_jem.hub.repository import make_repository
 from timm_jem.training import (
     Checkpoints,
@@ -29,7 +27,7 @@ from timm_jem.training import (
     open_accelerator,
     parse_settings,
 )
-from timm_jem.training.build import build_learner, build_stream, workers_of
+from timm_jem.training.build import build_learner, build_stream, keep_source, workers_of
 from timm_jem.training.cadence import Cadence, stop_signals
 from timm_jem.training.finish import finish
 from timm_jem.training.measure import measure
@@ -37,25 +35,30 @@ from timm_jem.training.processes import is_sharded
 from timm_jem.training.publish import publishable, push
 from timm_jem.training.record import Record
 from timm_jem.training.run_folder import RunFolder
+from timm_jem.training.shell import one_line_errors
+from timm_jem.training.start import start_lines
 
 DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
 
 def main(argv: list[str]) -> None:
-    settings, command = parse_settings(argv, DIGITS_CONFIG)
-    accelerator = open_accelerator(settings.train)
+    told, command = parse_settings(argv, DIGITS_CONFIG)
+    accelerator = open_accelerator(told.train)
     world, sharded = accelerator.num_processes, is_sharded(accelerator)
 
     # Everything that can be wrong with the input is found before anything is written.
-    folder = RunFolder.choose(settings.output_dir, settings.data.dataset, settings.resume)
+    folder = RunFolder.choose(told.output_dir, told.data.dataset, told.resume)
     (folder,) = broadcast_object_list([folder])
-    splits = load_splits(settings.data)
-    settings = check_plan(settings, splits, world, sharded=sharded)
+    splits = load_splits(told.data)
+    settings = check_plan(told, splits, world, sharded=sharded)
     if settings.resume and (steps := folder.finished(settings.train.steps)) is not None:
         accelerator.print(f"{folder} is finished: {steps} steps, see {folder.summary_file}")
         accelerator.end_training()
         return
-    learner = build_learner(settings, splits, accelerator)
+    goes_on = settings.resume is not None and (
+        folder.checkpoint is not None or Checkpoints(folder.checkpoints, accelerator).newest()[0] is not None
+    )
+    learner = build_learner(settings, splits, accelerator, kept=folder.backbone if goes_on else None)
     stream = build_stream(settings, splits, learner)
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)
@@ -71,8 +74,12 @@ def main(argv: list[str]) -> None:
         record = Record(folder, accelerator, settings, command, data_identity(splits))
         if settings.resume:
             resume(settings.resume, run, record)
+        if not goes_on and accelerator.is_main_process:
+            keep_source(settings, learner.jem, folder.backbone)
         record.open(run.step)
-        record.say(describe(settings, splits, run, folder))
+        record.say(start_lines(told, settings, splits, run, folder))
+        if settings.model.starts_pretrained and not goes_on:
+            measure_start(settings, splits, run, record)
         broke = train(settings, splits, run, record)
         finish(settings, splits, run, record, broke)
         accelerator.end_training()
@@ -86,16 +93,13 @@ def resume(asked: str, run: Run, record: Record) -> None:
         raise InputError(f"{folder} has no complete checkpoint to resume from: start again in another output_dir")
 
 
-def describe(settings: Settings, splits: Splits, run: Run, folder: RunFolder) -> str:
-    """What is about to happen."""
-    parameters = sum(p.numel() for p in run.learner.jem.parameters())
-    images = "a stream of images" if settings.data.streaming else f"{len(splits.train)} images"
-    if splits.labeled is not None and not settings.data.streaming:
-        images += f" ({len(splits.labeled)} with labels)"
-    return (
-        f"{settings.model.name} ({parameters:,} parameters) on {settings.data.dataset}: {images} to train on, "
-        f"{len(splits.val)} for validation, {len(splits.test)} for the test; writing to {folder}"
-    )
+def measure_start(settings: Settings, splits: Splits, run: Run, record: Record) -> None:
+    """What pretrained weights are worth before the first step; a new head knows nothing yet."""
+    with record.not_training():
+        jem, accelerator = run.learner.published(), run.learner.accelerator
+        figures = measure(jem, splits.val, "val", accelerator, workers=workers_of(settings.train))
+        record.log(run.step, figures)
+        record.say(f"validation accuracy before the first step: {figures['val_accuracy']:.4f}")
 
 
 def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollback | None:
@@ -176,12 +180,5 @@ def save(run: Run, record: Record, *, needed: bool) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(sys.argv[1:])
-    except InputError as error:
-        # One that a loader's process raised comes with that process's traceback, its own line last.
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('timm_jem.errors.InputError: ')}")
-    except RuntimeError as error:
-        if not (torch.distributed.is_initialized() and any(name in str(error).lower() for name in ("gloo", "nccl"))):
-            raise
-        sys.exit(f"error: another process of this run has ended ({one_line(error)}); go on with --resume")

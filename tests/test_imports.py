@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
+    "command_line": {"errors"},
     "files": {"errors"},
     "energy": {"inputs", "errors"},
     "pixels": {"errors"},
@@ -29,8 +30,8 @@ MAY_IMPORT = {
         "energy", "files", "pixels", "modes", "sampling", "models", "model", "wrap", "data", "evaluation", "errors",
     },
     "training": {
-        "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model",
-        "wrap", "data", "evaluation", "training", "version", "errors",
+        "command_line", "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models",
+        "hub", "model", "wrap", "data", "evaluation", "training", "version", "errors",
     },
     "stability": {"stability", "training", "errors"},
     "__init__": {

@@ -115,6 +115,11 @@ def test_a_method_of_ones_own_is_short_and_learns(tmp_path, monkeypatch, capsys)
     assert timm_jem.from_pretrained("out/model").num_classes == 10
 
 
+def without_download(arguments: dict) -> dict:
+    """Arguments of timm.create_model: random weights stand in for those of the Hub."""
+    return arguments if arguments["model_name"].startswith("local-dir:") else {**arguments, "pretrained": False}
+
+
 def data_sets(folder: Path) -> None:
     """What the commands name: a Hub data set's stand-in and folders of images, small."""
     rows = digits().select(range(60))
@@ -138,6 +143,14 @@ def test_training_commands_run(hub, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     data_sets(tmp_path)
     small = "--model.name wrn_10_1" if "wrn_28_10" in command or "cifar10_jem" in command else ""
+    if "--model.name runs/classifier" in command:  # what the command before it leaves
+        timm_jem.create_model("resnet10t", num_classes=2, input_size=(1, 32, 32)).eval().save_pretrained(
+            "runs/classifier/model"
+        )
+    build = timm.create_model
+    monkeypatch.setattr(
+        wrap_module.timm, "create_model", lambda name=None, **rest: build(**without_download({"model_name": name} | rest))
+    )
     flags = f"{command} {SHORT} {small}".removeprefix("accelerate launch ")
     if command == commands("recipes/train.py")[0]:
         done = launch(flags, tmp_path)

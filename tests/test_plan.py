@@ -2,15 +2,20 @@
 
 import copy
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
+import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
-from timm_jem.training import check_plan, parse_settings
+from timm_jem.training import Batch, MaximumLikelihood, check_plan, parse_settings
 from timm_jem.training.build import build_learner, build_model, build_stream
 
 DIGITS = Path(__file__).parent.parent / "recipes" / "configs" / "digits.yaml"
@@ -45,7 +50,7 @@ def test_what_does_not_fit_the_data_is_said(splits, flags, world, message):
 
 def test_what_fits(splits):
     told = settings()
-    assert check_plan(told, splits, 1) is told
+    assert check_plan(told, splits, 1) == told
     most = 2 * int(splits.train.labels.bincount().max())
     for flags, world in (
         ("--train.batch_size 647 --train.buffer_size 2640", 2),
@@ -90,6 +95,37 @@ def test_epochs_become_steps(splits, flags, world, steps):
     assert planned.train.epochs is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "warmup"),
+    [
+        ("--train.steps 800", 100),
+        ("--train.steps 101", 100),
+        ("--train.steps 100", 10),  # as told it would be the whole run
+        ("--train.steps 4", 0),
+        ("--data.dataset digits", 1000),
+        ("--data.dataset digits --train.steps 300", 30),
+        ("--data.dataset digits --train.epochs 10", 20),
+    ],
+)
+def test_a_short_run_has_a_short_warm_up(splits, flags, warmup):
+    assert check_plan(settings(flags), splits, 1).train.warmup_steps == warmup
+
+
+@pytest.mark.parametrize(
+    ("shape", "flags", "chains"),
+    [
+        ((3, 32, 32), "", 10_000),
+        ((3, 96, 96), "", 9709),
+        ((3, 224, 224), "", 1783),  # a gibibyte of float32
+        ((3, 224, 224), "--train.objective.w_xy 1 --train.batch_size 200", 2000),  # as many as a batch may need
+        ((3, 224, 224), "--train.buffer_size 5000", 5000),
+    ],
+)
+def test_large_images_have_few_chains(splits, shape, flags, chains):
+    told = settings(f"--data.dataset digits {flags}")
+    assert check_plan(told, replace(splits, image_shape=shape), 1).train.buffer_size == chains
+
+
 def test_a_run_of_epochs_goes_on_for_as_many_steps_as_it_is_told(splits, tmp_path):
     planned = check_plan(settings("--train.epochs 1"), splits, 1)
     (tmp_path / "config.yaml").write_text(planned.as_yaml())
@@ -110,6 +146,13 @@ def test_a_run_of_epochs_goes_on_for_as_many_steps_as_it_is_told(splits, tmp_pat
         ("--train.steps 1 --train.sched wsd", "wsd does not fit"),
         ("--train.ce_auto_augment rnd-m9", "rnd-m9"),
         ("--train.restart_prob 2", "restart_prob"),
+        ("--train.buffer_size 100000000000", "so many chains take 25.6 TB of the"),
+        ("--train.freeze stage9", "train.freeze has 'stage9': give some of stem, "),
+        ("--model.name resnet10t --train.freeze [stem,layer1,layer2,layer3,layer4,fc]", "leaves nothing to train"),
+        ("--model.name resnet10t --train.batch_size 1", "raise train.batch_size, or set train.batch_norm frozen"),
+        ("--model.name resnet10t --train.ce_batch_size 1", "a batch of 1 image"),
+        ("--model.name local-dir:/nowhere", "there is no config.json"),
+        ("--model.name samvit_base_patch16", "for images of (1, 8, 8)"),
     ],
 )
 def test_what_can_not_be_built_is_said(splits, flags, message):
@@ -128,6 +171,109 @@ def test_a_backbone_that_can_not_take_such_images_is_said(splits):
     tiny = replace(splits, image_shape=(1, 1, 1))
     with pytest.raises(InputError, match="vgg11 can't take images of"):
         build_model(settings("--model.name vgg11"), tiny, Accelerator(cpu=True).device)
+
+
+@pytest.mark.parametrize(("side", "sizes"), [(20, "16 or 32"), (37, "32 or 48")])
+def test_pixels_that_a_backbone_does_not_see_are_refused(splits, side, sizes):
+    """Chains could never move them. Cross-entropy alone may train on what it likes."""
+    odd, device = replace(splits, image_shape=(3, side, side)), torch.device("cpu")
+    small = "--model.name vit_tiny_patch16_224 --model.kwargs.depth 1"
+    unseen = 1 - (side // 16 * 16 / side) ** 2
+    with pytest.raises(InputError, match=rf"does not look at {unseen:.0%} of the pixels .*, such as {sizes}$"):
+        build_model(settings(small), odd, device)
+    build_model(settings(f"{small} --train.objective.w_xy 0"), odd, device)
+    build_model(settings(small), replace(splits, image_shape=(3, 32, 32)), device)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mixer_s32_224"])
+def test_what_starts_as_zero_hides_no_pixel(splits, name):
+    """The shortcuts alone see one pixel of many, and a head of zeros none; training ends that. All is as it was before."""
+    state, told = torch.get_rng_state(), settings(f"--model.name {name}")
+    torch.manual_seed(0)
+    plain = timm_jem.create_model(name, num_classes=10, input_size=(3, 32, 32)).state_dict()
+    torch.manual_seed(0)
+    built = build_model(told, replace(splits, image_shape=(3, 32, 32)), torch.device("cpu")).state_dict()
+    assert all(torch.equal(plain[key], built[key]) for key in plain)
+    torch.set_rng_state(state)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A saved classifier of three other classes."""
+    folder = tmp_path_factory.mktemp("source")
+    timm_jem.create_model("resnet10t", num_classes=3, input_size=(3, 32, 32)).eval().save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def test_a_folder_is_started_from_with_another_head(splits, source):
+    saved, device = load_file(source / "model.safetensors"), torch.device("cpu")
+    colour = replace(splits, image_shape=(3, 32, 32))
+    loaded = build_model(settings(f"--model.name {source}"), colour, device).backbone.state_dict()
+    assert loaded["fc.weight"].shape == (10, 512)
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved if not name.startswith("fc."))
+    afresh = build_model(settings(f"--model.name {source} --model.pretrained false"), colour, device).backbone.state_dict()
+    assert not torch.equal(afresh["conv1.0.weight"], saved["conv1.0.weight"])
+
+
+def test_weights_that_are_cut_off_or_pickled_are_one_line(splits, source, tmp_path):
+    for name in ("cut", "pickled"):
+        shutil.copytree(source, tmp_path / name)
+    content = (source / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(content[:5000])
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    for name, message in (("cut", "can't be read"), ("pickled", "there is no model.safetensors in it")):
+        with pytest.raises(InputError, match=message) as error:
+            build_model(settings(f"--model.name {tmp_path / name}"), splits, torch.device("cpu"))
+        assert "\n" not in str(error.value)
+
+
+def test_what_is_trained_is_not_called_what_timm_published(splits):
+    jem = build_model(settings("--model.name resnet10t.c3_in1k"), splits, torch.device("cpu"))
+    assert timm.get_pretrained_cfg("resnet10t.c3_in1k").license is not None
+    assert not {"tag", "hf_hub_id", "url", "file", "license", "origin_url"} & set(jem.backbone.pretrained_cfg)
+    assert jem.backbone.pretrained_cfg["architecture"] == "resnet10t"
+
+
+def test_frozen_parts_stay_as_they_are(splits):
+    told = settings("--model.name resnet10t --train.freeze [stem,layer1] --train.batch_size 8 --sgld.num_steps 1")
+    colour = replace(splits, image_shape=(3, 32, 32))
+    learner = build_learner(told, colour, Accelerator(cpu=True))
+    before = {name: tensor.clone() for name, tensor in learner.jem.backbone.state_dict().items()}
+    learner.optimizer.param_groups[0]["lr"] = 0.1
+    u, y = torch.rand(8, 3, 32, 32) * 2 - 1, torch.arange(8)
+    learner.iterate([Batch(u, y)])
+    learner.step = 500  # past the warm-up
+    learner._set_lr()
+    learner.iterate([Batch(u, y)])
+    after = learner.jem.backbone.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    still = {name for name in before if name.startswith(("conv1.", "bn1.", "layer1."))}
+    assert len(still) > 20
+    assert not changed & still
+    assert {"fc.weight", "layer2.0.bn1.running_mean"} <= changed
+
+
+def test_layers_learn_at_rates_of_their_own(splits):
+    told = settings("--model.name resnet10t --train.opt adamw --train.opt_kwargs.layer_decay 0.5 --train.warmup_steps 0")
+    learner = build_learner(told, replace(splits, image_shape=(3, 32, 32)), Accelerator(cpu=True))
+    rates = sorted({group["lr"] for group in learner.optimizer.param_groups})
+    assert rates[-1] == told.train.lr
+    assert rates[-2] == told.train.lr / 2
+    assert len(rates) > 3
+
+
+def test_cross_entropy_alone_keeps_no_chains(splits):
+    learner = build_learner(settings("--train.objective.w_xy 0 --train.buffer_size 1"), splits, Accelerator(cpu=True))
+    assert learner.method.buffer is None
+    with pytest.raises(InputError, match="there is no replay buffer"):
+        MaximumLikelihood(learner.jem, None, sgld=timm_jem.SGLDConfig(), objective=timm_jem.ObjectiveConfig())
+
+
+def test_batch_statistics_are_warned_of_where_there_are_some(splits, recwarn):
+    build_learner(settings("--train.batch_norm train"), splits, Accelerator(cpu=True))
+    assert not [warning for warning in recwarn if "batch_norm" in str(warning.message)]
+    with pytest.warns(UserWarning, match="train.batch_norm is 'train'"):
+        build_learner(settings("--train.batch_norm train --model.kwargs.norm_layer batchnorm2d"), splits, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(

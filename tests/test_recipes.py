@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from timm_jem import InputError
 from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.evaluation import frechet_distance
 from timm_jem.pixels import to_pixels
-from timm_jem.training import ModelConfig, TrainConfig, damage, parse_settings
+from timm_jem.training import ModelConfig, TrainConfig, check_plan, damage, parse_settings
 from timm_jem.training.run_folder import RunFolder
 
 SHORT = (
@@ -142,12 +143,66 @@ def test_errors_reach_the_shell_as_one_line(tmp_path):
 def test_the_shipped_configs_are_what_they_say():
     settings, _ = parse_settings(["--config", str(ROOT / "recipes/configs/cifar10_jem.yaml")])
     paper = TrainConfig()
-    assert settings.train == paper
+    assert settings.train == replace(paper, warmup_steps=1000, buffer_size=10_000)  # as for the paper's data without a word
+    planned = check_plan(settings, replace(load_splits(DataConfig()), image_shape=(3, 32, 32)), 1).train
+    assert (planned.warmup_steps, planned.buffer_size) == (1000, 10_000)
     assert settings.sgld == timm_jem.SGLDConfig()
     assert settings.model == ModelConfig()
     digits_, _ = parse_settings([], train.DIGITS_CONFIG)
     assert digits_.data.dataset == "digits"
     assert digits_.train.data_noise > digits_.sgld.noise_std
+
+
+def test_the_first_lines_tell_what_will_happen(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # what accelerate launch leaves where several processes become one
+    train.main(shlex.split(f"{SHORT} --train.epochs 0.2 --train.batch_size 32 --hub.every 2 --output_dir run"))
+    said = capsys.readouterr()
+    lines = (said.out + said.err).replace("\r", "\n").splitlines()
+    told = {line.split()[0]: line for line in lines if line.startswith(("data ", "model ", "training  ", "memory ", "writes "))}
+    assert told["data"].startswith("data      digits: 10 classes, 1,295 training / 143 validation / 359 test images, grey 8×8")
+    assert told["model"] == "model     wrn_10_1, 77,418 parameters"
+    assert told["training"] == "training  8 steps of 32 images (0.198 epochs), 0 of them to warm up; cpu, 1 process, fp32"
+    assert told["memory"].startswith("memory    replay buffer of 1,000 chains 256.0 kB; about ")
+    assert told["writes"] == "writes to run"
+    notes = [line for line in lines if line.startswith("note: ")]
+    assert notes[0] == "note: train.warmup_steps 100 would be the whole run of 8 steps: it is 0"
+    assert notes[1] == "note: hub.every 2 publishes nothing without hub.push_to"
+    assert notes[2].startswith("note: one process trains, though accelerate launch was asked for several")
+
+
+def test_a_run_goes_on_without_what_it_started_from(tmp_path, monkeypatch, capsys):
+    """Its own folder has all that rebuilds the network; the source may be moved, or the Hub away."""
+    monkeypatch.chdir(tmp_path)
+    silu = {"act_layer": "silu"}
+    timm_jem.create_model("wrn_10_1", num_classes=3, input_size=(1, 8, 8), **silu).eval().save_pretrained("source")
+    flags = f"{SHORT} --model.name source --train.checkpoint_every 2 --train.freeze stem --output_dir run"
+    train.main(shlex.split(flags))
+    first = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])
+    assert first.keys() == {"step", "val_accuracy", "val_ece"}
+    assert first["step"] == 0
+    said = capsys.readouterr()
+    assert f"validation accuracy before the first step: {first['val_accuracy']:.4f}" in said.out + said.err
+    whole = {name: Path("run", name).read_bytes() for name in ("model/model.safetensors", "metrics.jsonl", "samples.png")}
+    config = json.loads(Path("run/model/config.json").read_text())
+    assert config["model_args"]["act_layer"] == "silu"
+    kept, saved = load_file("run/model/model.safetensors"), load_file("source/model.safetensors")
+    assert torch.equal(kept["stem.weight"], saved["stem.weight"])
+    shutil.rmtree("source")
+    shutil.rmtree("run/checkpoints/step_00000004")
+    os.unlink("run/summary.json")
+    os.rename("run", "moved")
+    train.main(["--resume", "moved"])
+    assert "before the first step" not in "".join(capsys.readouterr())
+    for name, content in whole.items():
+        assert Path("moved", name).read_bytes() == content, name
+    again = json.loads(Path("moved/model/config.json").read_text())
+    assert {**again, "timm_jem": None} == {**config, "timm_jem": None}
+    # Without a checkpoint there is nothing to go on with, and the source is asked for.
+    shutil.rmtree("moved/checkpoints")
+    os.unlink("moved/summary.json")
+    with pytest.raises(InputError, match=r"there is no config\.json"):
+        train.main(["--output_dir", "moved", "--resume", "auto"])
 
 
 @pytest.mark.slow

@@ -121,6 +121,14 @@ def test_a_configs_model_kwargs_belong_to_its_own_model(flags, kwargs):
     assert parse_settings(flags, DIGITS)[0].model.kwargs == kwargs
 
 
+def test_steps_are_meant_where_a_config_says_epochs():
+    Path("some.yaml").write_text("train: {epochs: 30}\n")
+    told = parse_settings(["--config", "some.yaml", "--train.steps", "5"])[0].train
+    assert (told.steps, told.epochs) == (5, None)
+    assert parse_settings(["--train.steps", "5", "--config", "some.yaml"])[0].train.epochs == 30
+    assert parse_settings(["--config", "some.yaml", "--train.steps", "5", "--train.epochs", "2"])[0].train.epochs == 2
+
+
 def test_the_command_repeats_the_run_elsewhere():
     flags = ["--train.lr", "1", "--hub.push_to", "user/name", "--sgld.noise_std=0"]
     for where in (["--output_dir", "a"], ["--output_dir=a", "--resume=auto"], ["--resume", "auto"], []):
@@ -138,6 +146,15 @@ def test_the_command_repeats_the_run_elsewhere():
         ("--config typo.yaml", "stepz"),
         ("--config nothing.yaml", "nothing.yaml"),
         ("--config not.yaml", "parsing config"),
+        ("--model resnet18", "did you mean --model.name resnet18?"),
+        ("--data ./photos", "did you mean --data.dataset ./photos?"),
+        ("--output-dir runs/a", "did you mean --output_dir?"),
+        ("--train.lr 0", "lr is 0.0: give a finite number above 0"),
+        ("--train.objective.w_ce 0 --train.objective.w_x 0 --train.objective.w_xy 0", "nothing would be learnt"),
+        ("--train.seed 4294967296", "at most 2147483647"),
+        ("--model.kwargs.checkpoint_path some.safetensors", "pretrained_cfg_overlay"),
+        ("--model.name someone/model", "a Hub repository is hf-hub:someone/model"),
+        ("--model.name ./model", "there is no such folder: give one with a saved model"),
         ("--train.steps many", "train.steps"),
         ("--sgld.num_steps 0", "num_steps is 0"),
         ("--sgld.step_size .nan", "step_size is nan"),
@@ -172,6 +189,31 @@ def test_bad_settings_are_one_line(flags, message):
         parse_settings(flags.format(digits=DIGITS).split(), DIGITS)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_a_model_that_is_trained():
+    for folder in ("saved", "runs/a/model", "resnet18"):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "config.json").write_text("{}")
+    here = Path.cwd()
+    for name, meant in (
+        ("saved", "saved"),
+        ("./saved", "saved"),
+        (str(here / "saved"), "saved"),
+        ("local-dir:saved", "saved"),
+        ("runs/a", "runs/a/model"),
+        ("local-dir:runs/a", "runs/a/model"),
+        ("./resnet18", "resnet18"),
+    ):
+        model = parse_settings(["--model.name", name], DIGITS)[0].model
+        assert (model.name, model.starts_pretrained) == (f"local-dir:{here / meant}", True)
+    # Gone meanwhile: what a run has written of it is understood all the same.
+    gone = f"local-dir:{here / 'gone'}"
+    assert parse_settings(["--model.name", gone])[0].model.name == gone
+    assert parse_settings(["--model.name", "resnet18"])[0].model == ModelConfig("resnet18")  # a name is first of all timm's
+    assert not ModelConfig("resnet18").starts_pretrained
+    assert ModelConfig("hf-hub:someone/model").starts_pretrained
+    assert not ModelConfig("hf-hub:someone/model", pretrained=False).starts_pretrained
 
 
 def test_settings_built_by_hand_are_checked_as_well():

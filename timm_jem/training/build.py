@@ -2,33 +2,46 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from accelerate.utils.memory import should_reduce_batch_size
+from safetensors import SafetensorError
+from timm.models import group_modules, group_parameters
+from timm.models._hub import save_config_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
+from torch import nn
 from torch.utils.data import Subset
 
 from timm_jem.data import Splits
 from timm_jem.data.loader import default_workers
 from timm_jem.errors import InputError, one_line
+from timm_jem.files import replaced_file
 from timm_jem.gaussians import ClassGaussians
+from timm_jem.hub.folder import CONFIG_FILE, WEIGHTS_FILE
 from timm_jem.model import JEM
-from timm_jem.modes import frozen
+from timm_jem.modes import batch_norms, frozen
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.sampling import uniform_noise
 from timm_jem.training.batches import Batches
 from timm_jem.training.learner import Learner
 from timm_jem.training.measure import in_batches
+from timm_jem.training.memory import in_bytes, memory_of
 from timm_jem.training.method import MaximumLikelihood, Method
 from timm_jem.training.processes import local_processes
 from timm_jem.training.settings import Settings, TrainConfig
 from timm_jem.wrap import create_model
 
-__all__ = ["build_learner", "build_method", "build_model", "build_stream", "workers_of"]
+__all__ = ["build_learner", "build_method", "build_model", "build_stream", "frozen_parts", "keep_source", "workers_of"]
+
+# What timm's configuration of a model says of its published weights, and what holds for weights trained from them, too.
+_OF_WEIGHTS = {"url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag"}
+_INHERITED = {"license", "description", "origin_url", "paper_name", "paper_ids", "notes"}
 
 
 def workers_of(train: TrainConfig) -> int:
@@ -36,43 +49,80 @@ def workers_of(train: TrainConfig) -> int:
     return default_workers(local_processes()) if train.workers is None else train.workers
 
 
-def build_model(settings: Settings, splits: Splits, device: torch.device) -> JEM:
+def build_model(settings: Settings, splits: Splits, device: torch.device, *, kept: Path | None = None) -> JEM:
     """The joint energy model for the data, tried on two images.
 
+    Args:
+        settings, splits, device: the run's.
+        kept: of a run that goes on: the folder where :func:`keep_source` may have left what its backbone was made from. No
+            pretrained weights are loaded then, as its checkpoint has all of them.
+
     Raises:
-        InputError: a backbone that can't be built, or can't take such images.
+        InputError: a backbone that can't be built, can't take such images, or does not look at all of their pixels.
     """
-    model = settings.model
-    jem = create_model(
-        model.name,
-        model.pretrained,
-        input_size=splits.image_shape,
-        class_names=splits.class_names,
-        sgld=settings.sgld,
-        num_classes=len(splits.class_names),
-        **{name: rate for name in ("drop_rate", "drop_path_rate") if (rate := getattr(model, name))},
-        **model.kwargs,
-    ).to(device)
+    model, name = settings.model, settings.model.name
+    if kept is not None and (kept / CONFIG_FILE).is_file():
+        name = f"local-dir:{kept}"
+    pretrained = model.starts_pretrained and kept is None
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        for file in (CONFIG_FILE, WEIGHTS_FILE) if pretrained else (CONFIG_FILE,):
+            if not (folder / file).is_file():
+                raise InputError(f"model.name is {name}, and there is no {file} in it: give a folder with a saved model")
+    try:
+        jem = create_model(
+            name,
+            pretrained,
+            input_size=splits.image_shape,
+            class_names=splits.class_names,
+            sgld=settings.sgld,
+            num_classes=len(splits.class_names),
+            **{name: rate for name in ("drop_rate", "drop_path_rate") if (rate := getattr(model, name))},
+            **model.kwargs,
+        ).to(device)
+    except SafetensorError as error:
+        raise InputError(f"the weights of {name} can't be read ({one_line(error)}): get them again") from error
+    foreign = _OF_WEIGHTS if model.starts_pretrained else _OF_WEIGHTS | _INHERITED
+    jem.backbone.pretrained_cfg = {key: value for key, value in jem.backbone.pretrained_cfg.items() if key not in foreign}
     jem.data_config["crop_pct"] = 1.0  # trained on whole images
     jem = jem.to(memory_format=torch.channels_last) if settings.train.channels_last else jem
     try:
-        with frozen(jem):
-            jem.energy(torch.zeros(2, *splits.image_shape, device=device, dtype=jem.dtype))
-    except RuntimeError as error:
+        unseen = _unseen(jem, splits.image_shape)
+    except (RuntimeError, AssertionError) as error:
+        if should_reduce_batch_size(error):
+            raise
         raise InputError(
             f"{model.name} can't take images of {splits.image_shape} ({one_line(error)}): give --data.image_size"
         ) from error
+    if unseen.any() and settings.train.objective.needs_chains:
+        raise InputError(_why_unseen(model.name, jem, unseen))
     return jem
 
 
-def build_learner(settings: Settings, splits: Splits, accelerator: Accelerator) -> Learner:
+def keep_source(settings: Settings, jem: JEM, folder: Path) -> None:
+    """Leave in ``folder`` what rebuilds a backbone that came from elsewhere, so that a run that goes on needs no more."""
+    if settings.model.has_source:
+        folder.mkdir(exist_ok=True)
+        try:
+            with replaced_file(folder / CONFIG_FILE) as aside:
+                save_config_for_hf(jem.backbone, aside)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{settings.model.name} could not be saved for timm in the end ({one_line(error)})") from error
+
+
+def build_learner(settings: Settings, splits: Splits, accelerator: Accelerator, *, kept: Path | None = None) -> Learner:
     """Model, optimiser, schedule, moving average and method, prepared for the processes there are.
 
+    Args:
+        settings, splits, accelerator: the run's.
+        kept: see :func:`build_model`.
+
     Raises:
-        InputError: settings that timm refuses.
+        InputError: settings that timm refuses, or that leave nothing to train.
     """
     train, device, rank = settings.train, accelerator.device, accelerator.process_index
-    jem = build_model(settings, splits, device)
+    jem = build_model(settings, splits, device, kept=kept)
+    still = frozen_parts(jem.backbone, train.freeze)
     try:
         optimizer = create_optimizer_v2(
             jem.backbone, opt=train.opt, lr=train.lr, weight_decay=train.weight_decay, **train.opt_kwargs
@@ -86,6 +136,14 @@ def build_learner(settings: Settings, splits: Splits, accelerator: Accelerator) 
         jem.backbone.compile(mode=train.compile)
     prepared, optimizer = accelerator.prepare(jem, optimizer)
     prepared.train()
+    for module in still:
+        module.eval()
+    smallest = min(train.batch_size, train.ce_batch_size or train.batch_size)
+    if smallest == 1 and train.batch_norm != "frozen" and batch_norms(jem):
+        raise InputError(
+            f"a batch of 1 image leaves BatchNorm in {settings.model.name} nothing to normalise by: raise train.batch_size, "
+            "or set train.batch_norm frozen"
+        )
     set_seed(train.seed + rank)  # all were built alike; dropout differs
     scheduler = _scheduler(train, optimizer)
     # Chains differ by process; so does the noise.
@@ -97,25 +155,9 @@ def build_learner(settings: Settings, splits: Splits, accelerator: Accelerator) 
 
 
 def build_method(settings: Settings, splits: Splits, jem: JEM, generator: torch.Generator) -> Method:
-    """Maximum likelihood, with its replay buffer, whose randomness is ``generator``."""
-    train, device = settings.train, generator.device
-    num_classes = len(splits.class_names) if train.needs_classes else None
-    init = uniform_noise
-    if train.init == "gaussian":
-        count = min(len(splits.train), int(settings.data.cache_gib * 2**30) // math.prod(splits.image_shape))
-        rows = torch.linspace(0, len(splits.train) - 1, max(count, 2)).long().tolist()  # all, where memory allows
-        images = torch.cat([images for images, _ in in_batches(Subset(splits.train, rows), workers_of(train))])
-        init = ClassGaussians.fit(images, splits.train.labels[rows], num_classes).to(device)
-    buffer = ReplayBuffer(
-        splits.image_shape,
-        init=init,
-        generator=generator,
-        capacity=train.buffer_size,
-        restart_prob=train.restart_prob,
-        num_classes=num_classes,
-        device=device,
-    )
-    if train.batch_norm == "train":
+    """Maximum likelihood, with its replay buffer, whose randomness is ``generator``; cross-entropy alone has none."""
+    train, num_classes = settings.train, len(splits.class_names) if settings.train.needs_classes else None
+    if train.batch_norm == "train" and train.objective.needs_chains and batch_norms(jem):
         warnings.warn(
             "train.batch_norm is 'train': chains move by batch statistics, so the density that is sampled in training is "
             "not the one that energies, evaluation and new samples use",
@@ -123,13 +165,67 @@ def build_method(settings: Settings, splits: Splits, jem: JEM, generator: torch.
         )
     return MaximumLikelihood(
         jem,
-        buffer,
+        _buffer(settings, splits, num_classes, generator) if train.objective.needs_chains else None,
         sgld=settings.sgld,
         objective=train.objective,
         batch_norm=train.batch_norm,
         class_frequencies=splits.class_frequencies if train.needs_classes else None,
         ramp_from=train.ramp_from,
         ramp_steps=train.ramp_steps,
+    )
+
+
+def frozen_parts(backbone: nn.Module, names: list[str]) -> list[nn.Module]:
+    """The modules of ``names``, whose parameters get no gradients from here on. To keep their BatchNorm statistics, too, put
+    them in eval mode; timm.utils.freeze exchanges these layers for others, which plain timm would not rebuild.
+
+    Args:
+        backbone: a timm model.
+        names: of its modules; "stem" is what timm takes for it where no module has that name.
+
+    Raises:
+        InputError: a name that is none, or nothing left to train.
+    """
+    modules, found = dict(backbone.named_modules()), []
+    for name in names:
+        if name in modules and name:
+            found.append(modules[name])
+            parameters = list(modules[name].parameters())
+        elif name == "stem" and hasattr(backbone, "group_matcher"):
+            matcher = backbone.group_matcher(coarse=True)
+            found += [modules[module] for module in group_modules(backbone, matcher)[0]]
+            parameters = [backbone.get_parameter(name) for name in group_parameters(backbone, matcher)[0]]
+        else:
+            parts = ["stem"] + [name for name, part in backbone.named_children() if any(True for _ in part.parameters())]
+            raise InputError(f"train.freeze has {name!r}: give some of {', '.join(dict.fromkeys(parts))}, or of their parts")
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise InputError(f"train.freeze is {', '.join(names)}, which leaves nothing to train: leave some out")
+    return found
+
+
+def _buffer(settings: Settings, splits: Splits, num_classes: int | None, generator: torch.Generator) -> ReplayBuffer:
+    train, device, init = settings.train, generator.device, uniform_noise
+    needed, there = 4 * train.buffer_size * math.prod(splits.image_shape), memory_of(device)
+    if needed > there:
+        raise InputError(
+            f"train.buffer_size is {train.buffer_size}, and so many chains take {in_bytes(needed)} of the {in_bytes(there)} "
+            f"that {device.type} has: lower it, or data.image_size"
+        )
+    if train.init == "gaussian":
+        count = min(len(splits.train), int(settings.data.cache_gib * 2**30) // math.prod(splits.image_shape))
+        rows = torch.linspace(0, len(splits.train) - 1, max(count, 2)).long().tolist()  # all, where memory allows
+        images = torch.cat([images for images, _ in in_batches(Subset(splits.train, rows), workers_of(train))])
+        init = ClassGaussians.fit(images, splits.train.labels[rows], num_classes).to(device)
+    return ReplayBuffer(
+        splits.image_shape,
+        init=init,
+        generator=generator,
+        capacity=train.buffer_size,
+        restart_prob=train.restart_prob,
+        num_classes=num_classes,
+        device=device,
     )
 
 
@@ -176,3 +272,40 @@ def _scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer) -> Schedule
     except (TypeError, ValueError) as error:
         raise InputError(f"train.sched {train.sched} does not fit its settings ({one_line(error)}): change them") from error
     return scheduler
+
+
+def _unseen(jem: JEM, image_shape: tuple[int, int, int]) -> torch.Tensor:
+    """Which pixels can have no influence on the energy, whatever is learnt, bool, shape (H, W): no chain could move them.
+
+    What starts as zero, such as the last normalisation of a residual branch, hides pixels that training will see: it is
+    random meanwhile.
+    """
+    unseen, zeros = torch.ones(image_shape[1:], dtype=torch.bool), [p for p in jem.parameters() if not p.any()]
+    try:
+        for seed in range(4):  # what one image leaves out by chance, another has
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for parameter in zeros:
+                    parameter.copy_(torch.rand(parameter.shape, generator=generator))
+            u = torch.rand(2, *image_shape, generator=generator) * 2 - 1
+            with frozen(jem):
+                score = jem.score(jem.normalize(u.to(jem.mean.device)))
+            unseen &= (score == 0).all(0).all(0).cpu()
+            if not unseen.any():
+                break
+    finally:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.zero_()
+    return unseen
+
+
+def _why_unseen(name: str, jem: JEM, unseen: torch.Tensor) -> str:
+    side, patch = len(unseen), getattr(getattr(jem.backbone, "patch_embed", None), "patch_size", None)
+    patch = patch[0] if isinstance(patch, (tuple, list)) else patch
+    seen = int((~unseen).any(1).sum())
+    fits = f"{patch * (side // patch)} or {patch * (side // patch + 1)}" if patch and side >= patch else f"{seen}"
+    return (
+        f"{name} does not look at {unseen.float().mean():.0%} of the pixels of {side}×{unseen.shape[1]} images, which chains "
+        f"could never move: give another --data.image_size, such as {fits}"
+    )

@@ -100,7 +100,7 @@ class MaximumLikelihood:
 
     Args:
         jem: for its normalisation.
-        buffer: with classes where ``objective.w_xy`` > 0.
+        buffer: with classes where ``objective.w_xy`` > 0; None: for cross-entropy alone.
         sgld: how chains move.
         objective: weights of the loss.
         batch_norm: "eval", "frozen" or "train"; see above.
@@ -108,7 +108,8 @@ class MaximumLikelihood:
         ramp_from, ramp_steps: K goes from ``ramp_from`` to ``sgld.num_steps`` over so many steps; 0 steps: no ramp.
 
     Raises:
-        InputError: ``w_xy`` > 0 and a buffer without classes, an unknown ``batch_norm``, class frequencies of wrong shape.
+        InputError: no buffer, or ``w_xy`` > 0 and one without classes; an unknown ``batch_norm``; class frequencies of wrong
+            shape.
     """
 
     # Energies that sharpen or drift without end; the classifier's loss runs away with them.
@@ -117,7 +118,7 @@ class MaximumLikelihood:
     def __init__(
         self,
         jem: JEM,
-        buffer: ReplayBuffer,
+        buffer: ReplayBuffer | None,
         *,
         sgld: SGLDConfig,
         objective: ObjectiveConfig,
@@ -128,9 +129,11 @@ class MaximumLikelihood:
     ) -> None:
         if batch_norm not in BATCH_NORM:
             raise InputError(f"batch_norm is {batch_norm!r}: give one of {', '.join(BATCH_NORM)}")
+        if objective.needs_chains and buffer is None:
+            raise InputError("the objective needs chains and there is no replay buffer: build one")
         if objective.w_xy and buffer.labels is None:
             raise InputError("objective w_xy is above 0 and the replay buffer has no classes: build it with num_classes")
-        if buffer.labels is not None:
+        if buffer is not None and buffer.labels is not None:
             if class_frequencies is None:
                 class_frequencies = torch.ones(buffer.num_classes)
             if class_frequencies.shape != (buffer.num_classes,):

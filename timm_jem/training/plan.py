@@ -1,5 +1,6 @@
 """What settings and data must agree on, found before anything is written."""
 
+import math
 from dataclasses import replace
 
 from timm_jem.data import Splits
@@ -8,11 +9,15 @@ from timm_jem.training.settings import Settings
 
 __all__ = ["check_plan"]
 
+# JEM's (arXiv 1912.03263, appendix A and released code), where nothing speaks against them.
+_WARMUP_STEPS, _BUFFER_SIZE, _BUFFER_BYTES = 1000, 10_000, 2**30
+
 
 def check_plan(settings: Settings, splits: Splits, world: int, *, sharded: bool = False) -> Settings:
-    """The settings with ``train.steps`` in the place of ``train.epochs``, if they can train on ``splits``; pure.
+    """The settings with numbers for all that follows from the data, if they can train on ``splits``; pure.
 
-    What is written of them then says ``steps`` alone, so that a run that goes on can be told another number.
+    ``train.epochs`` becomes ``train.steps``: what is written then says ``steps`` alone, so that a run that goes on can be
+    told another number. A warm-up as long as the run becomes a tenth of it.
 
     Args:
         settings: as told.
@@ -33,25 +38,37 @@ def check_plan(settings: Settings, splits: Splits, world: int, *, sharded: bool 
         raise InputError(f"train.batch_size of all processes is {together} with {len(splits.train)} training images: lower it")
     if len(splits.val) < 2:
         raise InputError(f"{len(splits.val)} validation images are too few to choose anything by: raise data.val_fraction")
-    if train.objective.needs_chains:
-        _check_buffer(settings, splits)
+    if train.buffer_size is None or train.objective.needs_chains:
+        train = replace(train, buffer_size=_buffer_size(settings, splits))
     if train.ema_decay and sharded:
         raise InputError("train.ema_decay averages whole weights, and FSDP shards them: set it to 0")
-    if train.epochs is None:
-        return settings
-    steps = max(1, round(train.epochs * len(splits.train) / (together * train.grad_accum)))
-    return replace(settings, train=replace(train, steps=steps, epochs=None))
+    if train.epochs is not None:
+        steps = max(1, round(train.epochs * len(splits.train) / (together * train.grad_accum)))
+        train = replace(train, steps=steps, epochs=None)
+    if train.warmup_steps is None:
+        train = replace(train, warmup_steps=min(_WARMUP_STEPS, train.steps // 10))
+    elif train.warmup_steps >= train.steps:
+        train = replace(train, warmup_steps=train.steps // 10)
+    return replace(settings, train=train)
 
 
-def _check_buffer(settings: Settings, splits: Splits) -> None:
+def _buffer_size(settings: Settings, splits: Splits) -> int:
+    """How many chains a process keeps.
+
+    Raises:
+        InputError: fewer than a batch may need.
+    """
     train, wanted, classes = settings.train, settings.train.batch_size, 1
     if train.needs_classes:
         classes = len(splits.class_names)
         if not settings.data.streaming and splits.labeled is None:
             # A batch that goes over into the next epoch can hold an image twice.
             wanted = min(wanted, 2 * int(splits.train.labels.bincount().max()))
+    if train.buffer_size is None:
+        return max(wanted * classes, min(_BUFFER_SIZE, _BUFFER_BYTES // (4 * math.prod(splits.image_shape))))
     if train.buffer_size < wanted * classes:
         raise InputError(
             f"train.buffer_size is {train.buffer_size}, and a batch may need {wanted} chains"
             f"{' of one class' * train.needs_classes}: raise it to {wanted * classes}, or lower train.batch_size"
         )
+    return train.buffer_size

@@ -19,7 +19,7 @@ from timm_jem.training.build import build_model
 from timm_jem.training.processes import is_sharded
 from timm_jem.training.record import Record
 from timm_jem.training.run import Run
-from timm_jem.training.settings import Settings
+from timm_jem.training.settings import ModelConfig, Settings
 from timm_jem.version import __version__
 
 __all__ = ["publishable", "push", "whole_state"]
@@ -47,7 +47,7 @@ def publishable(
     learner, accelerator = run.learner, run.learner.accelerator
     jem = learner.published()
     if is_sharded(accelerator):
-        whole = build_model(settings, splits, accelerator.device)
+        whole = build_model(settings, splits, accelerator.device, kept=record.folder.backbone)
         whole.load_state_dict(whole_state(jem))
         whole.sgld = jem.sgld
         jem = whole
@@ -55,7 +55,7 @@ def publishable(
     jem.provenance = {
         "dataset": public_name(data.dataset),
         "datasets": [name for source in (data.dataset, data.unlabeled) if source and (name := hub_id(source))],
-        "base_model": learner.jem.backbone.pretrained_cfg.get("hf_hub_id") if model.pretrained else None,
+        "base_model": _base_model(model),
         "command": shlex.join([*_launcher(accelerator), "recipes/train.py", *record.command]),
         "config": settings.sections(),
         "steps": run.step,
@@ -81,6 +81,16 @@ def _launcher(accelerator: Accelerator) -> list[str]:
     flags = ["--num_processes", str(accelerator.num_processes)] if accelerator.num_processes > 1 else []
     flags += ["--mixed_precision", accelerator.mixed_precision] if accelerator.mixed_precision != "no" else []
     return ["accelerate", "launch", *flags]
+
+
+def _base_model(model: ModelConfig) -> str | None:
+    """The Hub repository whose weights training started from."""
+    elsewhere = model.name.startswith("local-dir:") or "pretrained_cfg_overlay" in model.kwargs
+    if elsewhere or not model.starts_pretrained:
+        return None
+    if model.has_source:
+        return model.name.partition(":")[2]
+    return timm.get_pretrained_cfg(model.name).hf_hub_id
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -116,6 +116,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def backbone(self) -> Path:
+        """What :func:`timm_jem.training.build.keep_source` leaves, where the backbone came from elsewhere."""
+        return self.path / "backbone"
+
+    @property
     def model(self) -> Path:
         return self.path / "model"
 

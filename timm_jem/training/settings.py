@@ -1,14 +1,14 @@
 """Everything that can be set of a training run, and how it is told: YAML files and flags."""
 
-import argparse
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import yaml
 from accelerate.tracking import get_available_trackers
-from jsonargparse import ArgumentError, ArgumentParser
 
+from timm_jem.command_line import Arguments, Flag, make_parser, parse_flags, read_flags
 from timm_jem.data import DataConfig
 from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.models.names import check_name
@@ -25,8 +25,9 @@ class ModelConfig:
     """The backbone.
 
     Attributes:
-        name: any timm name, or one of this package's wrn_*.
-        pretrained: start from pretrained weights.
+        name: any timm name, or one of this package's wrn_*; a folder with a saved model or a run, or timm's "local-dir:" and
+            "hf-hub:".
+        pretrained: start from pretrained weights; None: for folders and the Hub, whose names mean a model that is trained.
         num_classes: None: as many as the data has.
         drop_rate, drop_path_rate: timm's dropout and stochastic depth, for the loss only: chains move without.
         kwargs: more arguments for timm.create_model, e.g. {act_layer: silu}. Those of a config are for its own model:
@@ -34,11 +35,21 @@ class ModelConfig:
     """
 
     name: str = "wrn_28_10"
-    pretrained: bool = False
+    pretrained: bool | None = None
     num_classes: int | None = None
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: Arguments = field(default_factory=dict)
+
+    @property
+    def has_source(self) -> bool:
+        """Whether the name is that of a folder or a Hub repository."""
+        return ":" in self.name
+
+    @property
+    def starts_pretrained(self) -> bool:
+        """Whether a new run starts from weights that are trained already."""
+        return self.has_source if self.pretrained is None else self.pretrained
 
 
 @dataclass
@@ -55,7 +66,10 @@ class TrainConfig:
         px_augment: how images for p(x) are augmented: full (JEM: as for the cross-entropy), flip, or none (SADA-JEM).
         ce_auto_augment: a policy of timm for the images of the cross-entropy, e.g. rand-m9-mstd0.5 or augmix-m3-w3; they
             then come in batches of their own.
-        opt, lr, weight_decay, opt_kwargs: a timm optimiser and its settings.
+        opt, lr, weight_decay, opt_kwargs: a timm optimiser and its settings; {layer_decay: 0.75} gives each layer that much
+            of the learning rate of the one above it, the head all of it.
+        freeze: parts of the backbone that stay as they are, BatchNorm statistics included: names of its modules, and stem.
+        warmup_steps: None: JEM's 1000, or a tenth of a run that is shorter than ten times that.
         sched: a timm schedule over all steps after warmup_steps; milestones are parts of steps, decay_rate their factor.
         sched_kwargs: more for timm.scheduler.create_scheduler_v2, in steps where it says epochs.
         grad_clip: bound of the gradient's norm; 0: none.
@@ -63,7 +77,7 @@ class TrainConfig:
         data_noise: standard deviation of noise on the images while training, pixels. Chains can't be narrower than
             their own noise, so keep it above sgld.noise_std, or the energy sharpens without end.
         ce_noise: that of the images for the cross-entropy, or None: as data_noise.
-        buffer_size, restart_prob: the replay buffer of a process.
+        buffer_size, restart_prob: the replay buffer of a process; None: JEM's 10,000 chains, or as many as take 1 GiB.
         init: where chains start: uniform noise (JEM), or gaussian: fitted to each class (JEM++, SADA-JEM).
         conditional_chains: chains of p(y) p(x|y) as negatives of E(x) as well; with objective w_xy they are anyway.
         ramp_from, ramp_steps: sgld.num_steps is reached from ramp_from in so many optimiser steps; 0: at once.
@@ -98,17 +112,18 @@ class TrainConfig:
     opt: str = "adam"
     lr: float = 1e-4
     weight_decay: float = 0.0
-    opt_kwargs: dict[str, Any] = field(default_factory=dict)
+    opt_kwargs: Arguments = field(default_factory=dict)
+    freeze: list[str] = field(default_factory=list)
     sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"] = "multistep"
-    warmup_steps: int = 1000
+    warmup_steps: int | None = None
     milestones: list[float] = field(default_factory=lambda: [0.8, 0.9])
     decay_rate: float = 0.3
-    sched_kwargs: dict[str, Any] = field(default_factory=dict)
+    sched_kwargs: Arguments = field(default_factory=dict)
     grad_clip: float = 0.0
     ema_decay: float = 0.0
     data_noise: float = 0.03
     ce_noise: float | None = None
-    buffer_size: int = 10_000
+    buffer_size: int | None = None
     restart_prob: float = 0.05
     init: Literal["noise", "gaussian"] = "noise"
     conditional_chains: bool = False
@@ -133,14 +148,16 @@ class TrainConfig:
     sample_count: int = 500
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch_size": 1, "grad_accum": 1, "log_every": 1, "sample_count": 2, "seed": 0}
-        least |= {"warmup_steps": 0, "sample_every": 0, "eval_every": 0, "buffer_size": 1, "ramp_from": 1, "ramp_steps": 0}
+        least = {"steps": 1, "batch_size": 1, "grad_accum": 1, "log_every": 1, "sample_count": 2}
+        least |= {"sample_every": 0, "eval_every": 0, "ramp_from": 1, "ramp_steps": 0}
         least |= {"checkpoint_every": 0, "keep_checkpoints": 1, "best_k": 0}
-        least |= {name: 1 for name in ("threads", "ce_batch_size") if getattr(self, name) is not None}
-        least |= {"workers": 0} if self.workers is not None else {}
+        optional = {"threads": 1, "ce_batch_size": 1, "buffer_size": 1, "warmup_steps": 0, "workers": 0}
+        least |= {name: value for name, value in optional.items() if getattr(self, name) is not None}
         for name, value in least.items():
             check_whole(f"train {name}", getattr(self, name), value)
-        for name in ("lr", "weight_decay", "grad_clip", "data_noise", "decay_rate"):
+        check_whole("train seed", self.seed, 0, most=2**31 - 1)  # NumPy's, and processes count up from it
+        check_number("train lr", self.lr, above=0)
+        for name in ("weight_decay", "grad_clip", "data_noise", "decay_rate"):
             check_number(f"train {name}", getattr(self, name), least=0)
         if self.ce_noise is not None:
             check_number("train ce_noise", self.ce_noise, least=0)
@@ -212,10 +229,17 @@ class Settings:
     resume: str | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.model.name)
+        self.model = replace(self.model, name=_named(self.model.name))
         reserved = {"num_classes", "input_size", "class_names", "sgld", "drop_rate", "drop_path_rate"}
         if taken := reserved & set(self.model.kwargs):
             raise InputError(f"model.kwargs has {', '.join(sorted(taken))}, which other settings give: leave it out")
+        if "checkpoint_path" in self.model.kwargs:
+            raise InputError(
+                "model.kwargs has checkpoint_path, whose head must fit the data: give --model.pretrained true --model.kwargs "
+                "'{pretrained_cfg_overlay: {file: PATH}}', which takes any head"
+            )
+        if not (self.train.objective.w_ce or self.train.objective.needs_chains):
+            raise InputError("train.objective w_ce, w_x and w_xy are all 0, and nothing would be learnt: raise one")
         if not self.lengths():
             raise InputError(
                 f"no train.sample_steps is longer than sgld.denoise_steps {self.sgld.denoise_steps}: give longer ones"
@@ -257,10 +281,7 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
         InputError: an unknown setting, or a value that it can't have.
         SystemExit: after ``--help``.
     """
-    parser = ArgumentParser(
-        prog="recipes/train.py", description="Train a joint energy model.", exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
+    parser = make_parser("recipes/train.py", "Train a joint energy model.")
     for name in ("data", "model", "sgld", "train", "guard", "hub"):
         kind = Settings.__dataclass_fields__[name].type
         parser.add_argument(f"--{name}", type=kind, default=kind())
@@ -272,31 +293,38 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
         help="a run's folder, or one of its checkpoints: go on with it, by its own config.yaml unless told otherwise; "
         "auto: go on with output_dir where it has a checkpoint, else start it",
     )
-    run, repeated = _values(argv, "output_dir", "resume")
-    flags = {word.split("=")[0] for word in repeated}
-    if "--config" not in flags:
-        dataset = _values(argv, "data.dataset")[0]["data.dataset"] or "digits"
-        own = RunFolder.find(run["output_dir"], dataset, run["resume"])
+    flags = read_flags(parser, argv)
+    told = {flag.name: flag.value for flag in flags}
+    repeated = [word for flag in flags if flag.name not in ("--output_dir", "--resume") for word in flag.words]
+    if "--config" not in told:
+        own = RunFolder.find(told.get("--output_dir"), told.get("--data.dataset", "digits"), told.get("--resume"))
         if own is not None and own.config_file.is_file():
-            argv = ["--config", str(own.config_file), *argv]
-        elif default_config is not None and not {"--data.dataset", "--data"} & flags:
-            argv = ["--config", str(default_config), *argv]
-    try:
-        config = parser.parse_args(_without_foreign_kwargs(argv))
-    except ArgumentError as error:
-        raise InputError(f"{' '.join(str(error).split())}; recipes/train.py --help lists the settings") from error
-    found = parser.instantiate(config)
+            flags.insert(0, Flag("--config", str(own.config_file)))
+        elif default_config is not None and not {"--data.dataset", "--data"} & set(told):
+            flags.insert(0, Flag("--config", str(default_config)))
+    # A config's arguments of a model are for its own: flags that name another after it start from none. Its epochs are no
+    # more meant where steps follow.
+    after = max((i + 1 for i, flag in enumerate(flags) if flag.name == "--config"), default=0)
+    later = {flag.name for flag in flags[after:]}
+    if "--model.name" in later:
+        flags.insert(after, Flag("--model.kwargs", "{}"))
+    if "--train.steps" in later and "--train.epochs" not in later:
+        flags.insert(after, Flag("--train.epochs", "null"))
+    found = parser.instantiate(parse_flags(parser, flags))
     return Settings(**{name: found[name] for name in Settings.__dataclass_fields__}), repeated
 
 
-def _without_foreign_kwargs(argv: list[str]) -> list[str]:
-    """A config's arguments of a model are for its own: flags that name another after it start from none."""
-    after = 0
-    for i, word in enumerate(argv):
-        if word == "--config" or word.startswith("--config="):
-            after = i + 1 + (word == "--config")
-    renamed = any(word == "--model.name" or word.startswith("--model.name=") for word in argv[after:])
-    return [*argv[:after], "--model.kwargs={}", *argv[after:]] if renamed else argv
+def _named(name: str) -> str:
+    """A backbone's name as timm takes it: a folder that is no name of a model's is "local-dir:", a run's folder its model."""
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    if name.startswith("local-dir:") or (":" not in name and folder.is_dir() and not timm.is_model(name)):
+        inside = folder / "model"
+        return f"local-dir:{(inside if (inside / 'config.json').is_file() else folder).absolute()}"
+    if "/" in name and ":" not in name:
+        remedy = "give one with a saved model" if name[0] in "./~" else f"a Hub repository is hf-hub:{name}"
+        raise InputError(f"model.name is {name!r}, and there is no such folder: {remedy}")
+    check_name(name)
+    return name
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -313,15 +341,3 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         else:
             lines += differences(old[key], new[key], path)
     return lines
-
-
-def _values(argv: list[str], *names: str) -> tuple[dict[str, str | None], list[str]]:
-    """The last value of each flag in ``names``, or None, and ``argv`` without them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in names:
-        parser.add_argument(f"--{name}")
-    try:
-        known, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise InputError(f"{error}; recipes/train.py --help lists the settings") from error
-    return vars(known), rest

@@ -1,0 +1,195 @@
+"""Settings from flags and YAML files, as every recipe takes them."""
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
+
+from timm_jem.errors import InputError, one_line
+
+__all__ = ["Arguments", "Flag", "make_parser", "parse_flags", "read_flags"]
+
+# Of another library's function. Text comes first: what is quoted in YAML stays text.
+Arguments = dict[str, str | int | float | bool | list | dict | None]
+
+
+class Flag(NamedTuple):
+    """A flag with its value, or, where ``name`` is empty, a word that stands alone; ``words`` are as they were typed."""
+
+    name: str
+    value: str | None
+    words: tuple[str, ...] = ()
+
+
+def make_parser(prog: str, description: str) -> ArgumentParser:
+    """A parser for :func:`read_flags` and :func:`parse_flags`, with ``--config``; a setting has one name."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
+    return parser
+
+
+def read_flags(parser: ArgumentParser, argv: Sequence[str]) -> list[Flag]:
+    """The flags of a command line, each with its value: ~ is the home folder, and a switch alone is true.
+
+    Raises:
+        InputError: an unknown flag (with those it may mean), or one without a value.
+    """
+    options, flags, rest = _options(parser), [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, given, value = word.partition("=")
+        if not word.startswith("--"):
+            flags.append(Flag("", os.path.expanduser(word), (word,)))
+            continue
+        kind = options.get(name)
+        if name not in options and _kind(options, name.rpartition(".")[0]) is not dict:
+            raise InputError(f"{name} is no setting{_meant(name, options)}; {parser.prog} --help lists them")
+        if kind == "alone":
+            flags.append(Flag(name, None, (word,)))
+            continue
+        words, switch = [word], bool in (kind, *get_args(kind))
+        if not given:
+            if rest and not rest[0].startswith("--") and not (switch and isinstance(_loaded(rest[0]), str)):
+                words.append(value := rest.pop(0))
+            elif switch:
+                value = "true"
+            else:
+                raise InputError(f"{name} has no value: expected one argument")
+        flags.append(Flag(name, os.path.expanduser(value), tuple(words)))
+    return flags
+
+
+def parse_flags(parser: ArgumentParser, flags: Sequence[Flag]) -> Namespace:
+    """What jsonargparse makes of them: for a list one name will do, and a YAML file is checked before it is used.
+
+    Raises:
+        InputError: a value that a setting can't have; that of a file is named with it.
+        SystemExit: after ``--help``.
+    """
+    options = _options(parser)
+    words = [_word(flag, parser, options) for flag in flags]
+    try:
+        parsed = parser.parse_args(words)
+    except ArgumentError as error:
+        raise InputError(f"{one_line(error)}; {parser.prog} --help lists the settings") from error
+    for flag in flags:
+        parent, _, key = flag.name.removeprefix("--").rpartition(".")
+        if _kind(options, f"--{parent}") is dict and isinstance(text := parsed[parent].get(key), str):
+            parsed[parent][key] = _loaded(text)
+    return parsed
+
+
+def _word(flag: Flag, parser: ArgumentParser, options: dict[str, Any]) -> str:
+    """The flag as jsonargparse takes it."""
+    if not flag.name or flag.value is None:
+        return flag.value or flag.name
+    value = flag.value
+    if flag.name == "--config" or options.get(flag.name) == "section":
+        prefix = "--" if flag.name == "--config" else f"{flag.name}."
+        value = _settings(flag, prefix, parser, options)
+    elif _kind(options, flag.name) is list and isinstance(loaded := _loaded(value), (str, int, float, dict)):
+        value = value if value.lstrip().startswith("[") else json.dumps([value if isinstance(loaded, str) else loaded])
+    return f"{flag.name}={value}"
+
+
+def _settings(flag: Flag, prefix: str, parser: ArgumentParser, options: dict[str, Any]) -> str:
+    """The settings of a YAML file, or of a mapping on the command line, as JSON."""
+    source, text = flag.name, flag.value
+    if flag.name == "--config" or Path(text).is_file():
+        source = text
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{source} can't be read ({one_line(error)}): give a YAML file of settings in UTF-8") from error
+    try:
+        content = get_loader("yaml")(text)
+        if isinstance(content, str):  # as it takes a section without settings
+            content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source} can't be read (parsing config: {one_line(error)}): mend it") from error
+    if not isinstance(content, dict):
+        holds = "nothing" if content is None else f"{str(content)[:60]!r}"
+        if prefix == "--":
+            raise InputError(f"{source} holds {holds}: give a YAML file of settings, such as 'train: {{steps: 1000}}'")
+        first = _first(prefix, options)
+        hint = f"did you mean {first} {str(content)[:60]}?" if content is not None else f"give {first} or another setting"
+        raise InputError(f"{source} is a section of settings and is given {holds}: {hint}")
+    content = _checked(content, prefix, source, options)
+    nested = content
+    for part in reversed(prefix.strip("-.").split(".") if prefix != "--" else []):
+        nested = {part: nested}
+    try:
+        parser.parse_string(json.dumps(nested, default=str))
+    except ArgumentError as error:
+        raise InputError(f"{source}: {one_line(error)}; {parser.prog} --help lists the settings") from error
+    return json.dumps(content, default=str)
+
+
+def _checked(content: dict[str, Any], prefix: str, source: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Settings with sections that are mappings, and lists that are lists."""
+    found = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if name not in options and _kind(options, name.rpartition(".")[0]) is not dict:
+            raise InputError(f"{source}: {name.removeprefix('--')} is no setting{_meant(name, options).replace('--', '')}")
+        if options.get(name) == "section":
+            if value is None:
+                continue
+            if not isinstance(value, dict):
+                first = _first(f"{name}.", options).removeprefix("--")
+                raise InputError(
+                    f"{source}: {name.removeprefix('--')} is {str(value)[:60]!r} and should be a section of settings: "
+                    f"did you mean {first}: {str(value)[:60]}?"
+                )
+            value = _checked(value, f"{name}.", source, options)
+        elif _kind(options, name) is list and value is not None and not isinstance(value, list):
+            value = [value]
+        found[key] = value
+    return found
+
+
+def _options(parser: ArgumentParser) -> dict[str, Any]:
+    """Each flag with its type; "section" where it stands for a group of others, "alone" where it takes no value."""
+    actions = {name: a for a in parser._actions for name in a.option_strings if name.startswith("--") and name[-1] != "+"}
+    kinds = {}
+    for name, action in actions.items():
+        kind = getattr(action, "_typehint", None)
+        section = kind is None and any(other.startswith(f"{name}.") for other in actions)
+        kinds[name] = "section" if section else "alone" if action.nargs in (0, "?") else kind
+        for part in get_args(kind) if get_origin(kind) is UnionType else ():
+            if is_dataclass(part) and not name.endswith(".help"):  # a section that need not be there
+                kinds |= {name: "section", **{f"{name}.{field.name}": field.type for field in fields(part)}}
+    return kinds
+
+
+def _kind(options: dict[str, Any], name: str) -> type | None:
+    return get_origin(options.get(name))
+
+
+def _first(prefix: str, options: dict[str, Any]) -> str:
+    """The setting that a section is told by, if it is told by one: data.dataset, model.name."""
+    return next(option for option in options if option.startswith(prefix) and not option.endswith(".help"))
+
+
+def _meant(name: str, options: dict[str, Any]) -> str:
+    """Names like ``name``: of another spelling, or of some section."""
+    name = f"--{name.lstrip('-').replace('-', '_')}"
+    settings = [option for option, kind in options.items() if kind not in ("section", "alone")]
+    last = name.removeprefix("--").rpartition(".")[2]
+    close = [option for option in settings if option.removeprefix("--").rpartition(".")[2] == last]
+    close = close or difflib.get_close_matches(name, settings, n=3, cutoff=0.7)
+    return f": did you mean {', '.join(close[:3])}?" if close else ""
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return get_loader("yaml")(text)
+    except yaml.YAMLError:
+        return text

@@ -1,0 +1,61 @@
+"""What ends a run early reaches the shell as one line, said once, however many processes there are."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from timm_jem.errors import InputError, one_line
+
+__all__ = ["one_line_errors"]
+
+# Seconds that the others leave to the main process, whose launcher ends them once it has spoken.
+_PATIENCE = 3.0
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Around a recipe's main: people's mistakes, a full disk or memory, and Ctrl-C end in a line; bugs in a traceback.
+
+    Raises:
+        SystemExit: with the line.
+    """
+    try:
+        yield
+    except InputError as error:
+        # One that a loader's process raised comes with that process's traceback, its own line last.
+        _leave(str(error).strip().splitlines()[-1].removeprefix("timm_jem.errors.InputError: "), error)
+    except KeyboardInterrupt as error:
+        _leave("interrupted; a run that has a checkpoint goes on with --resume", error, code=130)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+            _leave(
+                f"out of memory ({one_line(error)[:120]}): lower train.batch_size (train.grad_accum makes up for it), "
+                "train.buffer_size or data.image_size",
+                error,
+            )
+        if not (torch.distributed.is_initialized() and any(name in str(error).lower() for name in ("gloo", "nccl"))):
+            raise
+        _leave(f"another process of this run has ended ({one_line(error)}); go on with --resume", error, own=False)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _leave(one_line(error), error)
+
+
+def _leave(line: str, error: BaseException, *, own: bool = True, code: int = 1) -> None:
+    """End this process; ``own``: the line tells of itself, and not of what another one did."""
+    line = f"error: {line}"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if int(os.environ.get("RANK", 0)) or not own:
+            time.sleep(_PATIENCE)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the launcher's own report then ends with the line
+            with open(report, "w", encoding="utf-8") as file:
+                json.dump({"message": {"message": line, "extraInfo": {"timestamp": int(time.time())}}}, file)
+    print(line, file=sys.stderr, flush=True)
+    raise SystemExit(code) from error
