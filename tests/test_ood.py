@@ -269,3 +269,12 @@ def test_a_model_of_the_digits_tells_noise_apart(scored):
     assert found["auroc"] == roc_auc_score(y, torch.cat([inside, outside]).numpy()) > 0.95
     low, high = auroc_interval(inside, outside)
     assert 0.9 < low <= found["auroc"] <= high <= 1
+
+
+def test_typicality_refuses_held_out_scores_that_have_no_mean():
+    for reference in ([], [1.0, math.nan], [1.0, math.inf], [[1.0]]):
+        with pytest.raises(InputError, match="held-out"):
+            typicality(torch.zeros(3), torch.tensor(reference))
+    with pytest.raises(InputError, match="one score per image"):
+        typicality(torch.zeros(3, 1), torch.zeros(2))
+    assert typicality(np.array([1.0, math.nan]), np.array([3, 3])).isnan().tolist() == [False, True]

@@ -9,6 +9,7 @@ from accelerate.utils import tqdm
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole, how_to_install
+from timm_jem.evaluation.labelled import numbers
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.sampling import chain_generators, draw_seeds, sgld, uniform_noise
@@ -27,28 +28,44 @@ __all__ = [
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of the Gaussians that fit two sets of features (Heusel et al., NeurIPS 2017, eq. 6).
 
-    |μ_a − μ_b|² + tr(C_a + C_b − 2 (C_a C_b)^½), in float64; the last trace is the sum of the roots of the product's
-    eigenvalues.
+    |μ_a − μ_b|² + tr(C_a + C_b − 2 (C_a C_b)^½), in float64. The last trace is the sum of the singular values of
+    C_a^½ C_b^½, whose squares are the product's eigenvalues.
 
     Args:
         a, b: features, shapes (N, D) and (M, D), at least two rows each.
 
     Returns:
-        The distance; NaN where a feature is not finite.
+        The distance, never below 0; NaN where a feature is not finite.
 
     Raises:
-        InputError: fewer than two rows.
+        InputError: fewer than two rows, or features of other shapes.
     """
-    if min(len(a), len(b)) < 2:
-        raise InputError(f"the Fréchet distance of {len(a)} and {len(b)} images is undefined: give at least two of each")
-    a, b = a.double(), b.double()
+    a, b = _features(a, b, 2, "the Fréchet distance")
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.nan  # LAPACK would not survive it
+    scale = torch.cat([a, b]).abs().max().item() or 1.0  # squares of what is this large would overflow, and kill LAPACK
+    a, b = a / scale, b / scale
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
-    # Eigenvalues of a product of covariances are real and at least zero, up to rounding.
-    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    cross = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
     mean = (a.mean(0) - b.mean(0)).square().sum()
-    return (mean + cov_a.trace() + cov_b.trace() - 2 * roots).item()
+    distance = (mean + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+    return max(0.0, distance) * scale * scale  # below 0 is rounding: of equal sets
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric square root; an eigenvalue below 0 is rounding."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def _features(a: Tensor, b: Tensor, least: int, what: str) -> tuple[Tensor, Tensor]:
+    """Two sets of features of one kind, float64, on the CPU."""
+    a, b = (numbers(features, "features").double() for features in (a, b))
+    if a.ndim != 2 or a.shape[1:] != b.shape[1:] or a.shape[1] == 0:
+        raise InputError(f"features of shapes {tuple(a.shape)} and {tuple(b.shape)}: give (N, D) and (M, D), of one kind")
+    if min(len(a), len(b)) < least:
+        raise InputError(f"{what} of {len(a)} and {len(b)} images is undefined: give at least {least} of each")
+    return a, b
 
 
 def thumbnails(u: Tensor) -> Tensor:
@@ -76,10 +93,7 @@ def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, fl
     Raises:
         InputError: fewer than five images, features of different extractors or not finite; torch-fidelity is missing.
     """
-    if min(len(fake), len(real)) < 5:
-        raise InputError(f"quality of {len(fake)} samples against {len(real)} real images: give at least five of each")
-    if fake.ndim != 2 or fake.shape[1:] != real.shape[1:]:
-        raise InputError(f"features of shapes {tuple(fake.shape)} and {tuple(real.shape)}: give (N, D) and (M, D), of one kind")
+    fake, real = _features(fake, real, 5, "the quality of samples against real images")
     if not (fake.isfinite().all() and real.isfinite().all()):
         raise InputError("features are not finite, so they have no precision or recall: check the extractor and its input")
     try:
@@ -87,7 +101,6 @@ def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, fl
         from torch_fidelity.metric_prc import prc_features_to_metric
     except ImportError as error:
         raise InputError(f"KID, precision and recall need torch-fidelity: {how_to_install('eval')}") from error
-    fake, real = fake.double(), real.double()
     size = min(1000, len(fake), len(real))
     kid = kid_features_to_metric(
         fake, real, kid_subsets=100, kid_subset_size=size, kid_kernel="poly", rng_seed=seed, verbose=False
@@ -117,8 +130,11 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float]:
         Mean and standard deviation; NaN where a logit is not finite.
 
     Raises:
-        InputError: fewer than ten samples; torch-fidelity is missing.
+        InputError: fewer than ten samples, or logits of another shape; torch-fidelity is missing.
     """
+    logits = numbers(logits, "logits")
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise InputError(f"logits have shape {tuple(logits.shape)}: give (N, num_classes)")
     if len(logits) < 10:
         raise InputError(f"an Inception score of {len(logits)} samples in ten parts: give at least ten")
     try:
@@ -151,6 +167,7 @@ def nearest_neighbours(images: Tensor, train: Tensor, k: int = 1, *, batch_size:
             "of one shape"
         )
     check_whole("k", k, 1)
+    check_whole("batch_size", batch_size, 1)
     if k > len(train):
         raise InputError(f"{k} nearest neighbours among {len(train)} training images: give more of them")
     best = [(torch.empty(len(part), 0).double(), torch.empty(len(part), 0).long()) for part in images.split(batch_size)]

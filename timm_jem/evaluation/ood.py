@@ -9,6 +9,7 @@ from torch import Tensor
 
 from timm_jem.energy import log_density
 from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.evaluation.labelled import numbers
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
@@ -103,14 +104,16 @@ def typicality(log_density: Tensor, reference: Tensor) -> Tensor:
         reference: log p(x) of held-out images in distribution, which neither trained the model nor are scored; shape (M,).
 
     Returns:
-        float64, shape (N,).
+        float64, shape (N,), on the CPU; NaN or −inf where a score of an image is not finite, which the metrics refuse.
 
     Raises:
-        InputError: no held-out images.
+        InputError: no held-out images, one whose log p(x) is not finite, or scores of another shape.
     """
-    if len(reference) == 0:
-        raise InputError("typicality needs log p(x) of held-out images: give at least one")
-    return -(log_density.double() - reference.double().mean()).abs()
+    reference = torch.from_numpy(_checked(reference, "held-out"))
+    scores = numbers(log_density, "scores").double()
+    if scores.ndim != 1:
+        raise InputError(f"log p(x) has shape {tuple(scores.shape)}: give one score per image, shape (N,)")
+    return -(scores - reference.mean()).abs()
 
 
 def ood_metrics(in_scores: Tensor, out_scores: Tensor) -> dict[str, float]:
@@ -154,7 +157,7 @@ def _fpr95(positive: np.ndarray, scores: np.ndarray) -> float:
 
 
 def _checked(scores: Tensor, name: str) -> np.ndarray:
-    scores = torch.as_tensor(scores).detach().cpu().double().numpy()
+    scores = numbers(scores, f"{name} scores").double().numpy()
     if scores.ndim != 1:
         raise InputError(f"{name} scores have shape {scores.shape}: give one score per image, shape (N,)")
     if len(scores) == 0:
