@@ -107,7 +107,13 @@ def test_where_every_temperature_is_as_good_it_is_one(logits):
 
 
 P = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
-BAD_LABELS = [torch.tensor([0]), torch.tensor([[0], [1]]), torch.tensor([0, 2]), torch.tensor([0, -1]), torch.tensor([0.0, 1.0])]
+BAD_LABELS = [
+    torch.tensor([0]),
+    torch.tensor([[0], [1]]),
+    torch.tensor([0, 2]),
+    torch.tensor([0, -1]),
+    torch.tensor([0.0, 1.0]),
+]
 
 
 @pytest.mark.parametrize("measure", [reliability, brier_score, fit_temperature, negative_log_likelihood])

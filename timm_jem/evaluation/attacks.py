@@ -210,13 +210,20 @@ def _step(gradient: Tensor, config: PGDConfig) -> Tensor:
 
 
 def _project(point: Tensor, images: Tensor, config: PGDConfig) -> Tensor:
-    """Into the ball and into [0, 1]. Cutting to [0, 1] never leads out of a ball whose centre is in it."""
-    away = point - images
+    """Into the ball and into [0, 1]. Cutting to [0, 1] never leads out of a ball whose centre is in it.
+
+    Sums round by half a step at most, so that one step back towards the centre is never outside.
+    """
+    # Casting ε may have rounded it up.
+    eps = torch.nextafter(torch.tensor(config.eps, dtype=images.dtype), torch.tensor(0.0, dtype=images.dtype)).item()
     if config.norm == "linf":
-        away = away.clamp(-config.eps, config.eps)
-    else:
-        away = away * (config.eps / _norm(away).clamp_min(config.eps))
-    return (images + away).clamp(0, 1).detach()
+        low, high = (torch.nextafter(images + edge, images) for edge in (-eps, eps))
+        return point.clamp(low, high).clamp(0, 1).detach()
+    away = point - images
+    norm = _norm(away)
+    eps *= 1 - 8 * torch.finfo(images.dtype).eps  # what the norm itself rounds by
+    cut = torch.nextafter(images + away * (eps / norm.clamp_min(eps)), images)
+    return torch.where(norm > eps, cut, point).clamp(0, 1).detach()
 
 
 def _ascent(classifier: Classifier, point: Tensor, y: Tensor, eot: int) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,8 @@ def predict(jem: JEM, batches: Iterable[tuple[Tensor, Tensor]], *, desc: str = "
         for images, y in tqdm(batches, desc=desc, leave=False):
             if images.dtype != torch.uint8 or images.ndim != 4 or y.shape != images.shape[:1]:
                 raise InputError(
-                    f"images have dtype {images.dtype} and shape {tuple(images.shape)}, and labels {tuple(y.shape)}: give uint8 "
-                    "(B, C, H, W), and one label each"
+                    f"images have dtype {images.dtype} and shape {tuple(images.shape)}, and labels {tuple(y.shape)}: give "
+                    "uint8 (B, C, H, W), and one label each"
                 )
             logits.append(jem(jem.normalize(to_pixels(images.to(device)))).float().cpu())
             labels.append(y.cpu())

@@ -43,7 +43,9 @@ class RefinementConfig:
         check_whole("refinement steps", self.steps, 1)
         check_whole("refinement chains", self.chains, 1)
         if not (self.sgld is None or isinstance(self.sgld, SGLDConfig)):
-            raise InputError(f"sgld of a refinement is a {type(self.sgld).__name__}: give a timm_jem.SGLDConfig, or None for the model's")
+            raise InputError(
+                f"sgld of a refinement is a {type(self.sgld).__name__}: give a timm_jem.SGLDConfig, or None for the model's"
+            )
 
 
 def refined_classifier(
