@@ -28,6 +28,7 @@ WAY = "eval mode, no input noise"
 def classification_section(subject: Subject, config: EvaluationConfig, section: Section) -> None:
     """Accuracy, and calibration as it is and with a temperature fitted on held-out images."""
     batch_size = config.batch_size
+    section.found.warnings += subject.warnings
     logits, y = predict(subject.model, in_batches(subject.test, subject.test_y, batch_size), desc="test images")
     held_out, held_out_y = predict(subject.model, in_batches(subject.val, subject.val_y, batch_size), desc="held-out images")
     temperature = fit_temperature(held_out, held_out_y)
