@@ -6,7 +6,8 @@ import os
 import re
 import shlex
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import evaluate
@@ -19,9 +20,11 @@ from timm.layers import use_fused_attn
 import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig
-from timm_jem.evaluation import settings, subject
+from timm_jem.evaluation import pictures_section, settings, subject
+from timm_jem.evaluation.extractors import load_extractors
 from timm_jem.evaluation.pictures_section import _pairs
-from timm_jem.evaluation.report import read_report
+from timm_jem.evaluation.report import Measured, read_report
+from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
 from timm_jem.evaluation.subject import load_model, load_subject
 
@@ -311,6 +314,37 @@ def test_a_backbone_without_second_derivatives_is_refused_before_anything_is_mea
     with pytest.raises(InputError, match=r"no second derivatives.*--refinement_steps 0"):
         evaluate.main(shlex.split(f"{vit} --auto_attack_images 0 --output_dir {tmp_path / 'out'}"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_network_never_sees_more_than_batch_size_images(model, loaded, tmp_path, monkeypatch, name):
+    sizes = {"attack_images": 6, "attack_steps": 1, "auto_attack_images": 0, "refinement_images": 6, "refinement_steps": 1}
+    sizes |= {"samples": 20, "curve_samples": 9, "longest_chain": 4, "ood_images": 9, "eot": 2}
+    config = EvaluationConfig(batch_size=5, baseline="itself", linf_epsilons=[0.1], l2_epsilons=[0.5], **sizes)
+    whole = replace(loaded, model=load_model(str(model)), outliers={"noise": loaded.test})
+    whole.model.sgld = replace(whole.model.sgld, num_steps=2)
+    whole.baseline = whole.model
+    for function in (pictures_section.counterfactuals, pictures_section.distal_adversarials):
+        monkeypatch.setattr(pictures_section, function.__name__, partial(function, steps=2))
+    whole.extractors = load_extractors(["pixels"], input_size=(1, 8, 8))
+    seen = []
+    whole.model.backbone.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    found = Measured(name)
+    evaluate.MEASURES[name][1](whole, config, Section(found, tmp_path))
+    assert found.results or found.pictures
+    assert max(seen) <= 5
+
+
+def test_vits_come_to_the_end(vit, tmp_path):
+    flags = (
+        "--attack_images 4 --attack_steps 1 --auto_attack_images 0 --refinement_images 2 --refinement_steps 1 --eot 1 "
+        "--linf_epsilons [0.1] --l2_epsilons [] --samples 100 --curve_samples 20 --longest_chain 21 --real_images 60 "
+        "--test_images 60 --ood_images 20"
+    )
+    assert evaluate.main(shlex.split(f"{vit} {flags} --output_dir {tmp_path / 'out'}")) is None
+    assert [section.title for section in read_report(tmp_path / "out").sections] == [
+        title for title, *_ in evaluate.MEASURES.values()
+    ]
 
 
 def test_pairs_of_classes_where_one_image_alone_is_of_another():

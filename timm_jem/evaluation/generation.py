@@ -203,11 +203,11 @@ def chains_by_length(
         y: classes of chains of E(x, y), int64, shape (N,); None: chains of E(x).
         n: how many chains; may be left out where ``y`` or ``init`` tells.
         generator: the only source of randomness. It draws the seeds that ``jem.sample`` would draw: the same chains.
-        batch_size: chains through the network at once.
+        batch_size: chains on the model's device at once, though never fewer than four are.
         init: where chains start, pixels in [-1, 1], shape (N, C, H, W); None: uniform noise.
 
     Yields:
-        A length, in increasing order, and pixels, shape (N, C, H, W), on the model's device.
+        A length, in increasing order, and pixels, shape (N, C, H, W), on the CPU.
 
     Raises:
         InputError: a length that the noise-free steps use up, or ``n``, ``y`` and ``init`` that disagree or don't tell.
@@ -233,22 +233,28 @@ def _views(
     init: Tensor | None,
 ) -> Iterator[tuple[int, Tensor]]:
     config, device, done = jem.sgld, jem.mean.device, 0
-    y = None if y is None else y.to(device)
     generators = chain_generators(draw_seeds(n, generator))  # as in jem.sample
     if init is None:
-        u = uniform_noise((n, *jem.input_size), generator=generators, device=device, dtype=torch.float32)
+        u = uniform_noise((n, *jem.input_size), generator=generators, dtype=torch.float32)
     else:
-        u = init.to(device)
-    last = config.denoise_steps
-    total = len(lengths) * last + max(lengths, default=last) - last
+        u = init.cpu()
+    last, size = config.denoise_steps, max(batch_size, 4)  # as many as sgld takes at once, so that they round alike
+    parts = [(slice(start, start + size), generators[start : start + size]) for start in range(0, n, size)]
+    total = len(parts) * (len(lengths) * last + max(lengths, default=last) - last)
     with tqdm(total=total, desc="chains", leave=False) as bar:
-        options = {"y": y, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
         for steps in lengths:
+            chains, views = [], []
             with frozen(jem):
-                u = sgld(jem.pixel_energy, u, config, generator=generators, num_steps=steps - last - done, **options)
-                view = sgld(jem.pixel_energy, u, config, num_steps=last, denoise_steps=last, **options)
-            done = steps - last
-            yield steps, view
+                for rows, own in parts:
+                    labels = None if y is None else y[rows].to(device)
+                    options = {"y": labels, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
+                    now = u[rows].to(device)
+                    now = sgld(jem.pixel_energy, now, config, generator=own, num_steps=steps - last - done, **options)
+                    view = sgld(jem.pixel_energy, now, config, num_steps=last, denoise_steps=last, **options)
+                    chains.append(now.cpu())
+                    views.append(view.cpu())
+            u, done = torch.cat(chains), steps - last
+            yield steps, torch.cat(views)
 
 
 @torch.no_grad()
@@ -277,7 +283,7 @@ def best_num_steps(
     """
     if len(candidates) == 0:
         raise InputError("there are no lengths of chains to choose from: give at least one")
-    real = thumbnails(real.to(jem.mean.device))
+    real = thumbnails(real.cpu())
     chains = chains_by_length(jem, candidates, y=y, generator=generator, batch_size=batch_size)
     distances = {steps: frechet_distance(thumbnails(u), real) for steps, u in chains}
     return min(distances, key=lambda steps: (math.isnan(distances[steps]), distances[steps], steps)), distances

@@ -41,7 +41,7 @@ def distal_adversarials(
         steps: the most steps.
         step_size: ℓ2 length of a step in pixels in [-1, 1]; None: 0.01 · √(C·H·W), which is 0.01 a pixel on average.
         confidence: where an image stops.
-        batch_size: images through the network at once.
+        batch_size: images through the network at once, though never fewer than four are.
 
     Returns:
         Pixels in [-1, 1], shape (N, C, H, W), and their p(y|x), shape (N,), on the CPU. An image whose p(y|x) is below
@@ -58,12 +58,13 @@ def distal_adversarials(
     _check_labels(jem, y)
     device = jem.mean.device
     generators = chain_generators(draw_seeds(len(y), generator))
-    noise = uniform_noise((len(y), *jem.input_size), generator=generators, device=device, dtype=torch.float32)
+    noise = uniform_noise((len(y), *jem.input_size), generator=generators, dtype=torch.float32)
     images, probabilities = [], []
     with torch.inference_mode(False), torch.enable_grad(), frozen(jem):
         batches = list(zip(noise.split(batch_size), y.split(batch_size), strict=True))
         for u, labels in tqdm(batches, desc="distal adversarials", leave=False):
-            u, own = u.clone(), labels.clone().to(device)[:, None]
+            count, u, labels = len(u), _filled(u), _filled(labels)
+            u, own = u.clone().to(device), labels.clone().to(device)[:, None]
             for step in range(steps + 1):
                 u = u.detach().requires_grad_(True)
                 log_p = jem(jem.normalize(u)).float().log_softmax(1).gather(1, own).squeeze(1)
@@ -75,8 +76,8 @@ def distal_adversarials(
                 norm = slope.flatten(1).norm(dim=1).clamp_min(torch.finfo(slope.dtype).tiny)
                 move = size * (slope / norm[:, None, None, None])
                 u = torch.where(sure[:, None, None, None], u, (u + move).clamp(-1, 1))
-            images.append(u.detach().cpu())
-            probabilities.append(log_p.detach().exp().cpu())
+            images.append(u[:count].detach().cpu())
+            probabilities.append(log_p[:count].detach().exp().cpu())
     return torch.cat(images), torch.cat(probabilities)
 
 
@@ -129,7 +130,7 @@ def counterfactuals(
         steps: of gradient descent, those not taken included.
         step_size: factor of the gradient at first; None: the model's own SGLD step.
         keep: numbers of steps after which the images are kept too, 0 being ``u`` itself.
-        batch_size: images through the network at once.
+        batch_size: images through the network at once, though never fewer than four are.
 
     Raises:
         InputError: images that aren't pixels, labels that don't fit, or a setting out of range.
@@ -153,8 +154,9 @@ def counterfactuals(
     with torch.inference_mode(False), torch.enable_grad(), frozen(jem):
         batches = list(zip(u.split(batch_size), y.split(batch_size), strict=True))
         for images, labels in tqdm(batches, desc="counterfactuals", leave=False):
-            start = images.detach().clone().to(jem.mean.device)
-            found.append(_descend(jem, start, labels.clone().to(start.device), weight, steps, size, keep))
+            start = _filled(images.detach()).clone().to(jem.mean.device)
+            changed = _descend(jem, start, _filled(labels).clone().to(start.device), weight, steps, size, keep)
+            found.append([part[: len(images)] for part in changed])
     return Counterfactuals(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
 
 
@@ -226,6 +228,11 @@ def interpolation_paths(jem: JEM, a: Tensor, b: Tensor, num: int = 7, *, batch_s
         batches = tqdm(paths.flatten(0, 1).split(batch_size), desc="lines between images", leave=False)
         energies = torch.cat([jem.pixel_energy(part.to(jem.mean.device)).float().cpu() for part in batches])
     return paths, energies.view(len(a), num)
+
+
+def _filled(part: Tensor) -> Tensor:
+    """At least four images, as in :func:`timm_jem.sgld`: fewer round differently, and many steps make that seen."""
+    return part if len(part) >= 4 else part[torch.arange(4).clamp(max=len(part) - 1)]
 
 
 def _check_labels(jem: JEM, y: Tensor) -> None:

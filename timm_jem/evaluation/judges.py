@@ -68,5 +68,6 @@ def fit_judge(images: Tensor, y: Tensor, *, max_images: int = 5000, seed: int = 
 def _pixels(images: Tensor) -> np.ndarray:
     if images.dtype != torch.uint8:
         raise InputError(f"a judge of {images.dtype} images: give 8-bit ones, uint8, as timm_jem.pixels.eight_bit makes them")
-    u = to_pixels(images.cpu())
-    return F.adaptive_avg_pool2d(u, [min(side, _SIDE) for side in u.shape[2:]]).flatten(1).numpy()
+    sides = [min(side, _SIDE) for side in images.shape[2:]]
+    parts = [F.adaptive_avg_pool2d(to_pixels(part.cpu()), sides).flatten(1) for part in images.split(256)]
+    return torch.cat(parts).numpy()
