@@ -239,7 +239,7 @@ def test_what_is_not_finite_is_left_and_refused():
     [
         (torch.zeros(2, 1, 8, 8), "dtype torch.float32"),
         (torch.zeros(1, 8, 8, dtype=torch.uint8), r"shape \(1, 8, 8\)"),
-        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), "no images"),
+        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), "at least one"),
         ([], "no images"),
         ([torch.zeros(2, 1, 8, 8)], "dtype torch.float32"),
         (["a.png"], "a str"),

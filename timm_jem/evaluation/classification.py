@@ -7,7 +7,7 @@ from accelerate.utils import tqdm
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole
-from timm_jem.evaluation.labelled import labelled_logits
+from timm_jem.evaluation.labelled import eight_bit_images, labelled_logits, labels
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
@@ -17,6 +17,7 @@ __all__ = ["accuracy", "in_batches", "predict", "top_correct"]
 
 def in_batches(images: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
     """Images and labels in parts of ``size``, as :func:`predict` takes them."""
+    check_whole("batch_size", size, 1)
     return list(zip(images.split(size), y.split(size), strict=True))
 
 
@@ -36,19 +37,15 @@ def predict(jem: JEM, batches: Iterable[tuple[Tensor, Tensor]], *, desc: str = "
         InputError: images that are not 8-bit, other numbers of labels, or no images.
     """
     device = jem.mean.device
-    logits, labels = [], []
+    logits, ys = [], []
     with frozen(jem):
         for images, y in tqdm(batches, desc=desc, leave=False):
-            if images.dtype != torch.uint8 or images.ndim != 4 or y.shape != images.shape[:1]:
-                raise InputError(
-                    f"images have dtype {images.dtype} and shape {tuple(images.shape)}, and labels {tuple(y.shape)}: give "
-                    "uint8 (B, C, H, W), and one label each"
-                )
+            eight_bit_images(images, channels=jem.input_size[0])
             logits.append(jem(jem.normalize(to_pixels(images.to(device)))).float().cpu())
-            labels.append(y.cpu())
+            ys.append(labels(y, len(images)))
     if not logits:
         raise InputError("there are no images to predict: give at least one batch")
-    return torch.cat(logits), torch.cat(labels)
+    return torch.cat(logits), torch.cat(ys)
 
 
 def top_correct(logits: Tensor, y: Tensor, top: int = 1) -> Tensor:

@@ -9,7 +9,7 @@ from accelerate.utils import tqdm
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole, how_to_install
-from timm_jem.evaluation.labelled import numbers
+from timm_jem.evaluation.labelled import eight_bit_images, labels, numbers
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.sampling import chain_generators, draw_seeds, sgld, uniform_noise
@@ -69,7 +69,13 @@ def _features(a: Tensor, b: Tensor, least: int, what: str) -> tuple[Tensor, Tens
 
 
 def thumbnails(u: Tensor) -> Tensor:
-    """Pixels averaged down to 8×8 at most, clamped to [-1, 1], flattened: (N, C, H, W) to (N, C · 64 or less)."""
+    """Pixels averaged down to 8×8 at most, clamped to [-1, 1], flattened: (N, C, H, W) to (N, C · 64 or less).
+
+    Raises:
+        InputError: no floats of that shape.
+    """
+    if not isinstance(u, Tensor) or u.ndim != 4 or not u.is_floating_point():
+        raise InputError("thumbnails are made of pixels: give a tensor of floats, (N, C, H, W), in [-1, 1]")
     size = [min(side, 8) for side in u.shape[-2:]]
     return F.adaptive_avg_pool2d(u.clamp(-1, 1), size).flatten(1)
 
@@ -105,6 +111,8 @@ def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, fl
     kid = kid_features_to_metric(
         fake, real, kid_subsets=100, kid_subset_size=size, kid_kernel="poly", rng_seed=seed, verbose=False
     )
+    if not math.isfinite(kid["kernel_inception_distance_mean"]):
+        raise InputError(f"features of up to {max(fake.abs().max(), real.abs().max()):.3g} are too large for KID: scale them")
     # In parts: all distances of 50,000 real images would be 20 GB.
     prc = prc_features_to_metric(fake, real, prc_neighborhood=3, save_cpu_ram=True, prc_batch_size=1000, verbose=False)
     return {
@@ -161,11 +169,9 @@ def nearest_neighbours(images: Tensor, train: Tensor, k: int = 1, *, batch_size:
     Raises:
         InputError: images that are not 8-bit or of different shapes, or fewer than ``k`` training images.
     """
-    if images.dtype != torch.uint8 or train.dtype != torch.uint8 or images.shape[1:] != train.shape[1:]:
-        raise InputError(
-            f"neighbours of {images.dtype} {tuple(images.shape)} among {train.dtype} {tuple(train.shape)}: give 8-bit images "
-            "of one shape"
-        )
+    eight_bit_images(images, "images")
+    if eight_bit_images(train, "training images").shape[1:] != images.shape[1:]:
+        raise InputError(f"neighbours of images {tuple(images.shape)} among {tuple(train.shape)}: give images of one shape")
     check_whole("k", k, 1)
     check_whole("batch_size", batch_size, 1)
     if k > len(train):
@@ -214,11 +220,13 @@ def chains_by_length(
     """
     for steps in lengths:
         check_whole("length of chains", steps, jem.sgld.denoise_steps + 1)
+    check_whole("batch_size", batch_size, 1)
+    y = None if y is None else labels(y, num_classes=jem.num_classes, what="classes of chains")
     counts = {len(told) for told in (y, init) if told is not None} | ({n} if n is not None else set())
     if len(counts) != 1:
         raise InputError(f"numbers of chains by n, y and init are {sorted(counts) or 'none'}: give one, or make them agree")
     check_whole("n", *counts, 1)
-    if init is not None and init.shape[1:] != jem.input_size:
+    if init is not None and (init.shape[1:] != jem.input_size or not init.is_floating_point()):
         raise InputError(f"init has the shape {tuple(init.shape)}: give pixels, (N, {', '.join(map(str, jem.input_size))})")
     return _views(jem, sorted(lengths), y, *counts, generator, batch_size, init)
 
@@ -246,8 +254,8 @@ def _views(
             chains, views = [], []
             with frozen(jem):
                 for rows, own in parts:
-                    labels = None if y is None else y[rows].to(device)
-                    options = {"y": labels, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
+                    own_y = None if y is None else y[rows].to(device)
+                    options = {"y": own_y, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
                     now = u[rows].to(device)
                     now = sgld(jem.pixel_energy, now, config, generator=own, num_steps=steps - last - done, **options)
                     view = sgld(jem.pixel_energy, now, config, num_steps=last, denoise_steps=last, **options)
@@ -283,6 +291,10 @@ def best_num_steps(
     """
     if len(candidates) == 0:
         raise InputError("there are no lengths of chains to choose from: give at least one")
+    if not isinstance(real, Tensor) or real.shape[1:] != jem.input_size or not real.is_floating_point():
+        raise InputError(f"images to be near to are no pixels: give floats, (N, {', '.join(map(str, jem.input_size))})")
+    if len(real) < 2 or not real.isfinite().all():
+        raise InputError(f"images to be near to are {len(real)}, or not finite: give at least two, in [-1, 1]")
     real = thumbnails(real.cpu())
     chains = chains_by_length(jem, candidates, y=y, generator=generator, batch_size=batch_size)
     distances = {steps: frechet_distance(thumbnails(u), real) for steps, u in chains}

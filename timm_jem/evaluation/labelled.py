@@ -1,4 +1,4 @@
-"""Predictions and their labels, checked before anything is measured of them: shapes that disagree would be broadcast."""
+"""Images, predictions and labels, checked before anything is measured: shapes that disagree would be broadcast."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from timm_jem.errors import InputError, one_line
 
-__all__ = ["labelled_logits", "labelled_probabilities", "numbers"]
+__all__ = ["eight_bit_images", "labelled_logits", "labelled_probabilities", "labels", "numbers"]
 
 
 def numbers(values: Any, what: str) -> Tensor:
@@ -25,6 +25,39 @@ def numbers(values: Any, what: str) -> Tensor:
     if values.dtype == torch.bool or values.is_complex() or values.layout != torch.strided:
         raise InputError(f"{what} have dtype {values.dtype} and layout {values.layout}: give real numbers, strided")
     return values
+
+
+def labels(y: Any, count: int | None = None, num_classes: int | None = None, what: str = "labels") -> Tensor:
+    """Labels as int64, shape (N,), on the CPU: at least one, ``count`` of them and from 0 to ``num_classes`` − 1, where given.
+
+    Raises:
+        InputError: they are none; ``what`` names them.
+    """
+    y = numbers(y, what)
+    if y.ndim != 1 or y.is_floating_point() or len(y) == 0 or count not in (None, len(y)):
+        raise InputError(
+            f"{what} have shape {tuple(y.shape)} and dtype {y.dtype}: give whole numbers, shape ({count or 'N'},), at least one"
+        )
+    y = y.long()
+    if num_classes is not None and (y.min() < 0 or y.max() >= num_classes):
+        raise InputError(f"{what} go from {y.min()} to {y.max()}: there are classes 0 to {num_classes - 1}, and −1 is unknown")
+    return y
+
+
+def eight_bit_images(images: Any, what: str = "images", channels: int | None = None) -> Tensor:
+    """``images`` if they are 8-bit ones: a tensor, uint8, shape (N, C, H, W), at least one; of so many channels, where given.
+
+    Raises:
+        InputError: they are none; ``what`` names them.
+    """
+    if not isinstance(images, Tensor):
+        raise InputError(f"{what} are a {type(images).__name__}: give a uint8 tensor, (N, C, H, W)")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.numel() == 0 or channels not in (None, images.shape[1]):
+        raise InputError(
+            f"{what} have dtype {images.dtype} and shape {tuple(images.shape)}: give 8-bit ones, uint8, (N, "
+            f"{channels or 'C'}, H, W), at least one, as timm_jem.pixels.eight_bit makes them"
+        )
+    return images
 
 
 def labelled_logits(logits: Any, y: Any) -> tuple[Tensor, Tensor]:
@@ -55,17 +88,7 @@ def labelled_probabilities(probabilities: Any, y: Any) -> tuple[Tensor, Tensor]:
 
 
 def _labelled(rows: Any, y: Any, what: str) -> tuple[Tensor, Tensor]:
-    rows, y = numbers(rows, what), numbers(y, "labels")
+    rows = numbers(rows, what)
     if rows.ndim != 2 or 0 in rows.shape:
         raise InputError(f"{what} have shape {tuple(rows.shape)}: give (N, num_classes), at least one of each")
-    if y.shape != rows.shape[:1] or y.is_floating_point():
-        raise InputError(
-            f"{what} of shape {tuple(rows.shape)} and labels of shape {tuple(y.shape)}, {y.dtype}: give one whole number each"
-        )
-    y = y.long()
-    if y.min() < 0 or y.max() >= rows.shape[1]:
-        raise InputError(
-            f"labels go from {y.min()} to {y.max()}, and {what} are of classes 0 to {rows.shape[1] - 1}: leave images without "
-            "a label out"
-        )
-    return rows if rows.is_floating_point() else rows.double(), y
+    return rows if rows.is_floating_point() else rows.double(), labels(y, len(rows), rows.shape[1])

@@ -44,8 +44,9 @@ def image_grid(
         InputError: no images, or of another shape; another number of names than rows or columns, or of captions than images.
     """
     check_whole("columns", columns, 1)
-    if u.ndim != 4 or u.shape[1] not in (1, 3) or u.numel() == 0:
-        raise InputError(f"images to draw have shape {tuple(u.shape)}: give (N, 1, H, W) or (N, 3, H, W), at least one")
+    if not isinstance(u, Tensor) or u.ndim != 4 or u.shape[1] not in (1, 3) or u.numel() == 0:
+        what = f"have shape {tuple(u.shape)}" if isinstance(u, Tensor) else f"are a {type(u).__name__}"
+        raise InputError(f"images to draw {what}: give a tensor, (N, 1, H, W) or (N, 3, H, W), at least one")
     rows = -(-len(u) // columns)
     for what, names, count in (
         ("row names", row_names, rows),
