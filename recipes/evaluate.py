@@ -7,15 +7,16 @@
 
 The data set is the one that the model was trained on, by its own provenance, unless --data.dataset says otherwise. The
 folder then holds report.md, report.json and the pictures. Each section is there as soon as it is measured; one that can't
-be measured is left out, and the report says why. --compare puts such folders side by side, and the ones of the same name
-as mean and standard deviation.
+be measured is left out, and the report says why. The same command again measures what is missing; with other sections it adds
+them; --overwrite true measures anew what is asked for, and keeps the rest. --compare puts such folders side by side, and the
+ones of the same name as mean and standard deviation.
 """
 
 import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ import timm
 import torch
 from accelerate import PartialState
 from accelerate.utils.environment import get_int_from_env
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 import timm_jem
-from timm_jem import InputError
+from timm_jem import JEM, InputError
 from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.data import DataConfig
 from timm_jem.errors import one_line
@@ -35,19 +36,21 @@ from timm_jem.evaluation.comparison import read_reports, write_comparison
 from timm_jem.evaluation.generation_section import generation_section
 from timm_jem.evaluation.ood_section import ood_section
 from timm_jem.evaluation.pictures_section import pictures_section
-from timm_jem.evaluation.report import Report, check_output_dir, fingerprint, write_report
+from timm_jem.evaluation.report import Measured, Report, fingerprint
+from timm_jem.evaluation.report_folder import check_comparison_dir, earlier_report, remove_leftovers, write_report
 from timm_jem.evaluation.robustness_section import robustness_section
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig, need
-from timm_jem.evaluation.subject import Subject, load_subject
+from timm_jem.evaluation.subject import Subject, data_config, display_name, load_model, load_subject
 from timm_jem.files import folder_aside
 
-MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], None]]] = {
-    "classification": ("Classification and calibration", classification_section),
-    "ood": ("Out-of-distribution detection", ood_section),
-    "robustness": ("Robustness", robustness_section),
-    "generation": ("Generation", generation_section),
-    "pictures": ("Pictures", pictures_section),
+MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], None], str]] = {
+    # title, what measures it, and what makes it take less memory
+    "classification": ("Classification and calibration", classification_section, "--batch_size or --test_images"),
+    "ood": ("Out-of-distribution detection", ood_section, "--batch_size or --ood_images"),
+    "robustness": ("Robustness", robustness_section, "--batch_size or --attack_images"),
+    "generation": ("Generation", generation_section, "--batch_size, --samples or --real_images"),
+    "pictures": ("Pictures", pictures_section, "--batch_size"),
 }
 
 
@@ -55,7 +58,7 @@ def parse(argv: list[str]) -> tuple[Any, EvaluationConfig, DataConfig | None]:
     parser = make_parser("recipes/evaluate.py", __doc__.splitlines()[0])
     parser.add_argument("model", type=str | None, nargs="?", help="a run, a saved folder, a Hub name, or timm:NAME")
     parser.add_argument("--output_dir", type=str | None, default=None, help="default: evaluation in the run's folder")
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace an earlier report in output_dir")
+    parser.add_argument("--overwrite", type=bool, default=False, help="measure anew what output_dir has already")
     parser.add_argument("--compare", type=list[str], default=[], help="reports to put side by side, as name=FOLDER or FOLDER")
     parser.add_argument("--data", type=DataConfig | None, default=None, help="images; default: those of the model's training")
     parser.add_class_arguments(EvaluationConfig, as_group=False)
@@ -64,29 +67,18 @@ def parse(argv: list[str]) -> tuple[Any, EvaluationConfig, DataConfig | None]:
     return given, config, parser.instantiate(given).data
 
 
-def about(subject: Subject, config: EvaluationConfig, name: str, argv: list[str]) -> dict[str, Any]:
-    """What the report says of the whole evaluation."""
-    jem, data = subject.model, subject.data
-    parameters = sum(p.numel() for p in jem.parameters())
-    architecture = jem.backbone.pretrained_cfg.get("architecture") or type(jem.backbone).__name__
-    versions = f"timm_jem {timm_jem.__version__}, timm {timm.__version__}, torch {torch.__version__}"
-    images = f"{len(subject.test):,} of {subject.test_total:,} test images, {len(subject.val):,} {subject.held_out}"
+def about(name: str, model: JEM, data: DataConfig) -> dict[str, Any]:
+    """What is evaluated: reports of the same are one report."""
+    parameters = sum(p.numel() for p in model.parameters())
+    architecture = model.backbone.pretrained_cfg.get("architecture") or type(model.backbone).__name__
     return {
-        "name": subject.name,
+        "name": display_name(name),
         "model": name,
-        "weights": fingerprint(jem.backbone.state_dict()),
+        "weights": fingerprint(model.backbone.state_dict()),
         "data": data.dataset,
-        "preset": config.preset,
-        "command": shlex.join(["python", "recipes/evaluate.py", *argv]),
-        "headline": {
-            "Model": f"{architecture}, {parameters:,} parameters",
-            "Data": f"{data.dataset}: {images}",
-            "Preset": f"{config.preset}, seed {config.seed}",
-            "Versions": f"{versions}, {jem.mean.device.type}",
-        },
-        "settings": asdict(config),
+        "headline": {"Model": f"{architecture}, {parameters:,} parameters", "Data": data.dataset},
         "data_settings": asdict(data),
-        "trained": jem.provenance.get("command"),
+        "trained": model.provenance.get("command"),
     }
 
 
@@ -100,28 +92,74 @@ def compare(entries: list[str], output_dir: str | None, overwrite: bool) -> None
     if output_dir is None:
         raise InputError("--compare needs --output_dir")
     need("matplotlib", "a comparison", "plots")
-    folder = check_output_dir(output_dir, overwrite)
+    folder = Path(output_dir)
+    check_comparison_dir(folder, overwrite)
     write_comparison(read_reports(entries), folder)
     print(f"{len(entries)} reports side by side: {folder / 'compare.md'}")
 
 
-def measured(name: str, subject: Subject, config: EvaluationConfig, report: Report, drawn: Path) -> str | None:
-    """Add a section to the report, as a whole, or else only the reason, which is returned."""
-    title, measure = MEASURES[name]
-    section = Section(title, drawn)
-    try:
-        measure(subject, config, section)
-    except InputError as error:
-        reason = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
-            raise
-        reason = f"out of memory ({one_line(error)}): lower --batch_size, --samples or --attack_images"
-    else:
-        section.add_to(report)
+def to_measure(earlier: Report | None, config: EvaluationConfig, overwrite: bool) -> list[str]:
+    """Which of the sections that are asked for ``earlier`` doesn't have; with ``overwrite``, all of them.
+
+    Raises:
+        InputError: it has one of them with other settings.
+    """
+    wanted = [name for name in SECTIONS if name in config.sections]
+    if earlier is None or overwrite:
+        return wanted
+    missing = []
+    for name in wanted:
+        there = earlier.measured(MEASURES[name][0])
+        if there is None:
+            missing.append(name)
+            continue
+        for setting, value in config.of_section(name).items():
+            if setting in there.settings and there.settings[setting] != value:
+                raise InputError(
+                    f"section {name} is there with {setting} {there.settings[setting]!r:.80}, and not {value!r:.80}: give the "
+                    "same, a new --output_dir, or --overwrite true, which measures it anew"
+                )
+    return missing
+
+
+def same_subject(earlier: Report | None, subject: dict[str, Any], folder: Path, overwrite: bool) -> Report | None:
+    """``earlier`` if it is of these weights and images, or None where it is overwritten as a whole.
+
+    Raises:
+        InputError: it is of others and not to be overwritten.
+    """
+    if earlier is None:
         return None
-    report.warnings.append(f"{title} is left out: {reason}")
-    return reason
+    for what, key in (("weights", "weights"), ("images", "data_settings")):
+        if earlier.subject.get(key) != subject[key]:
+            if overwrite:
+                return None
+            raise InputError(
+                f"output_dir {folder} holds a report of other {what}: give a new folder, or --overwrite true, which removes it"
+            )
+    return earlier
+
+
+def measured(name: str, subject: Subject, config: EvaluationConfig, command: str, drawn: Path) -> Measured:
+    """A section as a whole, or else only the reason why it is left out."""
+    title, measure, less = MEASURES[name]
+    versions = f"timm_jem {timm_jem.__version__}, timm {timm.__version__}, torch {torch.__version__}"
+    found = Measured(title, asdict(config), command, f"{versions}, {subject.model.mean.device.type}")
+    start = time.perf_counter()
+    try:
+        measure(subject, config, Section(found, drawn))
+    except InputError as error:
+        return Measured(title, left_out=str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return Measured(title, left_out=f"out of memory ({one_line(error)}): lower {less}")
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
 
 def main(argv: list[str]) -> str | None:
@@ -137,24 +175,49 @@ def main(argv: list[str]) -> str | None:
     processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
     if processes > 1:
         raise InputError(f"an evaluation runs in one process, not in {processes}: start it with plain python")
-    folder = check_output_dir(given.output_dir or default_output_dir(given.model), given.overwrite)
-    start = time.perf_counter()
-    subject = load_subject(given.model, data, config, device=PartialState().device)
-    report = Report(about(subject, config, given.model, argv), warnings=[*subject.warnings])
+    folder = Path(given.output_dir or default_output_dir(given.model))
+    earlier = earlier_report(folder, given.overwrite)
+    todo = to_measure(earlier, config, given.overwrite)
+    model = load_model(given.model, second_derivatives=config.refines)
+    data, alike = data_config(model, given.model, data)
+    what = about(given.model, model, data)
+    earlier = same_subject(earlier, what, folder, given.overwrite)
+    if not todo:
+        print(f"all that is asked for is measured already: look at {folder / 'report.md'}")
+        return None
+    if len(todo) < len(config.sections):
+        print(f"already measured: {', '.join(name for name in SECTIONS if name in config.sections and name not in todo)}")
+    config = replace(config, sections=todo)
+    try:
+        subject = load_subject(given.model, model, data, config, alike=alike, device=PartialState().device)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(f"out of memory ({one_line(error)}): lower --test_images, --real_images or --batch_size") from error
+    return measure_all(subject, config, Report(what, earlier.sections if earlier else []), folder, argv)
+
+
+def measure_all(subject: Subject, config: EvaluationConfig, report: Report, folder: Path, argv: list[str]) -> str | None:
+    """Measure section after section, each of which is on disk before the next begins; returns the exit message."""
+    images = f"{len(subject.test):,} of {subject.test_total:,} test images, {len(subject.val):,} {subject.held_out}"
+    report.subject["headline"]["Data"] = f"{subject.data.dataset}: {images}"
+    command = shlex.join(["python", "recipes/evaluate.py", *argv])
     left_out: dict[str, str] = {}
-    wanted = [name for name in SECTIONS if name in config.sections]
-    for i, name in enumerate(wanted, 1):
-        before, began = len(report.results), time.perf_counter()
+    remove_leftovers(folder)
+    for i, name in enumerate(config.sections, 1):
+        start = time.perf_counter()
         with folder_aside(folder) as drawn:
-            if reason := measured(name, subject, config, report, drawn):
-                left_out[name] = reason
-            report.subject["seconds"] = time.perf_counter() - start
-            report.subject["headline"]["Took"] = f"{report.subject['seconds']:.0f} s"
-            if report.results or report.pictures:  # an earlier report is worth more than one of reasons alone
-                write_report(report, folder, drawn, missing=[MEASURES[later][0] for later in wanted[i:]])
-        outcome = f"left out: {reason}" if reason else f"{len(report.results) - before} numbers"
-        print(f"{name}: {outcome}, {time.perf_counter() - began:.0f} s", flush=True)
-    if len(left_out) == len(wanted):
+            found = measured(name, subject, config, command, drawn)
+            report.put(found, [title for title, *_ in MEASURES.values()])
+            if found.left_out is not None:
+                left_out[name] = found.left_out
+                clear_device_cache(garbage_collection=True)  # of what filled the memory
+            report.missing = [MEASURES[later][0] for later in config.sections[i:] if not report.measured(MEASURES[later][0])]
+            if any(section.left_out is None for section in report.sections):  # a report of reasons alone is none
+                write_report(report, folder, drawn)
+        outcome = f"left out: {found.left_out}" if found.left_out is not None else f"{len(found.results)} numbers"
+        print(f"{name}: {outcome}, {time.perf_counter() - start:.0f} s", flush=True)
+    if len(left_out) == len(config.sections):
         raise InputError(f"nothing could be measured: {'; '.join(f'{name}: {why}' for name, why in left_out.items())}")
     for warning in report.warnings:
         print(f"warning: {warning}")
@@ -168,4 +231,4 @@ if __name__ == "__main__":
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: sections that were measured before this one are in the report")
+        sys.exit("stopped: sections that were measured before this one are in the report; the same command goes on")

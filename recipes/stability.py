@@ -26,6 +26,7 @@ import yaml
 from timm_jem import InputError
 from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.errors import check_whole, one_line
+from timm_jem.evaluation.strict_json import dumps, restored
 from timm_jem.files import cores, replaced_file
 from timm_jem.stability.curves import Curves
 from timm_jem.stability.jobs import Job, Pool
@@ -184,7 +185,7 @@ class Record:
         self._flags: dict[str, list[str]] = {}
         if self.path.is_file():
             try:
-                self.data = json.loads(self.path.read_text(encoding="utf-8"))
+                self.data = restored(json.loads(self.path.read_text(encoding="utf-8")))
                 self._flags = {name: variant["flags"] for name, variant in self.data["variants"].items()}
                 self.data["runs"].items()
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -211,7 +212,7 @@ class Record:
             self.data["variants"][name] = {**self.data["variants"].get(name, {}), "flags": words}
 
     def save(self) -> None:
-        self.write("stability.json", json.dumps(self.data, indent=2) + "\n")
+        self.write("stability.json", dumps(self.data))
 
     def write(self, name: str, text: str) -> None:
         with replaced_file(self.folder / name) as aside:

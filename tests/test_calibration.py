@@ -78,3 +78,67 @@ def test_bad_input_is_one_line():
         reliability(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(InputError, match="val_fraction"):
         fit_temperature(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("num_bins", [10, 15, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below(num_bins, dtype):
+    on = torch.arange(1, num_bins + 1, dtype=torch.float64) / num_bins
+    on = on[on >= 0.5].to(dtype)
+    bins = reliability(torch.stack([on, 1 - on], 1), torch.zeros(len(on), dtype=torch.int64), num_bins)
+    first = num_bins - len(on)
+    assert bins.count.tolist() == [0] * first + [1] * len(on)
+
+
+def test_a_class_that_is_ruled_out_changes_no_temperature(predictions):
+    logits, y = predictions
+    masked = torch.cat([logits, torch.full((len(logits), 1), -math.inf)], 1)
+    assert fit_temperature(masked, y) == fit_temperature(logits, y)
+    assert 1 < fit_temperature(logits, y) <= 100.001
+    lost = negative_log_likelihood(masked, torch.full_like(y, 5))
+    assert (lost == math.inf).all()
+    with pytest.raises(InputError, match="no temperature makes it likely"):
+        fit_temperature(masked, torch.full_like(y, 5))
+
+
+@pytest.mark.parametrize("logits", [torch.full((6, 4), 0.3), torch.randn(6, 1), torch.tensor([[2.0, -math.inf]] * 6)])
+def test_where_every_temperature_is_as_good_it_is_one(logits):
+    assert fit_temperature(logits, torch.zeros(6, dtype=torch.int64)) == 1.0
+
+
+P = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+BAD_LABELS = [
+    torch.tensor([0]),
+    torch.tensor([[0], [1]]),
+    torch.tensor([0, 2]),
+    torch.tensor([0, -1]),
+    torch.tensor([0.0, 1.0]),
+]
+
+
+@pytest.mark.parametrize("measure", [reliability, brier_score, fit_temperature, negative_log_likelihood])
+@pytest.mark.parametrize("y", BAD_LABELS)
+def test_labels_that_do_not_fit_are_one_line(measure, y):
+    with pytest.raises(InputError) as error:
+        measure(P, y)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("measure", [reliability, brier_score])
+@pytest.mark.parametrize("p", [2 * P, P * math.nan, -P, P / 2, torch.tensor([0.8, 0.2]), torch.zeros(2, 0)])
+def test_what_is_no_probability_is_one_line(measure, p):
+    with pytest.raises(InputError):
+        measure(p, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("measure", [fit_temperature, negative_log_likelihood])
+@pytest.mark.parametrize("row", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf]])
+def test_logits_without_a_softmax_are_one_line(measure, row):
+    with pytest.raises(InputError, match="1 of 3 images are not finite"):
+        measure(torch.cat([P, torch.tensor([row])]), torch.tensor([0, 1, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_probabilities_are_taken(predictions, dtype):
+    p, y = predictions[0].softmax(1), predictions[1]
+    assert reliability(p.to(dtype), y).ece == pytest.approx(reliability(p, y).ece, abs=0.01)

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,68 @@ def test_frechet_distance_of_two_gaussians():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(a, a + 2) == pytest.approx(24, rel=1e-6)
     assert frechet_distance(a, 3 * (a - a.mean(0)) + a.mean(0)) == pytest.approx(4 * cov_a.trace(), rel=1e-6)
+
+
+def test_equal_sets_are_no_distance_apart():
+    for dimensions, scale in ((300, 1.0), (64, 1e6), (5, 1e-6)):
+        a = torch.randn(400, dimensions, generator=torch.Generator().manual_seed(0)) * scale
+        assert 0 <= frechet_distance(a, a.flip(0)) <= 1e-9 * dimensions * scale**2
+
+
+@pytest.mark.parametrize("scale", [1e80, 1e140, 1e-80])
+def test_features_of_any_size_have_their_distance(scale):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(60, 64, dtype=torch.float64, generator=generator) for _ in range(2))
+    assert frechet_distance(a * scale, b * scale) == pytest.approx(frechet_distance(a, b) * scale**2, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [(torch.ones(5, 3), torch.ones(5, 4)), (torch.ones(5), torch.ones(5)), (torch.ones(5, 0), torch.ones(5, 0)), ("x", "y")],
+)
+def test_features_that_cannot_be_compared_are_one_line(a, b):
+    with pytest.raises(InputError) as error:
+        frechet_distance(a, b)
+    assert "\n" not in str(error.value)
+
+
+def test_accuracy_of_ties_and_of_ruled_out_classes():
+    tied = torch.zeros(4, 3)
+    y = torch.tensor([0, 1, 2, 2])
+    assert [accuracy(tied, y, top) for top in (1, 2, 3)] == [0.25, 0.5, 1.0]
+    masked = torch.tensor([[1.0, -math.inf, 0.0], [-math.inf, 2.0, 5.0]])
+    assert accuracy(masked, torch.tensor([0, 1])) == 0.5
+    for kind in (np.uint8, np.uint16, np.uint64, np.int8, np.int64):
+        assert accuracy(masked.numpy()[::-1], np.array([2, 0], kind)) == 1.0
+    assert accuracy([[0.1, 0.9]], [1]) == 1.0
+
+
+L = torch.eye(3)
+
+
+@pytest.mark.parametrize(
+    ("logits", "y", "top"),
+    [
+        (L, torch.tensor([0]), 1),
+        (L, torch.tensor([[0], [1], [2]]), 1),
+        (L, torch.tensor([0, 1, 3]), 1),
+        (L, torch.tensor([0, 1, -1]), 1),
+        (L, torch.tensor([0.0, 1.0, 2.0]), 1),
+        (L, torch.tensor([True, False, True]), 1),
+        (L[:0], torch.tensor([], dtype=torch.int64), 1),
+        (L[:, :0], torch.tensor([0, 0, 0]), 1),
+        (L[0], torch.tensor([0, 1, 2]), 1),
+        (L * math.nan, torch.tensor([0, 1, 2]), 1),
+        (L - math.inf, torch.tensor([0, 1, 2]), 1),
+        (L.to(torch.complex64), torch.tensor([0, 1, 2]), 1),
+        (L, torch.tensor([0, 1, 2]), 4),
+        (L, torch.tensor([0, 1, 2]), 0),
+    ],
+)
+def test_predictions_that_do_not_fit_their_labels_have_no_accuracy(logits, y, top):
+    with pytest.raises(InputError) as error:
+        accuracy(logits, y, top)
+    assert "\n" not in str(error.value)
 
 
 def test_thumbnails():
@@ -99,5 +163,5 @@ def test_image_grid():
 def test_features_that_are_not_finite_have_no_distance():
     features = torch.randn(50, 192)
     assert np.isnan(frechet_distance(torch.full_like(features, torch.nan), features))
-    with pytest.raises(InputError, match="two of each"):
+    with pytest.raises(InputError, match="2 of each"):
         frechet_distance(features[:1], features)

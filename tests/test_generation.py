@@ -107,7 +107,7 @@ def test_inception_score_equals_its_formula():
 
 
 def test_quality_refuses_what_it_cannot_judge():
-    with pytest.raises(InputError, match="five of each"):
+    with pytest.raises(InputError, match="5 of each"):
         sample_quality(features(4, 3, 0), features(50, 3, 1))
     with pytest.raises(InputError, match="of one kind"):
         sample_quality(features(50, 3, 0), features(50, 4, 1))

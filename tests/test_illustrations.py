@@ -127,6 +127,24 @@ def test_what_is_given_is_not_changed_and_nothing_depends_on_batches(u):
         assert torch.equal(value, before[name]), name
 
 
+def test_lone_images_are_those_of_a_batch():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        jem = timm_jem.create_model("test_resnet", num_classes=10, input_size=(1, 8, 8))
+    images, y, seen = to_pixels(load_splits(DataConfig()).test.images[:5]), torch.arange(5), []
+    jem.backbone.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+
+    def both(batch_size):
+        distal = distal_adversarials(
+            jem, y, generator=torch.Generator().manual_seed(3), steps=20, confidence=0.99, batch_size=batch_size
+        )
+        return [*distal, *vars(counterfactuals(jem, images, y, steps=10, batch_size=batch_size)).values()]
+
+    for a, b in zip(both(4), both(1), strict=True):
+        assert torch.equal(a, b)
+    assert set(seen) == {4}
+
+
 def test_distal_adversarials_of_a_linear_classifier():
     jem, y = wrapped(Linear()), torch.tensor([0, 1, 2, 2])
 
@@ -194,13 +212,13 @@ def test_energies_along_lines_are_those_of_the_model():
     [
         (lambda jem, u: distal_adversarials(jem, torch.tensor([0, 3])), "0 to 2"),
         (lambda jem, u: distal_adversarials(jem, torch.tensor([-1])), "0 to 2"),
-        (lambda jem, u: distal_adversarials(jem, torch.tensor([0.5])), "int64"),
+        (lambda jem, u: distal_adversarials(jem, torch.tensor([0.5])), "whole numbers"),
         (lambda jem, u: distal_adversarials(jem, torch.tensor([], dtype=torch.long)), "at least one"),
         (lambda jem, u: distal_adversarials(jem, Y, confidence=1.5), "confidence"),
         (lambda jem, u: distal_adversarials(jem, Y, step_size=0), "step_size"),
-        (lambda jem, u: counterfactuals(jem, u, Y[:5]), "one class per image"),
+        (lambda jem, u: counterfactuals(jem, u, Y[:5]), "classes to change to have shape"),
         (lambda jem, u: counterfactuals(jem, u * 3, Y), "cut them"),
-        (lambda jem, u: counterfactuals(jem, u * math.nan, Y), "cut them"),
+        (lambda jem, u: counterfactuals(jem, u * math.nan, Y), "up to nan"),
         (lambda jem, u: counterfactuals(jem, u.expand(-1, 3, -1, -1), Y), "1, H, W"),
         (lambda jem, u: counterfactuals(jem, u.byte(), Y), "to_pixels"),
         (lambda jem, u: counterfactuals(jem, u, Y, weight=-1), "weight"),

@@ -27,3 +27,27 @@ def test_bootstrap_of_a_mean_is_the_normal_interval():
     assert low == pytest.approx(values.mean().item() - half, abs=0.1 * half)
     assert high == pytest.approx(values.mean().item() + half, abs=0.1 * half)
     assert (low, high) == bootstrap_interval(lambda rows: values[rows].mean().item(), 2000, num_resamples=2000)
+
+
+@pytest.mark.parametrize("given", [(5, 3), (-1, 3), (1.5, 3), (1, 2.0), (1, 3, 1), (1, 3, 95), (1, 3, 0), (1, 3, float("nan"))])
+def test_what_is_no_proportion_is_one_line(given):
+    with pytest.raises(InputError):
+        wilson_interval(*given)
+
+
+@pytest.mark.parametrize("given", [{"n": 0}, {"n": 2.5}, {"num_resamples": 0}, {"level": 1.0}, {"level": 95}])
+def test_what_cannot_be_drawn_anew_is_one_line(given):
+    with pytest.raises(InputError):
+        bootstrap_interval(lambda rows: 0.0, **{"n": 5, **given})
+
+
+def test_the_basic_interval_takes_off_the_bias_that_percentiles_double():
+    def mean_of_squares(of):  # of a square of the mean: biased by the variance of the mean
+        return of.mean().square().item()
+
+    values = torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3 + 0.1
+    found = mean_of_squares(values)
+    percentile = bootstrap_interval(lambda rows: mean_of_squares(values[rows]), 50)
+    low, high = bootstrap_interval(lambda rows: mean_of_squares(values[rows]), 50, value=found)
+    assert (low, high) == (2 * found - percentile[1], 2 * found - percentile[0])
+    assert low < 0.01 < high

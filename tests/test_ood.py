@@ -239,7 +239,7 @@ def test_what_is_not_finite_is_left_and_refused():
     [
         (torch.zeros(2, 1, 8, 8), "dtype torch.float32"),
         (torch.zeros(1, 8, 8, dtype=torch.uint8), r"shape \(1, 8, 8\)"),
-        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), "no images"),
+        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), "at least one"),
         ([], "no images"),
         ([torch.zeros(2, 1, 8, 8)], "dtype torch.float32"),
         (["a.png"], "a str"),
@@ -269,3 +269,12 @@ def test_a_model_of_the_digits_tells_noise_apart(scored):
     assert found["auroc"] == roc_auc_score(y, torch.cat([inside, outside]).numpy()) > 0.95
     low, high = auroc_interval(inside, outside)
     assert 0.9 < low <= found["auroc"] <= high <= 1
+
+
+def test_typicality_refuses_held_out_scores_that_have_no_mean():
+    for reference in ([], [1.0, math.nan], [1.0, math.inf], [[1.0]]):
+        with pytest.raises(InputError, match="held-out"):
+            typicality(torch.zeros(3), torch.tensor(reference))
+    with pytest.raises(InputError, match="one score per image"):
+        typicality(torch.zeros(3, 1), torch.zeros(2))
+    assert typicality(np.array([1.0, math.nan]), np.array([3, 3])).isnan().tolist() == [False, True]

@@ -79,9 +79,9 @@ def test_bad_input_is_named():
     for arguments, message in (
         ((images.float(), labels, 2), "torch.float32"),
         ((images[0], labels, 2), r"\(1, 2, 2\)"),
-        ((images, labels[:3], 2), r"4 images and labels of shape \(3,\)"),
+        ((images, labels[:3], 2), r"labels have shape \(3,\).*shape \(4,\)"),
         ((images, labels * 0, 2), "two classes, and these have 1"),
-        ((images[:0], labels[:0], 2), "two classes, and these have 0"),
+        ((images[:0], labels[:0], 2), "at least one"),
         ((images, labels, 0), "n is 0"),
     ):
         with pytest.raises(InputError, match=message) as error:

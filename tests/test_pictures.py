@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
 
 from timm_jem import InputError
-from timm_jem.evaluation.pictures import image_grid, stack_pictures
+from timm_jem.evaluation.pictures import _cut, image_grid, stack_pictures
 
 
 def plain_grid(u, columns, row_names=()):
@@ -94,6 +96,46 @@ def test_a_long_column_name_is_cut():
     assert not ink(picture, (width + 3, 0, picture.width, 18))
 
 
+@pytest.mark.parametrize("place", ["captions", "column_names", "row_names"])
+def test_text_of_any_length_costs_no_time_and_no_memory(place):
+    start, white = time.perf_counter(), torch.ones(1, 1, 8, 8)
+    picture = image_grid(white, 1, **{place: ["name " * 20_000]})
+    assert picture.width < 600
+    assert picture.height < 600
+    assert picture.size == image_grid(white, 1, **{place: ["name " * 100]}).size
+    assert stack_pictures([("title " * 20_000, picture)]).width < 2000
+    assert time.perf_counter() - start < 2
+
+
+def test_names_are_cut_where_they_no_longer_fit():
+    font = ImageFont.load_default(12)
+    for text in ("iiiiiiiiiiiiiiiii", "WWWWWWWWWWWWWWW", "a b c d e f g h", "x"):
+        for width in (1, 30, 60, 100, 200):
+            shown = _cut(text, font, width)
+            if shown == text:
+                assert font.getlength(text) <= width
+            else:
+                kept = shown.removesuffix("…")
+                assert font.getlength(shown) <= width or not kept
+                assert font.getlength(text[: len(kept) + 2] + "…") > width or text[len(kept)].isspace()
+
+
+def test_names_of_any_alphabet_are_drawn():
+    white = torch.ones(1, 1, 8, 8)
+    drawn = {name: image_grid(white, 1, [name]).tobytes() for name in ("é", "Ж", "Ω", "ñ")}
+    assert len(set(drawn.values())) == 4
+    assert image_grid(white, 1, ["one\ttwo\n"]).tobytes() == image_grid(white, 1, ["one two"]).tobytes()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_that_are_nan_are_seen(channels):
+    u = torch.zeros(2, channels, 64, 64)
+    u[1, 0] = torch.nan
+    pixels = np.asarray(image_grid(u, 2))
+    assert pixels[32, 34].tolist() == [128, 128, 128]
+    assert pixels[32, 100].tolist() == [255, 0, 255]
+
+
 def test_stacked_pictures_are_whole():
     red, blue = Image.new("RGB", (100, 20), "red"), Image.new("RGB", (60, 10), "blue")
     stacked = stack_pictures([("one", red), ("two", blue)])
@@ -115,6 +157,9 @@ def test_stacked_pictures_are_whole():
         (lambda u: image_grid(u, 2, column_names=["a", "b", "c"]), "3 column names for 2"),
         (lambda u: image_grid(u, 2, ["a"], captions=["E"] * 4), "1 row names for 2"),
         (lambda u: image_grid(u, 0), "columns"),
+        (lambda u: image_grid(u[:0], 2), "at least one"),
+        (lambda u: image_grid(u[0], 2), "at least one"),
+        (lambda u: image_grid(u.expand(4, 2, 8, 8), 2), "images to draw have shape"),
         (lambda u: stack_pictures([]), "no pictures"),
     ],
 )

@@ -182,3 +182,8 @@ def test_bad_settings(bad):
 def test_another_gradient_is_refused(jem):
     with pytest.raises(InputError, match="'bpda'"):
         refined_classifier(jem, RefinementConfig(), generator=None, gradient="bpda")
+
+
+def test_settings_that_are_none_are_not_the_models_own():
+    with pytest.raises(InputError, match="is a dict: give a timm_jem"):
+        RefinementConfig(sgld={})

@@ -1,23 +1,27 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from timm_jem import InputError
 from timm_jem.evaluation.comparison import comparison
-from timm_jem.evaluation.report import Report, Result, check_output_dir, read_report, write_files
+from timm_jem.evaluation.report import Measured, Report, Result, read_report
+from timm_jem.evaluation.report_folder import check_comparison_dir, earlier_report, write_files
 
 
 def report(name="a", value=0.5, **more):
     result = Result("Robustness", "Under attack", "ε = 8/255", "PGD", value, 100, "20 steps", seed=3, **more)
-    return Report({"name": name, "command": "python recipes/evaluate.py a"}, [result])
+    settings = {"preset": "quick", "seed": 0}
+    section = Measured("Robustness", settings, "python recipes/evaluate.py a", "torch 2, cpu", 3.0, [result])
+    return Report({"name": name}, [section])
 
 
 def test_every_number_states_n_seed_and_protocol():
     kept = report(low=0.4, high=0.6, interval="Wilson, 95 %")
-    kept.results.append(Result("Robustness", "Under attack", "ε = 16/255", "PGD", math.nan, 50, "other steps"))
-    kept.warnings.append("a warning")
-    kept.pictures.append(("Robustness", "p.png", "A caption."))
+    kept.sections[0].results.append(Result("Robustness", "Under attack", "ε = 16/255", "PGD", math.nan, 50, "other steps"))
+    kept.sections[0].warnings.append("a warning")
+    kept.sections[0].pictures.append(("p.png", "A caption."))
     text = kept.as_markdown()
     assert "| ε = 8/255 | 0.500 [0.400, 0.600] |" in text
     assert "| ε = 16/255 | nan |" in text
@@ -29,7 +33,7 @@ def test_every_number_states_n_seed_and_protocol():
 
 def test_reports_come_back_as_they_were(tmp_path):
     kept = report(low=0.4, high=0.6, interval="Wilson, 95 %")
-    kept.pictures.append(("Robustness", "p.png", "A caption."))
+    kept.sections[0].pictures.append(("p.png", "A caption."))
     (tmp_path / "report.json").write_text(kept.as_json())
     assert read_report(tmp_path) == kept
     assert read_report(tmp_path / "report.json") == kept
@@ -40,7 +44,8 @@ def test_comparison_averages_runs_of_a_name():
     assert "| ε = 8/255, PGD | 0.600 ± 0.141 | 0.100 |" in text
     assert data[0]["values"] == {"ours": [0.5, 0.7], "plain": [0.1]}
     assert "Measured differently" not in text
-    other = Report({"name": "d"}, [Result("Robustness", "Under attack", "ε = 8/255", "PGD", 0.2, 7, "20 steps")])
+    result = Result("Robustness", "Under attack", "ε = 8/255", "PGD", 0.2, 7, "20 steps")
+    other = Report({"name": "d"}, [Measured("Robustness", results=[result])])
     assert "Measured differently** (protocol or n): Under attack" in comparison({"a": [report()], "d": [other]})[0]
 
 
@@ -51,8 +56,8 @@ def test_a_run_of_nan_is_shown_among_others():
 
 def test_cards_get_the_results_of_a_type():
     kept = report(type="accuracy", title="PGD", low=0.4, high=0.6, interval="Wilson, 95 %")
-    kept.results.append(Result("x", "y", "not on cards", "", 1.0, 1, "p"))
-    kept.results.append(Result("x", "y", "undefined", "", math.nan, 1, "p", type="fid", title="FID"))
+    kept.sections[0].results.append(Result("x", "y", "not on cards", "", 1.0, 1, "p"))
+    kept.sections[0].results.append(Result("x", "y", "undefined", "", math.nan, 1, "p", type="fid", title="FID"))
     (result,) = kept.card_results()
     assert result == {
         "name": "PGD",
@@ -67,7 +72,7 @@ def test_cards_get_the_results_of_a_type():
 def test_what_is_no_report_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"has no report\.json"):
         read_report(tmp_path)
-    for text in ("[]", "{}", "nonsense", '{"format_version": 1}', '{"format_version": 1, "results": [{"a": 1}]}'):
+    for text in ("[]", "{}", "nonsense", '{"format_version": 2}', '{"format_version": 2, "sections": [{"a": 1}]}'):
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(InputError, match="is not a report") as error:
             read_report(tmp_path)
@@ -78,16 +83,133 @@ def test_what_is_no_report_is_one_line(tmp_path):
 
 
 def test_output_folders_are_not_written_over(tmp_path):
-    assert check_output_dir(tmp_path / "new", False) == tmp_path / "new"
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file"):
-        check_output_dir(tmp_path / "file", True)
-    with pytest.raises(InputError, match="other files"):
-        check_output_dir(tmp_path, True)
+    for check in (earlier_report, check_comparison_dir):
+        assert check(tmp_path / "new", False) is None
+        (tmp_path / "file").write_text("")
+        with pytest.raises(InputError, match="is a file"):
+            check(tmp_path / "file", True)
+        with pytest.raises(InputError, match="other files"):
+            check(tmp_path, True)
     (tmp_path / "report.json").write_text("")
     with pytest.raises(InputError, match="--overwrite"):
-        check_output_dir(tmp_path, False)
-    assert check_output_dir(tmp_path, True) == tmp_path
+        earlier_report(tmp_path, False)
+    assert earlier_report(tmp_path, True) is None
+    (tmp_path / "report.json").write_text(report().as_json())
+    assert earlier_report(tmp_path, False) == report()
+    with pytest.raises(InputError, match="other files"):  # pictures of both have the same names
+        check_comparison_dir(tmp_path, True)
+    (tmp_path / "compare.json").write_text("")
+    with pytest.raises(InputError, match="--overwrite"):
+        check_comparison_dir(tmp_path, False)
+
+
+def test_json_is_strict_and_comes_back(tmp_path):
+    kept = report(value=math.nan, low=-math.inf, high=math.inf, interval="bootstrap")
+    kept.sections[0].curves["reliability"] = {
+        "as it is": {"confidence": [math.nan, 0.9], "accuracy": [math.nan, 1.0], "share": [0.0, 1.0], "ece": math.inf}
+    }
+    (tmp_path / "report.json").write_text(kept.as_json())
+    data = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert data["sections"][0]["results"][0]["value"] == "NaN"
+    again = read_report(tmp_path)
+    assert again.as_json() == kept.as_json()
+    (result,) = again.results
+    assert math.isnan(result.value)
+    assert (result.low, result.high) == (-math.inf, math.inf)
+    assert again.curves["reliability"]["as it is"]["ece"] == math.inf
+
+
+CHANGES = {
+    "subject": [None, 3, {}, {"name": 3}, {"name": "a", "headline": 3}, {"name": "a", "headline": {"Model": 3}}],
+    "sections": [None, {}, [3], [{}], "x"],
+    "missing": [3, [3]],
+}
+IN_SECTION = {
+    "title": [3, None],
+    "settings": [3, []],
+    "seconds": ["x", None, True],
+    "warnings": ["x", [3]],
+    "pictures": [[3], [["a"]], [["a", 3]], {}],
+    "results": [{}, [3], [[]]],
+    "curves": [
+        [],
+        {"reliability": {"as it is": {}}},
+        {"reliability": {"as it is": {"confidence": [0.1], "accuracy": ["x"], "share": [1.0], "ece": 0.1}}},
+        {"reliability": {"as it is": {"confidence": [0.1], "accuracy": [0.1, 0.2], "share": [1.0], "ece": 0.1}}},
+        {"quality against length": {"fresh chains": [[1], [1], [1]]}},
+        {"accuracy under PGD, linf": {"PGD": [[0.1], [1], [1], ["a"]]}},
+        {"accuracy under PGD, linf": {"PGD": 3}},
+    ],
+}
+IN_RESULT = {
+    "section": [3],
+    "row": [None, 3, ["a"]],
+    "value": ["high", None, True, [0.5]],
+    "n": ["x", 1.5, None],
+    "seed": ["x"],
+    "low": ["x"],
+    "interval": [3, "an interval without ends"],
+    "split": [3],
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [
+        (place, name, value)
+        for place, changes in (("report", CHANGES), ("section", IN_SECTION), ("result", IN_RESULT))
+        for name, values in changes.items()
+        for value in values
+    ],
+)
+def test_a_report_of_other_types_is_one_line(tmp_path, place, name, value):
+    data = json.loads(report().as_json())
+    section = data["sections"][0]
+    {"report": data, "section": section, "result": section["results"][0]}[place][name] = value
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match="is not a report") as error:
+        read_report(tmp_path)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+def test_bars_and_lines_in_names_break_no_table():
+    kept = report("a")
+    kept.sections[0].results[0] = replace(kept.results[0], row="a|b\nc", column="x|y")
+    kept.sections[0].results.append(replace(kept.results[0], column="z"))
+    text, _ = comparison({"mine|yours": [kept]})
+    for shown in (kept.as_markdown(), text):
+        rows = [line.replace("\\|", "") for line in shown.splitlines() if line.startswith("|")]
+        assert len(rows) >= 3
+        assert len({row.count("|") for row in rows}) == 1
+        assert "a\\|b c" in shown
+
+
+def test_models_that_share_a_name_are_told_apart():
+    def trained(name, weights, model="resnet, 5 parameters", command="train.py --train.lr 1"):
+        subject = {"name": name, "weights": weights, "headline": {"Model": model}, "trained": command}
+        return Report(subject, report(name).sections)
+
+    seeds = [trained(f"run-{i}", str(i), command=f"train.py --train.seed {i} --output_dir 'runs/a b/{i}'") for i in range(3)]
+    assert "no one model" not in comparison({"ours": seeds})[0]
+    for other, why in (
+        (trained("b", "w", "vit, 9 parameters"), "architectures differ (resnet, 5 parameters; vit, 9 parameters)"),
+        (trained("b", "w", command="train.py --train.lr 2"), "training commands differ"),
+        (trained("b", "v"), "some have the same weights"),
+    ):
+        text, _ = comparison({"ours": [trained("a", "v"), other]})
+        assert f"- **ours is no one model in several runs**: {why}" in text
+
+
+def test_a_section_that_fails_takes_no_place_of_numbers():
+    kept = report()
+    kept.put(Measured("Robustness", left_out="out of memory"), ["Robustness"])
+    kept.put(Measured("Generation", left_out="out of memory"), ["Generation", "Robustness"])
+    assert [section.title for section in kept.sections] == ["Generation", "Robustness"]
+    assert len(kept.results) == 1
+    assert kept.warnings == ["Generation is left out: out of memory"]
+    kept.put(Measured("Generation"), ["Generation", "Robustness"])
+    assert kept.warnings == []
 
 
 def test_nothing_partial_stays(tmp_path):

@@ -1,7 +1,14 @@
 """The report of an evaluation while it is made: sections that fail, stop, or take the place of earlier ones."""
 
 import json
+import multiprocessing
+import os
+import re
 import shlex
+import signal
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
 
 import evaluate
 import pytest
@@ -12,10 +19,13 @@ from timm.layers import use_fused_attn
 
 import timm_jem
 from timm_jem import InputError
-from timm_jem.evaluation import settings, subject
+from timm_jem.data import DataConfig
+from timm_jem.evaluation import pictures_section, settings, subject
+from timm_jem.evaluation.extractors import load_extractors
 from timm_jem.evaluation.pictures_section import _pairs
-from timm_jem.evaluation.report import read_report
-from timm_jem.evaluation.settings import EvaluationConfig
+from timm_jem.evaluation.report import Measured, read_report
+from timm_jem.evaluation.section import Section
+from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
 from timm_jem.evaluation.subject import load_model, load_subject
 
 ON_DIGITS = {"config": {"data": {"dataset": "digits"}}}
@@ -47,7 +57,8 @@ def vit(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(model):
-    return load_subject(str(model), None, EvaluationConfig(auto_attack_images=0, test_images=20, real_images=20))
+    config, jem = EvaluationConfig(auto_attack_images=0, test_images=20, real_images=20), load_model(str(model))
+    return load_subject(str(model), jem, DataConfig(channels=1, image_size=8), config, alike=True)
 
 
 @pytest.fixture
@@ -62,7 +73,10 @@ def measure(model, loaded, tmp_path, monkeypatch):
 
             return section_of_one
 
-        measures = {name: (name.capitalize(), sections.get(name) or simple(name)) for name in evaluate.MEASURES}
+        measures = {
+            name: (name.capitalize(), sections.get(name) or simple(name), less)
+            for name, (*_, less) in evaluate.MEASURES.items()
+        }
         monkeypatch.setattr(evaluate, "MEASURES", measures)
         monkeypatch.setattr(evaluate, "load_subject", lambda *given, **more: loaded)
         return evaluate.main(shlex.split(f"{model} --output_dir {tmp_path / 'out'} {flags}"))
@@ -88,7 +102,8 @@ def test_each_section_is_on_disk_as_soon_as_it_is_measured(measure, tmp_path):
     (report, drawn), *_ = found
     assert [result.section for result in report.results] == ["Classification", "Ood"]
     assert drawn == {"classification", "ood"}
-    assert report.warnings == ["Unfinished: Generation not measured, because the evaluation is still running or was stopped."]
+    (warning,) = report.warnings
+    assert warning.startswith("Unfinished: Generation not measured, because the evaluation is still running or was stopped.")
     assert read_report(tmp_path / "out").warnings == []
     assert "Unfinished" not in (tmp_path / "out" / "report.md").read_text()
 
@@ -136,23 +151,115 @@ def test_what_stops_the_evaluation_leaves_what_was_measured(measure, tmp_path, e
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
-def test_an_earlier_report_goes_with_its_pictures_and_nothing_else(measure, tmp_path):
-    measure()
-    (tmp_path / "out" / "mine.png").write_bytes(b"")
-    measure("--sections [ood] --overwrite true")
+def test_the_same_command_goes_on_with_what_is_missing(measure, tmp_path, capsys):
+    def stop(subject, config, section):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(generation=stop)
+    before = (tmp_path / "out" / "ood.png").stat().st_ino
+    assert measure() is None
+    report = read_report(tmp_path / "out")
+    assert [section.title for section in report.sections] == [name.capitalize() for name in SECTIONS]
+    assert report.warnings == []
+    assert (tmp_path / "out" / "ood.png").stat().st_ino == before
+    assert "already measured: classification, ood, robustness" in capsys.readouterr().out
+    assert measure() is None
+    assert "all that is asked for is measured already" in capsys.readouterr().out
+
+
+def test_a_section_that_failed_is_tried_again_with_less(measure, tmp_path):
+    def fail(subject, config, section):
+        if config.batch_size > 8:
+            raise MemoryError("Unable to allocate 30 GiB")
+        section.add("table", "row", 1.0, 1, "counted")
+
+    assert "ood" in measure(ood=fail)
+    assert "lower --batch_size or --ood_images" in read_report(tmp_path / "out").warnings[0]
+    assert measure("--batch_size 8", ood=fail) is None
+    assert [section.title for section in read_report(tmp_path / "out").sections] == [name.capitalize() for name in SECTIONS]
+    assert read_report(tmp_path / "out").warnings == []
+
+
+def test_other_sections_join_the_report_and_keep_their_settings(measure, tmp_path):
+    measure("--sections [classification]")
+    measure("--sections [ood] --ood_images 7 --overwrite true")
+    report = read_report(tmp_path / "out")
+    assert {section.title: section.settings["ood_images"] for section in report.sections} == {"Classification": 1000, "Ood": 7}
+    assert pictures(tmp_path / "out") == {"classification", "ood"}
+
+
+@pytest.mark.parametrize("flags", ["--ood_images 7", "--ood [uniform]", "--seed 1", "--preset full"])
+def test_a_section_of_other_settings_is_not_silently_kept(measure, tmp_path, flags):
+    measure("--sections [ood]")
+    with pytest.raises(InputError, match=r"section ood is there with .*--overwrite true") as error:
+        measure(flags)
+    assert "\n" not in str(error.value)
     assert titles(tmp_path / "out") == {"Ood"}
-    assert pictures(tmp_path / "out") == {"ood", "mine"}
+    assert measure(f"--sections [ood] {flags} --overwrite true") is None
+
+
+@pytest.mark.parametrize(("change", "what"), [({"weights": "x"}, "weights"), ({"data_settings": {}}, "images")])
+def test_a_report_of_another_model_is_no_start(measure, tmp_path, change, what):
+    measure("--sections [ood]")
+    file = tmp_path / "out" / "report.json"
+    report = json.loads(file.read_text())
+    file.write_text(json.dumps({**report, "subject": {**report["subject"], **change}}))
+    with pytest.raises(InputError, match=f"a report of other {what}: give a new folder"):
+        measure("--sections [classification]")
+    assert titles(tmp_path / "out") == {"Ood"}
+    measure("--sections [classification] --overwrite true")
+    assert titles(tmp_path / "out") == {"Classification"}
+    assert pictures(tmp_path / "out") == {"classification"}
+
+
+def test_a_killed_evaluation_leaves_what_was_measured_and_nothing_else(model, tmp_path, monkeypatch):
+    def kill(subject, config, section):
+        section.picture("partial.png", PILImage.new("L", (4, 4)), "grey")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    out = tmp_path / "out"
+    flags = f"{model} --sections [classification,ood] --test_images 60 --ood_images 20 --output_dir {out}"
+    with monkeypatch.context() as patch:
+        patch.setitem(evaluate.MEASURES, "ood", ("Out-of-distribution detection", kill, ""))
+        process = multiprocessing.get_context("fork").Process(target=evaluate.main, args=(shlex.split(flags),))
+        process.start()
+        process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert titles(out) == {"Classification and calibration"}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out-")]
+    (tmp_path / ".out-2-abcdefgh").mkdir()  # another folder's
+    numbers = read_report(out).results
+    assert evaluate.main(shlex.split(flags)) is None
+    assert read_report(out).results[: len(numbers)] == numbers
+    assert titles(out) == {"Classification and calibration", "Out-of-distribution detection"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out-2-abcdefgh"}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_settings_that_a_section_reads_are_those_that_it_is_told_apart_by(name):
+    known = {f.name for f in fields(EvaluationConfig)}
+    source = Path(subject.__file__).with_name(f"{name}_section.py").read_text()
+    reads = set(re.findall(r"config\.(\w+)", source)) & known
+    of = {"ood": {"ood"}, "generation": {"extractors", "judge", "real_images"}, "robustness": {"baseline"}}.get(name, set())
+    assert reads - {"batch_size"} <= set(EvaluationConfig().of_section(name))
+    assert set(EvaluationConfig().of_section(name)) <= reads | of | {"seed", "test_images"}
+
+
+def test_every_setting_changes_a_section_or_none():
+    used = {setting for name in SECTIONS for setting in EvaluationConfig().of_section(name)}
+    assert {f.name for f in fields(EvaluationConfig)} - used == {"preset", "sections", "batch_size"}
 
 
 def test_a_report_names_no_file_outside_its_folder(measure, tmp_path):
     measure("--sections [ood]")
     (tmp_path / "secret.png").write_bytes(b"")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    report["pictures"].append(["Ood", "../secret.png", "not ours"])
+    report["sections"][0]["pictures"].append(["../secret.png", "not ours"])
     (tmp_path / "out" / "report.json").write_text(json.dumps(report))
-    measure("--sections [classification] --overwrite true")
+    measure("--sections [ood] --overwrite true")
     assert (tmp_path / "secret.png").exists()
-    assert pictures(tmp_path / "out") == {"classification"}
+    assert pictures(tmp_path / "out") == {"ood"}
 
 
 def test_where_nothing_can_be_measured_an_earlier_report_stays(measure, tmp_path):
@@ -207,6 +314,37 @@ def test_a_backbone_without_second_derivatives_is_refused_before_anything_is_mea
     with pytest.raises(InputError, match=r"no second derivatives.*--refinement_steps 0"):
         evaluate.main(shlex.split(f"{vit} --auto_attack_images 0 --output_dir {tmp_path / 'out'}"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_network_never_sees_more_than_batch_size_images(model, loaded, tmp_path, monkeypatch, name):
+    sizes = {"attack_images": 6, "attack_steps": 1, "auto_attack_images": 0, "refinement_images": 6, "refinement_steps": 1}
+    sizes |= {"samples": 20, "curve_samples": 9, "longest_chain": 4, "ood_images": 9, "eot": 2}
+    config = EvaluationConfig(batch_size=5, baseline="itself", linf_epsilons=[0.1], l2_epsilons=[0.5], **sizes)
+    whole = replace(loaded, model=load_model(str(model)), outliers={"noise": loaded.test})
+    whole.model.sgld = replace(whole.model.sgld, num_steps=2)
+    whole.baseline = whole.model
+    for function in (pictures_section.counterfactuals, pictures_section.distal_adversarials):
+        monkeypatch.setattr(pictures_section, function.__name__, partial(function, steps=2))
+    whole.extractors = load_extractors(["pixels"], input_size=(1, 8, 8))
+    seen = []
+    whole.model.backbone.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    found = Measured(name)
+    evaluate.MEASURES[name][1](whole, config, Section(found, tmp_path))
+    assert found.results or found.pictures
+    assert max(seen) <= 5
+
+
+def test_vits_come_to_the_end(vit, tmp_path):
+    flags = (
+        "--attack_images 4 --attack_steps 1 --auto_attack_images 0 --refinement_images 2 --refinement_steps 1 --eot 1 "
+        "--linf_epsilons [0.1] --l2_epsilons [] --samples 100 --curve_samples 20 --longest_chain 21 --real_images 60 "
+        "--test_images 60 --ood_images 20"
+    )
+    assert evaluate.main(shlex.split(f"{vit} {flags} --output_dir {tmp_path / 'out'}")) is None
+    assert [section.title for section in read_report(tmp_path / "out").sections] == [
+        title for title, *_ in evaluate.MEASURES.values()
+    ]
 
 
 def test_pairs_of_classes_where_one_image_alone_is_of_another():

@@ -16,6 +16,7 @@ from accelerate.utils import tqdm
 from torch import Tensor, nn
 
 from timm_jem.errors import InputError, check_number, check_whole, how_to_install
+from timm_jem.evaluation.labelled import labels
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.pixels import from_unit
@@ -43,6 +44,8 @@ def pixel_classifier(jem: JEM) -> Classifier:
     """
 
     def classify(images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != jem.input_size[0]:
+            raise InputError(f"images have shape {tuple(images.shape)}: this model takes (N, {jem.input_size[0]}, H, W)")
         with frozen(jem):
             logits = jem(jem.normalize(from_unit(images.to(jem.mean.device))))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -85,20 +88,24 @@ class PGDConfig:
             check_whole(f"{name} of an attack", getattr(self, name), 1)
 
 
-def check_attackable(images: Tensor, y: Tensor) -> None:
-    """Raise an InputError unless ``images`` are floats in [0, 1], shape (N, C, H, W), and each has a label, shape (N,)."""
-    if images.dtype not in (torch.float32, torch.float64) or images.ndim != 4:
+def check_attackable(images: Tensor, y: Tensor) -> Tensor:
+    """Labels as int64, shape (N,), on the images' device.
+
+    Raises:
+        InputError: ``images`` are no floats in [0, 1], shape (N, C, H, W), or don't have a label each, at least 0.
+    """
+    if not isinstance(images, Tensor) or images.dtype not in (torch.float32, torch.float64) or images.ndim != 4:
+        what = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise InputError(
-            f"images to attack are {images.dtype} of shape {tuple(images.shape)}: give float32, (N, C, H, W), in [0, 1], "
-            "i.e. 8-bit images divided by 255"
+            f"images to attack are {what}: give float32, (N, C, H, W), in [0, 1], i.e. 8-bit images divided by 255"
         )
-    if y.shape != images.shape[:1] or len(y) == 0:
-        raise InputError(f"{len(images)} images to attack and labels of shape {tuple(y.shape)}: give one label per image")
-    if y.dtype != torch.int64 or y.min() < 0:
-        raise InputError(f"labels of images to attack are {y.dtype}, the least is {y.min().item()}: give int64, at least 0")
+    y = labels(y, len(images), what="labels of images to attack").to(images.device)
+    if y.min() < 0:
+        raise InputError(f"the least label of images to attack is {y.min().item()}: give labels of at least 0")
     if not (images.min() >= 0 and images.max() <= 1):  # NaN included
         low, high = images.min().item(), images.max().item()
         raise InputError(f"images to attack lie in [{low:g}, {high:g}]: give [0, 1], i.e. 8-bit images divided by 255")
+    return y
 
 
 def check_logits(logits: Tensor) -> Tensor:
@@ -118,7 +125,17 @@ def _first_logits(classifier: Classifier, images: Tensor, y: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """max_{j ≠ y} f_j − f_y, shape (N,): above 0 where the classifier is wrong."""
+    """max_{j ≠ y} f_j − f_y, shape (N,): above 0 where the classifier is wrong. Of one class it is −inf.
+
+    Raises:
+        InputError: logits that are not (N, num_classes), or labels that don't fit.
+    """
+    if logits.ndim != 2:
+        raise InputError(f"logits have shape {tuple(logits.shape)}: give (N, num_classes)")
+    return _margin(logits, labels(y, len(logits), logits.shape[1]).to(logits.device))
+
+
+def _margin(logits: Tensor, y: Tensor) -> Tensor:
     others = logits.scatter(1, y[:, None], -math.inf)
     return others.amax(1) - logits.gather(1, y[:, None]).squeeze(1)
 
@@ -154,7 +171,7 @@ def pgd(
     Raises:
         InputError: images outside [0, 1], labels that don't fit, or logits or gradients that are not finite.
     """
-    check_attackable(images, y)
+    y = check_attackable(images, y)
     check_whole("batch_size", batch_size, 1)
     with torch.inference_mode(False), torch.enable_grad():
         images, y = images.detach().clone(), y.clone()
@@ -167,15 +184,15 @@ def pgd(
             if part == 0:  # noise of all images at once: the same for any batch_size
                 starts = _start(images, config, generator)
             rows = slice(part * batch_size, (part + 1) * batch_size)
-            x, labels, kept = images[rows].to(device), y[rows].to(device), best[rows].to(device)
+            x, own, kept = images[rows].to(device), y[rows].to(device), best[rows].to(device)
             if restart == 0:
-                margins[part] = _margins(classifier, x, labels, config.eot)
+                margins[part] = _margins(classifier, x, own, config.eot)
             point = _project(starts[rows].to(device), x, config)
             for step in range(config.steps + 1):
                 if step < config.steps:
-                    gradient, now = _ascent(classifier, point, labels, config.eot)
+                    gradient, now = _ascent(classifier, point, own, config.eot)
                 else:
-                    gradient, now = None, _margins(classifier, point, labels, config.eot)
+                    gradient, now = None, _margins(classifier, point, own, config.eot)
                 better = now > margins[part]
                 kept = torch.where(better[:, None, None, None], point, kept)
                 margins[part] = torch.where(better, now, margins[part])
@@ -210,13 +227,20 @@ def _step(gradient: Tensor, config: PGDConfig) -> Tensor:
 
 
 def _project(point: Tensor, images: Tensor, config: PGDConfig) -> Tensor:
-    """Into the ball and into [0, 1]. Cutting to [0, 1] never leads out of a ball whose centre is in it."""
-    away = point - images
+    """Into the ball and into [0, 1]. Cutting to [0, 1] never leads out of a ball whose centre is in it.
+
+    Sums round by half a step at most, so that one step back towards the centre is never outside.
+    """
+    # Casting ε may have rounded it up.
+    eps = torch.nextafter(torch.tensor(config.eps, dtype=images.dtype), torch.tensor(0.0, dtype=images.dtype)).item()
     if config.norm == "linf":
-        away = away.clamp(-config.eps, config.eps)
-    else:
-        away = away * (config.eps / _norm(away).clamp_min(config.eps))
-    return (images + away).clamp(0, 1).detach()
+        low, high = (torch.nextafter(images + edge, images) for edge in (-eps, eps))
+        return point.clamp(low, high).clamp(0, 1).detach()
+    away = point - images
+    norm = _norm(away)
+    eps *= 1 - 8 * torch.finfo(images.dtype).eps  # what the norm itself rounds by
+    cut = torch.nextafter(images + away * (eps / norm.clamp_min(eps)), images)
+    return torch.where(norm > eps, cut, point).clamp(0, 1).detach()
 
 
 def _ascent(classifier: Classifier, point: Tensor, y: Tensor, eot: int) -> tuple[Tensor, Tensor]:
@@ -229,7 +253,7 @@ def _ascent(classifier: Classifier, point: Tensor, y: Tensor, eot: int) -> tuple
         # A classifier whose gradient is cut off has none: an attacker sees zeros.
         gradient = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
         gradients = gradients + (torch.zeros_like(x) if gradient is None else gradient)
-        margins = margins + margin(logits.detach(), y)
+        margins = margins + _margin(logits.detach(), y)
     if not gradients.isfinite().all():
         raise InputError("the attacked classifier has a gradient that is not finite: PGD can't follow it")
     return gradients / eot, margins / eot
@@ -237,7 +261,7 @@ def _ascent(classifier: Classifier, point: Tensor, y: Tensor, eot: int) -> tuple
 
 @torch.no_grad()
 def _margins(classifier: Classifier, point: Tensor, y: Tensor, eot: int) -> Tensor:
-    return sum(margin(check_logits(classifier(point)), y) for _ in range(eot)) / eot
+    return sum(_margin(check_logits(classifier(point)), y) for _ in range(eot)) / eot
 
 
 _ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
@@ -296,7 +320,7 @@ def auto_attack(
         raise InputError(f"norm of an attack is {norm!r}: give linf or l2")
     if version not in ("standard", "rand"):
         raise InputError(f"version of AutoAttack is {version!r}: give standard or rand")
-    check_attackable(images, y)
+    y = check_attackable(images, y)
     check_number("eps of an attack", eps, least=0)
     check_whole("batch_size", batch_size, 1)
     for name, number in (("n_iter", n_iter), ("n_queries", n_queries)):

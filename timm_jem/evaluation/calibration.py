@@ -1,11 +1,13 @@
 """Calibration of p(y|x), and temperature scaling."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole
+from timm_jem.evaluation.labelled import labelled_logits, labelled_probabilities, numbers
 
 __all__ = [
     "Reliability",
@@ -50,27 +52,25 @@ def reliability(probabilities: Tensor, y: Tensor, num_bins: int = 15, *, adaptiv
 
     Args:
         probabilities: p(y|x), shape (N, num_classes).
-        y: labels, shape (N,).
+        y: labels, whole numbers, shape (N,).
         num_bins: 15 as in Guo et al. (arXiv 1706.04599).
         adaptive: bins of equally many images, by rank of confidence (Nguyen & O'Connor, EMNLP 2015, section 3; their ECE
             is the adaptive ECE of Mukhoti et al., NeurIPS 2020), instead of equal bins of [0, 1], where a confidence on
-            an edge belongs to the bin below.
+            an edge, which is i / num_bins as the probabilities' type rounds it, belongs to the bin below.
 
     Raises:
-        InputError: no images, or probabilities that are none.
+        InputError: no images, probabilities that are none, or labels that don't fit.
     """
     check_whole("num_bins", num_bins, 1)
-    if len(probabilities) == 0 or probabilities.shape[:1] != y.shape:
-        raise InputError(f"calibration of {len(probabilities)} predictions and {len(y)} labels: give one of each, at least one")
-    if not (probabilities.min() >= 0 and probabilities.max() <= 1 + 1e-5):  # NaN fails both
-        raise InputError("calibration needs probabilities in [0, 1]: give logits.softmax(1), not logits")
-    confidence, predicted = probabilities.double().max(1)
-    correct = (predicted == y).double()
+    probabilities, y = labelled_probabilities(probabilities, y)
+    rounded, predicted = probabilities.max(1)
+    confidence, correct = rounded.double(), (predicted == y).double()
     if adaptive:
         bins = torch.empty(len(y), dtype=torch.int64)
         bins[confidence.argsort(stable=True)] = torch.arange(len(y)) * num_bins // len(y)
     else:
-        bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
+        edges = (torch.arange(1, num_bins, dtype=torch.float64) / num_bins).to(rounded.dtype)
+        bins = torch.bucketize(rounded, edges)
     count = bins.bincount(minlength=num_bins)
     sums = (torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, values) for values in (confidence, correct))
     return Reliability(count, *(total / count for total in sums))
@@ -82,12 +82,23 @@ def expected_calibration_error(probabilities: Tensor, y: Tensor, num_bins: int =
 
 
 def negative_log_likelihood(logits: Tensor, y: Tensor) -> Tensor:
-    """−log p(y|x) of each image, nats, float64, shape (N,): logits (N, num_classes), labels (N,)."""
+    """−log p(y|x) of each image, nats, float64, shape (N,), on the CPU: logits (N, num_classes), labels (N,).
+
+    Infinite where the label's own logit is −inf, i.e. a class that was ruled out.
+
+    Raises:
+        InputError: labels that don't fit, or logits that are NaN, +inf, or all −inf.
+    """
+    logits, y = labelled_logits(logits, y)
     return -logits.double().log_softmax(1).gather(1, y[:, None]).squeeze(1)
 
 
 def brier_score(probabilities: Tensor, y: Tensor) -> Tensor:
-    """Σ_y (p(y|x) − 1[y is the label])² of each image, float64, in [0, 2], shape (N,) (Brier 1950, eq. 2)."""
+    """Σ_y (p(y|x) − 1[y is the label])² of each image, float64, in [0, 2], shape (N,), on the CPU (Brier 1950, eq. 2).
+
+    Arguments and errors as :func:`reliability`'s.
+    """
+    probabilities, y = labelled_probabilities(probabilities, y)
     target = torch.nn.functional.one_hot(y, probabilities.shape[1]).double()
     return (probabilities.double() - target).square().sum(1)
 
@@ -95,23 +106,32 @@ def brier_score(probabilities: Tensor, y: Tensor) -> Tensor:
 def fit_temperature(logits: Tensor, y: Tensor) -> float:
     """The T for which softmax(f(x)/T) has the least negative log-likelihood (Guo et al., arXiv 1706.04599, section 4.2).
 
-    The loss is convex in 1/T; the root of its derivative is found by bisection, between 0.01 and 100.
+    The loss is convex in 1/T; the root of its derivative is found by bisection, between 0.01 and 100. Where each image's
+    logits are all equal, every T is as good, and 1 leaves them as they are.
 
     Args:
-        logits: of held-out images, which neither trained the model nor are reported on; shape (N, num_classes).
-        y: labels, shape (N,).
+        logits: of held-out images, which neither trained the model nor are reported on; shape (N, num_classes), −inf where
+            a class is ruled out.
+        y: labels, whole numbers, shape (N,).
+
+    Raises:
+        InputError: no images, labels that don't fit or of a class that is ruled out, or logits that are NaN or +inf.
     """
-    if len(y) == 0:
+    if numbers(y, "labels").numel() == 0:
         raise InputError("no held-out images to fit a temperature to: raise data.val_fraction")
-    logits = logits.double()
-    labelled = logits.gather(1, y[:, None]).squeeze(1)
+    logits, y = labelled_logits(logits, y)
+    above = logits.double() - logits.double().gather(1, y[:, None])  # the logits, up to a constant: the label's is 0
+    if not (above < torch.inf).all():
+        raise InputError("a label is of a class whose logit is -inf: no temperature makes it likely, so leave that image out")
+    if (possible := above.isfinite()).logical_and(above != 0).sum() == 0:
+        return 1.0
 
     def slope(log_inverse: float) -> float:
-        p = (logits * torch.tensor(log_inverse, dtype=torch.float64).exp()).softmax(1)
-        return ((p * logits).sum(1) - labelled).mean().item()
+        p = (above * math.exp(log_inverse)).softmax(1)
+        return torch.where(possible, p * above, 0).sum(1).mean().item()
 
-    low, high = (-torch.tensor(t, dtype=torch.float64).log().item() for t in reversed(_TEMPERATURES))
+    low, high = (-math.log(t) for t in reversed(_TEMPERATURES))
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if slope(middle) > 0 else (middle, high)
-    return torch.tensor(-(low + high) / 2, dtype=torch.float64).exp().item()
+    return math.exp(-(low + high) / 2)

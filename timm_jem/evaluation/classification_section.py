@@ -12,10 +12,10 @@ from timm_jem.evaluation.calibration import (
     negative_log_likelihood,
     reliability,
 )
-from timm_jem.evaluation.classification import in_batches, predict
+from timm_jem.evaluation.classification import in_batches, predict, top_correct
 from timm_jem.evaluation.intervals import bootstrap_interval
 from timm_jem.evaluation.plots import reliability_diagram
-from timm_jem.evaluation.section import BOOTSTRAP, Section
+from timm_jem.evaluation.section import BASIC_BOOTSTRAP, BOOTSTRAP, Section
 from timm_jem.evaluation.settings import EvaluationConfig
 from timm_jem.evaluation.subject import Subject
 
@@ -28,15 +28,14 @@ WAY = "eval mode, no input noise"
 def classification_section(subject: Subject, config: EvaluationConfig, section: Section) -> None:
     """Accuracy, and calibration as it is and with a temperature fitted on held-out images."""
     batch_size = config.batch_size
+    section.found.warnings += subject.warnings
     logits, y = predict(subject.model, in_batches(subject.test, subject.test_y, batch_size), desc="test images")
     held_out, held_out_y = predict(subject.model, in_batches(subject.val, subject.val_y, batch_size), desc="held-out images")
     temperature = fit_temperature(held_out, held_out_y)
     more = {"split": subject.split}
-    correct = logits.argmax(1) == y
-    section.share(TABLE, "Accuracy, top-1", correct, WAY, "as it is", type="accuracy", title="Accuracy", **more)
+    section.share(TABLE, "Accuracy, top-1", top_correct(logits, y), WAY, "as it is", type="accuracy", title="Accuracy", **more)
     if subject.model.num_classes > 5:
-        within = (logits.topk(5).indices == y[:, None]).any(1)
-        section.share(TABLE, "Accuracy, top-5", within, WAY, "as it is", **more)
+        section.share(TABLE, "Accuracy, top-5", top_correct(logits, y, 5), WAY, "as it is", **more)
     scaled_way = f"{WAY}; f(x)/T, T fitted on {len(held_out_y):,} {subject.held_out}"
     bins = {
         "as it is": _calibration(section, logits, y, WAY, "as it is", subject),
@@ -52,9 +51,10 @@ def _calibration(section: Section, logits: Tensor, y: Tensor, way: str, column: 
     """Add a column of calibration; returns its equal bins."""
     n, more = len(y), {"split": subject.split}
 
-    def add(row: str, value: Any, statistic: Callable[[Tensor], float], **card: str) -> None:
-        low, high = bootstrap_interval(statistic, n, seed=subject.seed)
-        interval = {"low": low, "high": high, "interval": BOOTSTRAP, "seed": subject.seed}
+    def add(row: str, value: Any, statistic: Callable[[Tensor], float], *, biased: bool = False, **card: str) -> None:
+        low, high = bootstrap_interval(statistic, n, value=value if biased else None, seed=subject.seed)
+        how = BASIC_BOOTSTRAP if biased else BOOTSTRAP
+        interval = {"low": max(0.0, low), "high": max(0.0, high), "interval": how, "seed": subject.seed}
         section.add(TABLE, row, value, n, way, column, **interval, **card, **more)
 
     p = logits.double().softmax(1)
@@ -62,7 +62,7 @@ def _calibration(section: Section, logits: Tensor, y: Tensor, way: str, column: 
     add("Negative log-likelihood, nats", losses.mean(), lambda rows: losses[rows].mean().item())
     add("Brier score", briers.mean(), lambda rows: briers[rows].mean().item())
     card = {"type": "ece", "title": "Expected calibration error, 15 equal bins, L1"} if column == "as it is" else {}
-    add("ECE, 15 equal bins, L1", bins.ece, lambda rows: reliability(p[rows], y[rows]).ece, **card)
+    add("ECE, 15 equal bins, L1", bins.ece, lambda rows: reliability(p[rows], y[rows]).ece, biased=True, **card)
     adaptive = reliability(p, y, adaptive=True).ece
     section.add(TABLE, "ECE, 15 bins of equally many images, L1", adaptive, n, way, column, **more)
     section.add(TABLE, "Largest gap of 15 equal bins", bins.mce, n, way, column, **more)

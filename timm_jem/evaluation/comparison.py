@@ -1,6 +1,6 @@
 """Several reports side by side: one table, and their curves in one plot each."""
 
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from timm_jem.evaluation import plots
-from timm_jem.evaluation.report import Report, Result, in_order, number, read_report, write_files
+from timm_jem.evaluation.report import Report, Result, cell, in_order, number, read_report
+from timm_jem.evaluation.report_folder import write_files
 from timm_jem.evaluation.robustness import NORMS
+from timm_jem.evaluation.strict_json import dumps
 
 __all__ = ["comparison", "overlays", "read_reports", "write_comparison"]
 
@@ -42,7 +44,7 @@ def write_comparison(reports: dict[str, list[Report]], folder: Path) -> None:
             plots.save_figure(picture, aside / file)
         shown = [f"![{caption}]({file})\n\n*{caption}*\n" for file, (_, caption) in pictures.items()]
         (aside / "compare.md").write_text("\n".join([text, *shown]), encoding="utf-8")
-        (aside / "compare.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        (aside / "compare.json").write_text(dumps(data), encoding="utf-8")
 
     write_files(folder, write, stale=[*(f"pgd_{norm}.png" for norm in NORMS), "reliability.png", "chain_length.png"])
 
@@ -72,11 +74,17 @@ def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str
     for section in in_order([key[0] for key in keys]):
         lines += ["", f"## {section}", ""]
         for table in in_order([key[1] for key in keys if key[0] == section]):
-            lines += ["", f"### {table}", "", "| | " + " | ".join(reports) + " |", "| --- |" + " --- |" * len(reports)]
+            lines += [
+                "",
+                f"### {table}",
+                "",
+                "| | " + " | ".join(map(cell, reports)) + " |",
+                "| --- |" + " --- |" * len(reports),
+            ]
             for key in keys:
                 if key[:2] == (section, table):
                     cells = [_mean(values[key].get(name, [])) for name in reports]
-                    lines.append(f"| {', '.join(filter(None, key[2:]))} | " + " | ".join(cells) + " |")
+                    lines.append(f"| {cell(', '.join(filter(None, key[2:])))} | " + " | ".join(cells) + " |")
     data = [
         {"section": key[0], "table": key[1], "row": key[2], "column": key[3], "values": of_models}
         for key, of_models in values.items()
@@ -100,17 +108,38 @@ def _mean(values: Sequence[float]) -> str:
 def _differences(reports: dict[str, Sequence[Report]]) -> list[str]:
     """Warn where numbers of the same name were not measured alike."""
     every = [report for group in reports.values() for report in group]
+    kinds = {"data sets": lambda report: report.subject.get("data"), "presets or seeds": lambda report: report.presets}
     lines = [
-        f"- **Not alike**: {what} differ between these reports ({', '.join(sorted(found))})"
-        for what, key in (("data sets", "data"), ("presets", "preset"))
-        if len(found := {str(report.subject.get(key)) for report in every}) > 1
+        f"- **Not alike**: {what} differ between these reports ({'; '.join(sorted(found))})"
+        for what, kind in kinds.items()
+        if len(found := {str(kind(report)) for report in every}) > 1
     ]
+    for name, group in reports.items():
+        lines += [f"- **{name} is no one model in several runs**: {why}" for why in _mixed(group)]
     ways: dict[tuple, set[tuple]] = {}
     for report in every:
         for result in report.results:
             ways.setdefault(_key(result), set()).add((result.protocol, result.n))
     unlike = in_order([f"{key[1]}" for key, found in ways.items() if len(found) > 1])
     return lines + ([f"- **Measured differently** (protocol or n): {', '.join(unlike)}"] if unlike else [])
+
+
+def _mixed(group: Sequence[Report]) -> list[str]:
+    """Why the mean over reports of one name is none over runs of one model."""
+    if len(group) == 1:
+        return []
+    weights = [report.subject.get("weights") for report in group]
+    found = {
+        "architectures": in_order([str(report.subject.get("headline", {}).get("Model")) for report in group]),
+        "training commands": in_order([_but_for_the_seed(report.subject.get("trained")) for report in group]),
+    }
+    reasons = [f"{what} differ ({'; '.join(of_kind)})" for what, of_kind in found.items() if len(of_kind) > 1]
+    return reasons + (["some have the same weights"] if len(set(weights)) < len(weights) else [])
+
+
+def _but_for_the_seed(command: str | None) -> str:
+    """A training command without what differs between seeds."""
+    return " ".join(re.sub(r"--(train\.seed|output_dir|resume|hub\.push_to)[= ]('[^']*'|\S+)", "", str(command)).split())
 
 
 def overlays(reports: dict[str, list[Report]]) -> dict[str, tuple[Any, str]]:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from timm_jem.errors import InputError, how_to_install, one_line
+from timm_jem.errors import InputError, check_whole, how_to_install, one_line
 from timm_jem.evaluation.generation import thumbnails
+from timm_jem.evaluation.labelled import eight_bit_images
 from timm_jem.model import JEM
 from timm_jem.models.names import BUILD_ERRORS, check_name
 from timm_jem.modes import frozen
@@ -59,6 +60,8 @@ def load_extractor(spec: str, *, input_size: tuple[int, int, int], device: torch
         InputError: an unknown spec, images too large for pixels or of other channels than the network's, weights that
             can't be had or are another network's; torch-fidelity is missing.
     """
+    if not isinstance(spec, str):
+        raise InputError(f"extractor is {spec!r:.80}: give pixels, thumbnails, inception, inception:FILE or timm:NAME")
     kind, _, rest = spec.partition(":")
     if spec == "pixels":
         dimensions = math.prod(input_size)
@@ -146,8 +149,8 @@ def extract(extractor: Extractor, images: Tensor, *, batch_size: int = 256, desc
     Raises:
         InputError: images that are not 8-bit.
     """
-    if images.dtype != torch.uint8:
-        raise InputError(f"features of {images.dtype} images: give 8-bit ones, uint8, as timm_jem.pixels.eight_bit makes them")
+    check_whole("batch_size", batch_size, 1)
+    eight_bit_images(images, "images to extract features of")
     return torch.cat([extractor.features(x).double().cpu() for x in tqdm(images.split(batch_size), desc=desc, leave=False)])
 
 

@@ -9,6 +9,7 @@ from accelerate.utils import tqdm
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole, how_to_install
+from timm_jem.evaluation.labelled import eight_bit_images, labels, numbers
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.sampling import chain_generators, draw_seeds, sgld, uniform_noise
@@ -27,32 +28,54 @@ __all__ = [
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of the Gaussians that fit two sets of features (Heusel et al., NeurIPS 2017, eq. 6).
 
-    |μ_a − μ_b|² + tr(C_a + C_b − 2 (C_a C_b)^½), in float64; the last trace is the sum of the roots of the product's
-    eigenvalues.
+    |μ_a − μ_b|² + tr(C_a + C_b − 2 (C_a C_b)^½), in float64. The last trace is the sum of the singular values of
+    C_a^½ C_b^½, whose squares are the product's eigenvalues.
 
     Args:
         a, b: features, shapes (N, D) and (M, D), at least two rows each.
 
     Returns:
-        The distance; NaN where a feature is not finite.
+        The distance, never below 0; NaN where a feature is not finite.
 
     Raises:
-        InputError: fewer than two rows.
+        InputError: fewer than two rows, or features of other shapes.
     """
-    if min(len(a), len(b)) < 2:
-        raise InputError(f"the Fréchet distance of {len(a)} and {len(b)} images is undefined: give at least two of each")
-    a, b = a.double(), b.double()
+    a, b = _features(a, b, 2, "the Fréchet distance")
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.nan  # LAPACK would not survive it
+    scale = torch.cat([a, b]).abs().max().item() or 1.0  # squares of what is this large would overflow, and kill LAPACK
+    a, b = a / scale, b / scale
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
-    # Eigenvalues of a product of covariances are real and at least zero, up to rounding.
-    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    cross = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
     mean = (a.mean(0) - b.mean(0)).square().sum()
-    return (mean + cov_a.trace() + cov_b.trace() - 2 * roots).item()
+    distance = (mean + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+    return max(0.0, distance) * scale * scale  # below 0 is rounding: of equal sets
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric square root; an eigenvalue below 0 is rounding."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def _features(a: Tensor, b: Tensor, least: int, what: str) -> tuple[Tensor, Tensor]:
+    """Two sets of features of one kind, float64, on the CPU."""
+    a, b = (numbers(features, "features").double() for features in (a, b))
+    if a.ndim != 2 or a.shape[1:] != b.shape[1:] or a.shape[1] == 0:
+        raise InputError(f"features of shapes {tuple(a.shape)} and {tuple(b.shape)}: give (N, D) and (M, D), of one kind")
+    if min(len(a), len(b)) < least:
+        raise InputError(f"{what} of {len(a)} and {len(b)} images is undefined: give at least {least} of each")
+    return a, b
 
 
 def thumbnails(u: Tensor) -> Tensor:
-    """Pixels averaged down to 8×8 at most, clamped to [-1, 1], flattened: (N, C, H, W) to (N, C · 64 or less)."""
+    """Pixels averaged down to 8×8 at most, clamped to [-1, 1], flattened: (N, C, H, W) to (N, C · 64 or less).
+
+    Raises:
+        InputError: no floats of that shape.
+    """
+    if not isinstance(u, Tensor) or u.ndim != 4 or not u.is_floating_point():
+        raise InputError("thumbnails are made of pixels: give a tensor of floats, (N, C, H, W), in [-1, 1]")
     size = [min(side, 8) for side in u.shape[-2:]]
     return F.adaptive_avg_pool2d(u.clamp(-1, 1), size).flatten(1)
 
@@ -76,10 +99,7 @@ def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, fl
     Raises:
         InputError: fewer than five images, features of different extractors or not finite; torch-fidelity is missing.
     """
-    if min(len(fake), len(real)) < 5:
-        raise InputError(f"quality of {len(fake)} samples against {len(real)} real images: give at least five of each")
-    if fake.ndim != 2 or fake.shape[1:] != real.shape[1:]:
-        raise InputError(f"features of shapes {tuple(fake.shape)} and {tuple(real.shape)}: give (N, D) and (M, D), of one kind")
+    fake, real = _features(fake, real, 5, "the quality of samples against real images")
     if not (fake.isfinite().all() and real.isfinite().all()):
         raise InputError("features are not finite, so they have no precision or recall: check the extractor and its input")
     try:
@@ -87,11 +107,12 @@ def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, fl
         from torch_fidelity.metric_prc import prc_features_to_metric
     except ImportError as error:
         raise InputError(f"KID, precision and recall need torch-fidelity: {how_to_install('eval')}") from error
-    fake, real = fake.double(), real.double()
     size = min(1000, len(fake), len(real))
     kid = kid_features_to_metric(
         fake, real, kid_subsets=100, kid_subset_size=size, kid_kernel="poly", rng_seed=seed, verbose=False
     )
+    if not math.isfinite(kid["kernel_inception_distance_mean"]):
+        raise InputError(f"features of up to {max(fake.abs().max(), real.abs().max()):.3g} are too large for KID: scale them")
     # In parts: all distances of 50,000 real images would be 20 GB.
     prc = prc_features_to_metric(fake, real, prc_neighborhood=3, save_cpu_ram=True, prc_batch_size=1000, verbose=False)
     return {
@@ -117,8 +138,11 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float]:
         Mean and standard deviation; NaN where a logit is not finite.
 
     Raises:
-        InputError: fewer than ten samples; torch-fidelity is missing.
+        InputError: fewer than ten samples, or logits of another shape; torch-fidelity is missing.
     """
+    logits = numbers(logits, "logits")
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise InputError(f"logits have shape {tuple(logits.shape)}: give (N, num_classes)")
     if len(logits) < 10:
         raise InputError(f"an Inception score of {len(logits)} samples in ten parts: give at least ten")
     try:
@@ -145,12 +169,11 @@ def nearest_neighbours(images: Tensor, train: Tensor, k: int = 1, *, batch_size:
     Raises:
         InputError: images that are not 8-bit or of different shapes, or fewer than ``k`` training images.
     """
-    if images.dtype != torch.uint8 or train.dtype != torch.uint8 or images.shape[1:] != train.shape[1:]:
-        raise InputError(
-            f"neighbours of {images.dtype} {tuple(images.shape)} among {train.dtype} {tuple(train.shape)}: give 8-bit images "
-            "of one shape"
-        )
+    eight_bit_images(images, "images")
+    if eight_bit_images(train, "training images").shape[1:] != images.shape[1:]:
+        raise InputError(f"neighbours of images {tuple(images.shape)} among {tuple(train.shape)}: give images of one shape")
     check_whole("k", k, 1)
+    check_whole("batch_size", batch_size, 1)
     if k > len(train):
         raise InputError(f"{k} nearest neighbours among {len(train)} training images: give more of them")
     best = [(torch.empty(len(part), 0).double(), torch.empty(len(part), 0).long()) for part in images.split(batch_size)]
@@ -186,22 +209,24 @@ def chains_by_length(
         y: classes of chains of E(x, y), int64, shape (N,); None: chains of E(x).
         n: how many chains; may be left out where ``y`` or ``init`` tells.
         generator: the only source of randomness. It draws the seeds that ``jem.sample`` would draw: the same chains.
-        batch_size: chains through the network at once.
+        batch_size: chains on the model's device at once, though never fewer than four are.
         init: where chains start, pixels in [-1, 1], shape (N, C, H, W); None: uniform noise.
 
     Yields:
-        A length, in increasing order, and pixels, shape (N, C, H, W), on the model's device.
+        A length, in increasing order, and pixels, shape (N, C, H, W), on the CPU.
 
     Raises:
         InputError: a length that the noise-free steps use up, or ``n``, ``y`` and ``init`` that disagree or don't tell.
     """
     for steps in lengths:
         check_whole("length of chains", steps, jem.sgld.denoise_steps + 1)
+    check_whole("batch_size", batch_size, 1)
+    y = None if y is None else labels(y, num_classes=jem.num_classes, what="classes of chains")
     counts = {len(told) for told in (y, init) if told is not None} | ({n} if n is not None else set())
     if len(counts) != 1:
         raise InputError(f"numbers of chains by n, y and init are {sorted(counts) or 'none'}: give one, or make them agree")
     check_whole("n", *counts, 1)
-    if init is not None and init.shape[1:] != jem.input_size:
+    if init is not None and (init.shape[1:] != jem.input_size or not init.is_floating_point()):
         raise InputError(f"init has the shape {tuple(init.shape)}: give pixels, (N, {', '.join(map(str, jem.input_size))})")
     return _views(jem, sorted(lengths), y, *counts, generator, batch_size, init)
 
@@ -216,22 +241,28 @@ def _views(
     init: Tensor | None,
 ) -> Iterator[tuple[int, Tensor]]:
     config, device, done = jem.sgld, jem.mean.device, 0
-    y = None if y is None else y.to(device)
     generators = chain_generators(draw_seeds(n, generator))  # as in jem.sample
     if init is None:
-        u = uniform_noise((n, *jem.input_size), generator=generators, device=device, dtype=torch.float32)
+        u = uniform_noise((n, *jem.input_size), generator=generators, dtype=torch.float32)
     else:
-        u = init.to(device)
-    last = config.denoise_steps
-    total = len(lengths) * last + max(lengths, default=last) - last
+        u = init.cpu()
+    last, size = config.denoise_steps, max(batch_size, 4)  # as many as sgld takes at once, so that they round alike
+    parts = [(slice(start, start + size), generators[start : start + size]) for start in range(0, n, size)]
+    total = len(parts) * (len(lengths) * last + max(lengths, default=last) - last)
     with tqdm(total=total, desc="chains", leave=False) as bar:
-        options = {"y": y, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
         for steps in lengths:
+            chains, views = [], []
             with frozen(jem):
-                u = sgld(jem.pixel_energy, u, config, generator=generators, num_steps=steps - last - done, **options)
-                view = sgld(jem.pixel_energy, u, config, num_steps=last, denoise_steps=last, **options)
-            done = steps - last
-            yield steps, view
+                for rows, own in parts:
+                    own_y = None if y is None else y[rows].to(device)
+                    options = {"y": own_y, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
+                    now = u[rows].to(device)
+                    now = sgld(jem.pixel_energy, now, config, generator=own, num_steps=steps - last - done, **options)
+                    view = sgld(jem.pixel_energy, now, config, num_steps=last, denoise_steps=last, **options)
+                    chains.append(now.cpu())
+                    views.append(view.cpu())
+            u, done = torch.cat(chains), steps - last
+            yield steps, torch.cat(views)
 
 
 @torch.no_grad()
@@ -260,7 +291,11 @@ def best_num_steps(
     """
     if len(candidates) == 0:
         raise InputError("there are no lengths of chains to choose from: give at least one")
-    real = thumbnails(real.to(jem.mean.device))
+    if not isinstance(real, Tensor) or real.shape[1:] != jem.input_size or not real.is_floating_point():
+        raise InputError(f"images to be near to are no pixels: give floats, (N, {', '.join(map(str, jem.input_size))})")
+    if len(real) < 2 or not real.isfinite().all():
+        raise InputError(f"images to be near to are {len(real)}, or not finite: give at least two, in [-1, 1]")
+    real = thumbnails(real.cpu())
     chains = chains_by_length(jem, candidates, y=y, generator=generator, batch_size=batch_size)
     distances = {steps: frechet_distance(thumbnails(u), real) for steps, u in chains}
     return min(distances, key=lambda steps: (math.isnan(distances[steps]), distances[steps], steps)), distances

@@ -24,6 +24,7 @@ from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import EvaluationConfig
 from timm_jem.evaluation.subject import Subject
 from timm_jem.pixels import eight_bit, to_pixels
+from timm_jem.sampling import draw_seeds
 
 __all__ = ["SampleSet", "generation_section"]
 
@@ -67,7 +68,7 @@ def generation_section(subject: Subject, config: EvaluationConfig, section: Sect
     real = [_quality(config, section, extractor, subject.train, sets) for extractor in subject.extractors]
     _judged(subject, config, section, sets)
     _lengths(subject, config, section, real[0])
-    _neighbours(subject, section, fresh.images)
+    _neighbours(subject, config, section, fresh.images)
     _samples(subject, section, fresh)
 
 
@@ -75,16 +76,19 @@ def _fresh(subject: Subject, config: EvaluationConfig) -> SampleSet:
     jem = subject.model
     steps = jem.sgld.sample_steps or jem.sgld.num_steps
     classes = torch.arange(config.samples) % jem.num_classes
-    x = jem.sample(y=classes, generator=subject.generator(), batch_size=config.batch_size)
-    broken = int((~x.flatten(1).isfinite()).any(1).sum())
+    seeds = torch.tensor(draw_seeds(config.samples, subject.generator()))
+    drawn, broken = [], 0
+    for y, of_part in zip(classes.split(config.batch_size), seeds.split(config.batch_size), strict=True):
+        u = jem.denormalize(jem.sample(y=y, seeds=of_part, batch_size=config.batch_size))
+        broken += int((~u.flatten(1).isfinite()).any(1).sum())
+        drawn += [] if broken else [eight_bit(u).cpu()]
     if broken:
         raise InputError(
             f"{broken} of {config.samples} fresh chains are not finite after {steps} steps, so there is nothing to measure: "
             "take smaller or fewer SGLD steps"
         )
     how = f"class-conditional chains of {steps} SGLD steps from uniform noise, classes in turn, none left out"
-    images = eight_bit(jem.denormalize(x)).cpu()
-    return SampleSet(f"fresh chains, {steps} steps", images, classes, how, config.seed, fresh=True)
+    return SampleSet(f"fresh chains, {steps} steps", torch.cat(drawn), classes, how, config.seed, fresh=True)
 
 
 def _quality(config: EvaluationConfig, section: Section, extractor: Extractor, train: Tensor, sets: list[SampleSet]) -> Tensor:
@@ -142,7 +146,7 @@ def _lengths(subject: Subject, config: EvaluationConfig, section: Section, real:
     found = {}
     for n, u in chains_by_length(jem, steps, y=classes, **options):
         finite = bool(u.isfinite().all())
-        features = extract(extractor, eight_bit(u).cpu(), batch_size=config.batch_size) if finite else None
+        features = extract(extractor, eight_bit(u), batch_size=config.batch_size) if finite else None
         found[n] = frechet_distance(features, real) if finite else math.nan  # chains that ran away
     floor = frechet_distance(extract(extractor, subject.test[:count], batch_size=config.batch_size), real)
     table = f"Fréchet distance against chain length, in {extractor.name}"
@@ -155,11 +159,11 @@ def _lengths(subject: Subject, config: EvaluationConfig, section: Section, real:
     section.picture("chain_length.png", picture, caption)
 
 
-def _neighbours(subject: Subject, section: Section, fresh: Tensor) -> None:
+def _neighbours(subject: Subject, config: EvaluationConfig, section: Section, fresh: Tensor) -> None:
     """Whether samples are copies of training images."""
     train, test = subject.train, subject.test[: len(fresh)]
-    distances, rows = nearest_neighbours(fresh, train)
-    of_test, _ = nearest_neighbours(test, train)
+    distances, rows = nearest_neighbours(fresh, train, batch_size=config.batch_size)
+    of_test, _ = nearest_neighbours(test, train, batch_size=config.batch_size)
     table = "Distance to the nearest training image"
     way = f"ℓ2 in [0, 1] pixels, median; among {len(train):,} training images; far below real test images: copies"
     section.add(table, "fresh chains", distances.median(), len(fresh), way, seed=subject.seed)

@@ -9,8 +9,10 @@ from accelerate.utils import tqdm
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.evaluation.labelled import labels as class_labels
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
+from timm_jem.pixels import FAR_FROM_PIXELS
 from timm_jem.sampling import chain_generators, draw_seeds, uniform_noise
 
 __all__ = ["Counterfactuals", "counterfactuals", "distal_adversarials", "interpolation_paths"]
@@ -41,7 +43,7 @@ def distal_adversarials(
         steps: the most steps.
         step_size: ℓ2 length of a step in pixels in [-1, 1]; None: 0.01 · √(C·H·W), which is 0.01 a pixel on average.
         confidence: where an image stops.
-        batch_size: images through the network at once.
+        batch_size: images through the network at once, though never fewer than four are.
 
     Returns:
         Pixels in [-1, 1], shape (N, C, H, W), and their p(y|x), shape (N,), on the CPU. An image whose p(y|x) is below
@@ -55,15 +57,16 @@ def distal_adversarials(
     check_whole("batch_size", batch_size, 1)
     size = 0.01 * math.sqrt(math.prod(jem.input_size)) if step_size is None else step_size
     check_number("step_size of distal adversarials", size, above=0)
-    _check_labels(jem, y)
+    y = class_labels(y, num_classes=jem.num_classes, what="classes")
     device = jem.mean.device
     generators = chain_generators(draw_seeds(len(y), generator))
-    noise = uniform_noise((len(y), *jem.input_size), generator=generators, device=device, dtype=torch.float32)
+    noise = uniform_noise((len(y), *jem.input_size), generator=generators, dtype=torch.float32)
     images, probabilities = [], []
     with torch.inference_mode(False), torch.enable_grad(), frozen(jem):
         batches = list(zip(noise.split(batch_size), y.split(batch_size), strict=True))
         for u, labels in tqdm(batches, desc="distal adversarials", leave=False):
-            u, own = u.clone(), labels.clone().to(device)[:, None]
+            count, u, labels = len(u), _filled(u), _filled(labels)
+            u, own = u.clone().to(device), labels.clone().to(device)[:, None]
             for step in range(steps + 1):
                 u = u.detach().requires_grad_(True)
                 log_p = jem(jem.normalize(u)).float().log_softmax(1).gather(1, own).squeeze(1)
@@ -75,8 +78,8 @@ def distal_adversarials(
                 norm = slope.flatten(1).norm(dim=1).clamp_min(torch.finfo(slope.dtype).tiny)
                 move = size * (slope / norm[:, None, None, None])
                 u = torch.where(sure[:, None, None, None], u, (u + move).clamp(-1, 1))
-            images.append(u.detach().cpu())
-            probabilities.append(log_p.detach().exp().cpu())
+            images.append(u[:count].detach().cpu())
+            probabilities.append(log_p[:count].detach().exp().cpu())
     return torch.cat(images), torch.cat(probabilities)
 
 
@@ -129,7 +132,7 @@ def counterfactuals(
         steps: of gradient descent, those not taken included.
         step_size: factor of the gradient at first; None: the model's own SGLD step.
         keep: numbers of steps after which the images are kept too, 0 being ``u`` itself.
-        batch_size: images through the network at once.
+        batch_size: images through the network at once, though never fewer than four are.
 
     Raises:
         InputError: images that aren't pixels, labels that don't fit, or a setting out of range.
@@ -144,17 +147,16 @@ def counterfactuals(
     if max(keep, default=0) > steps:
         raise InputError(f"step {max(keep)} of counterfactuals is to be kept and there are {steps}: keep earlier ones")
     _check_pixels(jem, u)
-    if not u.abs().max() <= 1 + 1e-4:  # NaN, too
+    if u.abs().max() > 1 + 1e-4:
         raise InputError(f"images to change have pixels of up to {u.abs().max():.3g}: cut them, u.clamp(-1, 1)")
-    _check_labels(jem, y)
-    if y.shape != u.shape[:1]:
-        raise InputError(f"{len(u)} images and {len(y)} classes to change to: give one class per image")
+    y = class_labels(y, len(u), jem.num_classes, "classes to change to")
     found = []
     with torch.inference_mode(False), torch.enable_grad(), frozen(jem):
         batches = list(zip(u.split(batch_size), y.split(batch_size), strict=True))
         for images, labels in tqdm(batches, desc="counterfactuals", leave=False):
-            start = images.detach().clone().to(jem.mean.device)
-            found.append(_descend(jem, start, labels.clone().to(start.device), weight, steps, size, keep))
+            start = _filled(images.detach()).clone().to(jem.mean.device)
+            changed = _descend(jem, start, _filled(labels).clone().to(start.device), weight, steps, size, keep)
+            found.append([part[: len(images)] for part in changed])
     return Counterfactuals(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
 
 
@@ -228,17 +230,19 @@ def interpolation_paths(jem: JEM, a: Tensor, b: Tensor, num: int = 7, *, batch_s
     return paths, energies.view(len(a), num)
 
 
-def _check_labels(jem: JEM, y: Tensor) -> None:
-    if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool or len(y) == 0:
-        raise InputError(f"classes have shape {tuple(y.shape)} and dtype {y.dtype}: give int64, shape (N,), at least one")
-    if y.min() < 0 or y.max() >= jem.num_classes:
-        raise InputError(f"classes go from {y.min()} to {y.max()}: this model has 0 to {jem.num_classes - 1}")
+def _filled(part: Tensor) -> Tensor:
+    """At least four images, as in :func:`timm_jem.sgld`: fewer round differently, and many steps make that seen."""
+    return part if len(part) >= 4 else part[torch.arange(4).clamp(max=len(part) - 1)]
 
 
 def _check_pixels(jem: JEM, u: Tensor) -> None:
     channels = jem.input_size[0]  # others would be broadcast
+    if not isinstance(u, Tensor):
+        raise InputError(f"images are a {type(u).__name__}: give a tensor of pixels in [-1, 1], (N, {channels}, H, W)")
     if u.ndim != 4 or u.shape[1] != channels or not u.is_floating_point() or len(u) == 0:
         raise InputError(
             f"images have shape {tuple(u.shape)} and dtype {u.dtype}: give pixels in [-1, 1], shape (N, {channels}, H, W), at "
             "least one; timm_jem.pixels.to_pixels makes them of 8-bit images"
         )
+    if not u.abs().max() <= FAR_FROM_PIXELS:  # NaN, too
+        raise InputError(f"images have pixels of up to {u.abs().max():.3g}: give pixels in [-1, 1]")

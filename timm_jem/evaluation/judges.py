@@ -10,6 +10,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from timm_jem.errors import InputError
+from timm_jem.evaluation.labelled import eight_bit_images, labels
 from timm_jem.pixels import to_pixels
 
 __all__ = ["Judge", "fit_judge"]
@@ -33,13 +34,17 @@ class Judge:
         """Classes of 8-bit images, uint8, shape (N, C, H, W): int64, shape (N,).
 
         Raises:
-            InputError: images that are not 8-bit.
+            InputError: images that are not 8-bit, or of another shape than it was fitted to.
         """
-        return torch.from_numpy(self.classifier.predict(_pixels(images))).long()
+        pixels = _pixels(images)
+        if pixels.shape[1] != self.classifier.n_features_in_:
+            raise InputError(f"images have shape {tuple(images.shape[1:])}, and the judge was fitted to others")
+        return torch.from_numpy(self.classifier.predict(pixels)).long()
 
     def accuracy(self, images: Tensor, y: Tensor) -> float:
         """Share of the images that it reads as their labels, shape (N,); errors as :meth:`predict`."""
-        return (self.predict(images) == y.cpu()).double().mean().item()
+        found = self.predict(images)
+        return (found == labels(y, len(found))).double().mean().item()
 
 
 def fit_judge(images: Tensor, y: Tensor, *, max_images: int = 5000, seed: int = 0) -> Judge:
@@ -52,9 +57,9 @@ def fit_judge(images: Tensor, y: Tensor, *, max_images: int = 5000, seed: int = 
         seed: of the choice.
 
     Raises:
-        InputError: images that are not 8-bit, or of fewer than two classes; a label below 0, i.e. unknown.
+        InputError: images that are not 8-bit, or of fewer than two classes; labels that don't fit, or are unknown.
     """
-    y = y.cpu()
+    y = labels(y, len(eight_bit_images(images, "images for a judge")), what="labels for a judge")
     if (y < 0).any():
         raise InputError(f"{int((y < 0).sum())} of {len(y)} images for a judge have no label: leave them out")
     rows = np.random.default_rng(seed).permutation(len(y))[:max_images]
@@ -66,7 +71,7 @@ def fit_judge(images: Tensor, y: Tensor, *, max_images: int = 5000, seed: int = 
 
 
 def _pixels(images: Tensor) -> np.ndarray:
-    if images.dtype != torch.uint8:
-        raise InputError(f"a judge of {images.dtype} images: give 8-bit ones, uint8, as timm_jem.pixels.eight_bit makes them")
-    u = to_pixels(images.cpu())
-    return F.adaptive_avg_pool2d(u, [min(side, _SIDE) for side in u.shape[2:]]).flatten(1).numpy()
+    eight_bit_images(images, "images for a judge")
+    sides = [min(side, _SIDE) for side in images.shape[2:]]
+    parts = [F.adaptive_avg_pool2d(to_pixels(part.cpu()), sides).flatten(1) for part in images.split(256)]
+    return torch.cat(parts).numpy()

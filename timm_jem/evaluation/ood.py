@@ -9,6 +9,7 @@ from torch import Tensor
 
 from timm_jem.energy import log_density
 from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.evaluation.labelled import eight_bit_images, numbers
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
@@ -53,15 +54,16 @@ def ood_scores(
         InputError: images that are not 8-bit, of another shape, or none.
     """
     check_whole("batch_size", batch_size, 1)
+    if not isinstance(images, Iterable):
+        raise InputError(f"images are a {type(images).__name__}: give a uint8 tensor (N, C, H, W), or batches of that")
     if isinstance(images, Tensor):
-        _check_images(images)
-        images = images.split(batch_size)
+        images = eight_bit_images(images).split(batch_size)
     device = jem.mean.device
     # Float32 would round confidences to 1, and tie them.
     wide = torch.float32 if device.type == "mps" else torch.float64
     found: dict[str, list[Tensor]] = {name: [] for name in (SCORES[:4] if approximate_mass else SCORES[:3])}
     with frozen(jem), torch.inference_mode(False), torch.set_grad_enabled(approximate_mass):
-        for batch in _images(tqdm(images, desc=desc, leave=False)):
+        for batch in _images(tqdm(images, desc=desc, leave=False), jem.input_size[0]):
             u = to_pixels(batch.to(device)).requires_grad_(approximate_mass)
             logits = jem(jem.normalize(u))
             if approximate_mass:
@@ -76,20 +78,9 @@ def ood_scores(
     return {name: torch.cat(parts).cpu().double() for name, parts in found.items()}
 
 
-def _images(batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+def _images(batches: Iterable[Tensor | tuple[Tensor, Tensor]], channels: int) -> Iterator[Tensor]:
     for batch in batches:
-        images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        _check_images(images)
-        yield images
-
-
-def _check_images(images: Tensor) -> None:
-    if not isinstance(images, Tensor):
-        raise InputError(f"images are a {type(images).__name__}: give a uint8 tensor (N, C, H, W), or batches of that")
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise InputError(f"images have dtype {images.dtype} and shape {tuple(images.shape)}: give uint8 (N, C, H, W)")
-    if len(images) == 0:
-        raise InputError("there are no images to score: give at least one")
+        yield eight_bit_images(batch[0] if isinstance(batch, (tuple, list)) else batch, channels=channels)
 
 
 def typicality(log_density: Tensor, reference: Tensor) -> Tensor:
@@ -103,14 +94,16 @@ def typicality(log_density: Tensor, reference: Tensor) -> Tensor:
         reference: log p(x) of held-out images in distribution, which neither trained the model nor are scored; shape (M,).
 
     Returns:
-        float64, shape (N,).
+        float64, shape (N,), on the CPU; NaN or −inf where a score of an image is not finite, which the metrics refuse.
 
     Raises:
-        InputError: no held-out images.
+        InputError: no held-out images, one whose log p(x) is not finite, or scores of another shape.
     """
-    if len(reference) == 0:
-        raise InputError("typicality needs log p(x) of held-out images: give at least one")
-    return -(log_density.double() - reference.double().mean()).abs()
+    reference = torch.from_numpy(_checked(reference, "held-out"))
+    scores = numbers(log_density, "scores").double()
+    if scores.ndim != 1:
+        raise InputError(f"log p(x) has shape {tuple(scores.shape)}: give one score per image, shape (N,)")
+    return -(scores - reference.mean()).abs()
 
 
 def ood_metrics(in_scores: Tensor, out_scores: Tensor) -> dict[str, float]:
@@ -139,8 +132,9 @@ def ood_metrics(in_scores: Tensor, out_scores: Tensor) -> dict[str, float]:
     is_in = np.repeat([1, 0], [len(inside), len(outside)])
     return {
         "auroc": float(roc_auc_score(is_in, scores)),
-        "aupr_out": float(average_precision_score(1 - is_in, -scores)),
-        "aupr_in": float(average_precision_score(is_in, scores)),
+        # Sums of shares round to a little more than 1.
+        "aupr_out": min(1.0, float(average_precision_score(1 - is_in, -scores))),
+        "aupr_in": min(1.0, float(average_precision_score(is_in, scores))),
         "fpr95_in": _fpr95(is_in, scores),
         "fpr95_out": _fpr95(1 - is_in, -scores),
     }
@@ -154,7 +148,7 @@ def _fpr95(positive: np.ndarray, scores: np.ndarray) -> float:
 
 
 def _checked(scores: Tensor, name: str) -> np.ndarray:
-    scores = torch.as_tensor(scores).detach().cpu().double().numpy()
+    scores = numbers(scores, f"{name} scores").double().numpy()
     if scores.ndim != 1:
         raise InputError(f"{name} scores have shape {scores.shape}: give one score per image, shape (N,)")
     if len(scores) == 0:

@@ -25,6 +25,7 @@ TABLES = {
 def ood_section(subject: Subject, config: EvaluationConfig, section: Section) -> None:
     """Every score of test images against that of every set of outliers."""
     inside, size = subject.test[: config.ood_images], config.batch_size
+    section.found.warnings += subject.warnings
     held_out = ood_scores(subject.model, subject.val, approximate_mass=False, batch_size=size, desc="held-out images")
     reference = held_out["log p(x)"]
 

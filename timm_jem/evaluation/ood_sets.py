@@ -8,6 +8,8 @@ from torch import Tensor
 
 from timm_jem.data import load_images
 from timm_jem.errors import InputError, check_whole
+from timm_jem.evaluation.labelled import eight_bit_images
+from timm_jem.evaluation.labelled import labels as class_labels
 
 __all__ = ["constant_images", "interpolations", "outlier_sets", "uniform_images"]
 
@@ -31,20 +33,18 @@ def interpolations(images: Tensor, labels: Tensor, n: int, generator: torch.Gene
         InputError: images that are not 8-bit, other shapes, or images of one class.
     """
     check_whole("n", n, 1)
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise InputError(f"images have dtype {images.dtype} and shape {tuple(images.shape)}: give uint8 (N, C, H, W)")
-    if labels.shape != images.shape[:1]:
-        raise InputError(f"{len(images)} images and labels of shape {tuple(labels.shape)}: give one label per image")
+    device, labels = eight_bit_images(images).device, class_labels(labels, len(images))
     classes, label, count = labels.unique(return_inverse=True, return_counts=True)
     if len(classes) < 2:
         raise InputError(f"interpolations need images of two classes, and these have {len(classes)}: give more images")
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(-(-n // len(images)))])
-    first = order[:n].to(label.device)
+    first = order[:n]
     # Others of image i: all rows sorted by class, without the block of its own class.
     start, size = (count.cumsum(0) - count)[label[first]], count[label[first]]
-    draws = torch.rand(n, generator=generator, dtype=torch.float64).to(label.device)
+    draws = torch.rand(n, generator=generator, dtype=torch.float64)
     other = (draws * (len(images) - size)).long()
     second = label.argsort(stable=True)[other + size * (other >= start)]
+    first, second = first.to(device), second.to(device)
     return torch.lerp(images[first].float(), images[second].float(), 0.5).round().to(torch.uint8)
 
 

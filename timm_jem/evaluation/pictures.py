@@ -1,7 +1,12 @@
 """Pictures of images."""
 
+import contextlib
+from bisect import bisect_right
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -14,6 +19,8 @@ __all__ = ["image_grid", "stack_pictures"]
 _LINE = 18  # pixels of a line of text
 _CELL = 64  # least side of an image with a caption, pixels
 _WIDEST = 120  # a longer column name doesn't enlarge the images, and is cut
+_LONGEST = 240  # pixels of a row name or a caption; the rest is cut
+_BROKEN = (1.0, 0.0, 1.0)  # magenta, for pixels that are NaN
 
 
 def image_grid(
@@ -27,16 +34,19 @@ def image_grid(
     """A grid of images, row by row, small ones enlarged without smoothing.
 
     Args:
-        u: pixels, shape (N, C, H, W); what leaves [-1, 1] is cut.
+        u: pixels, shape (N, C, H, W) with one or three channels; what leaves [-1, 1] is cut, and NaN is drawn in magenta.
         columns: images in a row.
         row_names: names left of the rows, or none.
         captions: a short text beneath each image, e.g. "E -3.2", or none; the images are then large enough for them.
-        column_names: names above the columns, or none; what doesn't fit above a column ends in "…".
+        column_names: names above the columns, or none. Text that is too long for its place ends in "…".
 
     Raises:
-        InputError: another number of names than rows or columns, or of captions than images.
+        InputError: no images, or of another shape; another number of names than rows or columns, or of captions than images.
     """
     check_whole("columns", columns, 1)
+    if not isinstance(u, Tensor) or u.ndim != 4 or u.shape[1] not in (1, 3) or u.numel() == 0:
+        what = f"have shape {tuple(u.shape)}" if isinstance(u, Tensor) else f"are a {type(u).__name__}"
+        raise InputError(f"images to draw {what}: give a tensor, (N, 1, H, W) or (N, 3, H, W), at least one")
     rows = -(-len(u) // columns)
     for what, names, count in (
         ("row names", row_names, rows),
@@ -45,8 +55,9 @@ def image_grid(
     ):
         if names and len(names) != count:
             raise InputError(f"{len(names)} {what} for {count}: give one each")
-    captions, column_names = [_drawable(text) for text in captions], [_drawable(text) for text in column_names]
-    font = ImageFont.load_default(size=12 if captions or column_names else 14)
+    row_names, captions, column_names = ([_drawable(text) for text in of] for of in (row_names, captions, column_names))
+    font = _font(12 if captions or column_names else 14, [*row_names, *captions, *column_names])
+    row_names, captions = ([_cut(text, font, _LONGEST) for text in of] for of in (row_names, captions))
     scale = max(1, 40 // min(u.shape[-2:]))
     if captions or column_names:
         wanted = max([font.getlength(t) for t in captions] + [min(font.getlength(t), _WIDEST) for t in column_names])
@@ -54,6 +65,8 @@ def image_grid(
     if captions:
         scale = max(scale, -(-_CELL // min(u.shape[-2:])))
     u = u.detach().float().cpu().clamp(-1, 1).add(1).div(2)
+    if (broken := u.isnan().any(1, keepdim=True)).any():
+        u = torch.where(broken, torch.tensor(_BROKEN)[:, None, None], u)
     u = F.interpolate(u, scale_factor=scale, mode="nearest") if scale > 1 else u
     height, width = u.shape[-2:]
     above, below = _LINE * bool(column_names), _LINE * bool(captions)
@@ -89,8 +102,9 @@ def stack_pictures(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """
     if not pictures:
         raise InputError("there are no pictures to stack: give at least one")
-    font = ImageFont.load_default(size=15)
     titles = [_drawable(title) for title, _ in pictures]
+    font = _font(15, titles)
+    titles = [_cut(title, font, max(4 * _LONGEST, *(picture.width for _, picture in pictures))) for title in titles]
     width = max([picture.width for _, picture in pictures] + [8 + round(font.getlength(title)) for title in titles])
     height = sum(picture.height + 30 for _, picture in pictures)
     stacked, y = Image.new("RGB", (width, height), "white"), 0
@@ -103,13 +117,22 @@ def stack_pictures(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def _drawable(text: str) -> str:
+    """One line."""
     # Pillow's own font has a hyphen and no minus sign, and draws a box instead.
-    return text.replace("−", "-")
+    return " ".join(text.split()).replace("−", "-")
+
+
+def _font(size: int, texts: Sequence[str]) -> ImageFont.FreeTypeFont:
+    """Pillow's own font; for more than ASCII, which it draws as boxes, matplotlib's DejaVu Sans where that is installed."""
+    if not all(text.isascii() for text in texts) and (found := find_spec("matplotlib")) and found.origin:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    return ImageFont.load_default(size)
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(text) <= width:
+    # No character that is drawn is narrower than a pixel, and measuring thousands takes long.
+    if len(text) <= width and font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    fitting = bisect_right(range(min(len(text), width)), width, key=lambda count: font.getlength(text[:count] + "…"))
+    return text[: max(0, fitting - 1)].rstrip() + "…"

@@ -42,6 +42,10 @@ class RefinementConfig:
     def __post_init__(self) -> None:
         check_whole("refinement steps", self.steps, 1)
         check_whole("refinement chains", self.chains, 1)
+        if not (self.sgld is None or isinstance(self.sgld, SGLDConfig)):
+            raise InputError(
+                f"sgld of a refinement is a {type(self.sgld).__name__}: give a timm_jem.SGLDConfig, or None for the model's"
+            )
 
 
 def refined_classifier(
@@ -71,7 +75,7 @@ def refined_classifier(
     """
     if gradient not in ("identity", "through"):
         raise InputError(f"gradient of a refinement is {gradient!r}: give 'identity' or 'through'")
-    settings = config.sgld or jem.sgld
+    settings = jem.sgld if config.sgld is None else config.sgld
     if gradient == "through":
         check_second_derivatives(jem)
 

@@ -1,37 +1,25 @@
-"""What was measured, with how many images, which seed and which protocol: as JSON, as Markdown, and in a folder."""
+"""What was measured, with how many images, which seed and which protocol: as JSON and as Markdown."""
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError, one_line
-from timm_jem.files import folder_aside
+from timm_jem.evaluation.strict_json import dumps, restored
 
-__all__ = [
-    "REPORT_FILE",
-    "Report",
-    "Result",
-    "check_output_dir",
-    "fingerprint",
-    "in_order",
-    "number",
-    "read_report",
-    "write_files",
-    "write_report",
-]
+__all__ = ["REPORT_FILE", "Measured", "Report", "Result", "cell", "fingerprint", "in_order", "number", "read_report"]
 
 REPORT_FILE = "report.json"
-FORMAT_VERSION = 1
-_OURS = (REPORT_FILE, "report.md", "compare.json", "compare.md")
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -68,46 +56,122 @@ class Result:
 
 
 @dataclass
-class Report:
-    """All of one evaluation.
+class Measured:
+    """What one section of a report came to. It is there as a whole, or not at all.
 
     Attributes:
-        subject: what was evaluated, on what, by which command and settings, versions, seconds: JSON data.
+        title: of the section.
+        settings: with which it was measured: JSON data.
+        command, versions: which measured it, and with what software on which device.
+        seconds: that it took.
         results: the numbers, in the report's order.
         curves: data of plots that :mod:`timm_jem.evaluation.comparison` overlays, by the plot's name; JSON data.
         warnings: what a reader must know before believing the numbers.
-        pictures: (section, file name, caption).
+        pictures: (file name, caption).
+        left_out: why there is nothing of all this; None: it was measured.
     """
 
-    subject: dict[str, Any]
+    title: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    versions: str = ""
+    seconds: float = 0.0
     results: list[Result] = field(default_factory=list)
     curves: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    pictures: list[tuple[str, str, str]] = field(default_factory=list)
+    pictures: list[tuple[str, str]] = field(default_factory=list)
+    left_out: str | None = None
+
+
+@dataclass
+class Report:
+    """All that was measured of one model on one data set, by one call or several.
+
+    Attributes:
+        subject: what was evaluated, and on what: JSON data with a ``name``.
+        sections: what was measured, in the report's order.
+        missing: titles of sections that are still to be measured.
+    """
+
+    subject: dict[str, Any]
+    sections: list[Measured] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def results(self) -> list[Result]:
+        """The numbers of all sections."""
+        return [result for section in self.sections for result in section.results]
+
+    @property
+    def curves(self) -> dict[str, Any]:
+        """The curves of all sections, by the plot's name."""
+        return {name: curve for section in self.sections for name, curve in section.curves.items()}
+
+    @property
+    def pictures(self) -> list[tuple[str, str, str]]:
+        """(section, file name, caption) of all sections."""
+        return [(section.title, file, caption) for section in self.sections for file, caption in section.pictures]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know before believing the numbers, sections that are not there included."""
+        found = []
+        for section in self.sections:
+            found += section.warnings
+            found += [f"{section.title} is left out: {section.left_out}"] if section.left_out else []
+        if self.missing:
+            found.append(
+                f"Unfinished: {', '.join(self.missing)} not measured, because the evaluation is still running or was stopped. "
+                "The same command goes on with it."
+            )
+        return in_order(found)
+
+    @property
+    def presets(self) -> str:
+        """Those that the sections were measured with."""
+        return "; ".join(in_order([f"{s.settings['preset']}, seed {s.settings['seed']}" for s in self.sections if s.settings]))
+
+    def measured(self, title: str) -> Measured | None:
+        """The section of this title, unless it is not there or was left out."""
+        return next((section for section in self.sections if section.title == title and section.left_out is None), None)
+
+    def put(self, section: Measured, order: Sequence[str]) -> None:
+        """Add a section, or replace it; the report's order is that of the titles ``order``.
+
+        One that was left out takes no place of numbers that are there.
+        """
+        if section.left_out is not None and self.measured(section.title) is not None:
+            return
+        others = [other for other in self.sections if other.title != section.title]
+        self.sections = sorted([*others, section], key=lambda of: order.index(of.title) if of.title in order else len(order))
 
     def as_json(self) -> str:
-        """The whole, as JSON; NaN stays NaN, as Python writes it."""
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
+        """The whole, as strict JSON: NaN and infinities are strings."""
+        return dumps({"format_version": FORMAT_VERSION, **asdict(self)})
 
     def as_markdown(self) -> str:
         """For a reader: tables, protocols beneath them, and pictures."""
-        subject = self.subject
+        subject, there = self.subject, [section for section in self.sections if section.left_out is None]
+        headline = {
+            **subject.get("headline", {}),
+            "Preset": self.presets,
+            "Versions": "; ".join(in_order([section.versions for section in there])),
+            "Took": f"{sum(section.seconds for section in self.sections):.0f} s",
+        }
         lines = [f"# Evaluation of {subject['name']}", ""]
-        lines += [f"- **{key}**: {value}" for key, value in subject.get("headline", {}).items()]
-        lines += ["", f"```bash\n{subject['command']}\n```" if "command" in subject else "", ""]
+        lines += [f"- **{key}**: {value}" for key, value in headline.items() if value]
+        commands = in_order([section.command for section in there if section.command])
+        lines += ["", "```bash", *commands, "```", ""] if commands else [""]
         if self.warnings:
             lines += ["**Warnings**", "", *(f"- {warning}" for warning in self.warnings), ""]
-        sections = [result.section for result in self.results] + [section for section, _, _ in self.pictures]
-        for section in in_order(sections):
-            lines += [f"## {section}", ""]
-            of_section = [result for result in self.results if result.section == section]
-            for table in in_order([result.table for result in of_section]):
-                of_table = [result for result in of_section if result.table == table]
+        for section in there:
+            lines += [f"## {section.title}", ""]
+            for table in in_order([result.table for result in section.results]):
+                of_table = [result for result in section.results if result.table == table]
                 lines += [f"### {table}", "", *_table(of_table), ""]
                 lines += [f"{_protocols(of_table)}", ""]
-            for where, file, caption in self.pictures:
-                if where == section:
-                    lines += [f"![{caption}]({file})", "", f"*{caption}*", ""]
+            for file, caption in section.pictures:
+                lines += [f"![{caption}]({file})", "", f"*{caption}*", ""]
         return "\n".join(lines).rstrip() + "\n"
 
     def card_results(self) -> list[dict[str, Any]]:
@@ -141,17 +205,22 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"  # NaN is "nan"
 
 
+def cell(text: str) -> str:
+    """Text in a table of Markdown: one line, in which no bar ends the cell."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def _table(results: Sequence[Result]) -> list[str]:
     cells = {(result.row, result.column): result for result in results}
     columns = in_order([result.column for result in results])
-    lines = ["| | " + " | ".join(column or "value" for column in columns) + " |", "| --- |" + " --- |" * len(columns)]
+    lines = ["| | " + " | ".join(cell(column) or "value" for column in columns) + " |", "| --- |" + " --- |" * len(columns)]
     for row in in_order([result.row for result in results]):
         shown = []
         for column in columns:
             result = cells.get((row, column))
             interval = f" [{number(result.low)}, {number(result.high)}]" if result and result.interval else ""
             shown.append(f"{number(result.value)}{interval}" if result else "")
-        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+        lines.append(f"| {cell(row)} | " + " | ".join(shown) + " |")
     return lines
 
 
@@ -185,18 +254,82 @@ def read_report(path: str | os.PathLike) -> Report:
         raise InputError(f"{path} has no {REPORT_FILE}: give folders that recipes/evaluate.py wrote")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        if data.pop("format_version") != FORMAT_VERSION:
-            raise InputError(f"{file} is of another version: evaluate that model again")
-        names = {f.name for f in fields(Result)}
-        results = [Result(**{key: value for key, value in result.items() if key in names}) for result in data.pop("results")]
-        pictures = [tuple(entry) for entry in data.pop("pictures")]
-        return Report(results=results, pictures=pictures, **data)
-    except InputError:
-        raise
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        version = data["format_version"]
+    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise InputError(
             f"{file} is not a report ({type(error).__name__}: {one_line(error)}): evaluate that model again"
         ) from error
+    if version != FORMAT_VERSION:
+        raise InputError(f"{file} is of another version: evaluate that model again")
+    try:
+        return _report(data)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is not a report ({one_line(error)}): evaluate that model again") from error
+
+
+def _report(data: dict[str, Any]) -> Report:
+    sections = []
+    for part in _list(data, "sections"):
+        results = [_built(Result, {**result, **_numbers(result)}) for result in _list(part, "results")]
+        for result in results:
+            if result.interval is not None and None in (result.low, result.high):
+                raise TypeError(f"the interval of {result.row} has no ends")
+        for name, curve in (curves := restored(part["curves"])).items():
+            _check_curves(name, curve)
+        pictures = [tuple(picture) for picture in _list(part, "pictures")]
+        sections.append(_built(Measured, {**part, "results": results, "curves": curves, "pictures": pictures}))
+    report = _built(Report, {**data, "sections": sections})
+    if not _fits(report.subject["name"], str) or not _fits(report.subject.get("headline", {}), dict[str, str]):
+        raise TypeError("subject has no name, or a headline that is no text")
+    return report
+
+
+def _list(data: dict[str, Any], name: str) -> list[Any]:
+    if not isinstance(data[name], list):
+        raise TypeError(f"{name} is {data[name]!r:.80}")
+    return data[name]
+
+
+def _numbers(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: restored(result[name]) for name in ("value", "low", "high") if name in result}
+
+
+def _built(kind: type, data: dict[str, Any]) -> Any:
+    """A dataclass of JSON data; what it doesn't know is left out, and a value of another type is a TypeError."""
+    hints = get_type_hints(kind)
+    known = {name: data[name] for name in hints if name in data}
+    for name, value in known.items():
+        if not _fits(value, hints[name]):
+            raise TypeError(f"{name} is {value!r:.80}")
+    return kind(**known)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is UnionType:
+        return any(_fits(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(entry, inner[0]) for entry in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(entry, inner[1]) for entry in value.values())
+    numeric = {float: (int, float), NoneType: NoneType}
+    return isinstance(value, numeric.get(hint, hint)) and not (isinstance(value, bool) and hint in (int, float))
+
+
+def _check_curves(name: str, curves: dict[str, Any]) -> None:
+    """A TypeError unless these are the curves that comparisons draw by this name."""
+    for curve in curves.values():
+        if name == "reliability":
+            lists = [curve[key] for key in ("confidence", "accuracy", "share")]
+            alike = _fits(curve["ece"], float)
+        else:
+            lists, alike = list(curve), len(curve) == (2 if name == "quality against length" else 4)
+        if not alike or not _fits(lists, list[list[float]]) or len({len(values) for values in lists}) != 1 or not lists[0]:
+            raise TypeError(f"the curves of {name!r:.80} are none")
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -207,86 +340,3 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def check_output_dir(path: str | os.PathLike, overwrite: bool) -> Path:
-    """A folder for a report: new, empty, or, with ``overwrite``, of an earlier one.
-
-    Raises:
-        InputError: it holds something else.
-    """
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file: give a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not any((folder / name).is_file() for name in _OURS):
-            raise InputError(f"output_dir {folder} holds other files: give a new folder")
-        if not overwrite:
-            raise InputError(f"output_dir {folder} holds a report: give a new folder, or --overwrite true")
-    return folder
-
-
-def write_report(report: Report, folder: Path, drawn: Path, *, missing: Sequence[str] = ()) -> None:
-    """Put a report into its folder, in place of what was there; the pictures of an earlier report go with it.
-
-    Args:
-        report: as far as it goes.
-        folder: made if it isn't there.
-        drawn: a folder on the same file system with pictures that ``folder`` may not have yet; those that the report shows
-            are moved.
-        missing: titles of sections that are still to be measured. The report warns that it lacks them.
-
-    Raises:
-        InputError: the folder can't be written.
-    """
-    if missing:
-        unfinished = f"Unfinished: {', '.join(missing)} not measured, because the evaluation is still running or was stopped."
-        report = replace(report, warnings=[*report.warnings, unfinished])
-    shown = {file for _, file, _ in report.pictures}
-    with _explained(folder):
-        (drawn / REPORT_FILE).write_text(report.as_json(), encoding="utf-8")
-        (drawn / "report.md").write_text(report.as_markdown(), encoding="utf-8")
-        _move([file for file in drawn.iterdir() if file.name in shown or file.name in _OURS], folder, _shown_in(folder) - shown)
-
-
-def write_files(folder: Path, write: Callable[[Path], None], *, stale: Iterable[str] = ()) -> None:
-    """``write(temporary folder)``, then move its files to ``folder``: all of them are there, or none.
-
-    Args:
-        folder: made if it isn't there.
-        write: writes into the folder that it is given.
-        stale: names of files in ``folder`` that must not stay unless ``write`` wrote them again.
-
-    Raises:
-        InputError: the folder can't be written.
-    """
-    with _explained(folder), folder_aside(folder) as aside:
-        write(aside)
-        files = list(aside.iterdir())
-        _move(files, folder, {*stale} - {file.name for file in files})
-
-
-def _move(files: Sequence[Path], folder: Path, stale: Iterable[str]) -> None:
-    folder.mkdir(exist_ok=True)
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
-    # The report itself last: where it is, all of its pictures are.
-    for file in sorted(files, key=lambda file: file.name in _OURS):
-        os.replace(file, folder / file.name)
-
-
-def _shown_in(folder: Path) -> set[str]:
-    """Names of the pictures of the report that ``folder`` holds; none where it can't be read."""
-    try:
-        pictures = read_report(folder).pictures
-    except InputError:  # nothing there yet, or a report of another version, about to be replaced
-        return set()
-    return {file for _, file, _ in pictures if Path(file).name == file and file.endswith(".png")}
-
-
-@contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"the report can't be written to {folder} ({one_line(error)}): make room, or give another") from error

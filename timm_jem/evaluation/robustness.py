@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from accelerate.utils import tqdm
 from torch import Tensor
 
-from timm_jem.errors import check_number
+from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.evaluation.attacks import Classifier, PGDConfig, auto_attack, check_attackable, check_logits, pgd
 from timm_jem.sampling import randn, uniform_noise
 
@@ -29,9 +30,11 @@ def is_correct(classifier: Classifier, images: Tensor, y: Tensor, batch_size: in
     """Whether images in [0, 1] are classified as their labels: bool, shape (N,), on the CPU.
 
     Raises:
-        InputError: logits that are not finite.
+        InputError: images outside [0, 1], labels that don't fit, or logits that are not finite.
     """
-    return torch.cat([check_logits(classifier(part)).argmax(1).cpu() for part in images.split(batch_size)]) == y.cpu()
+    y = check_attackable(images, y).cpu()
+    check_whole("batch_size", batch_size, 1)
+    return torch.cat([check_logits(classifier(part)).argmax(1).cpu() for part in images.split(batch_size)]) == y
 
 
 def robust_correct(
@@ -66,7 +69,11 @@ def robust_correct(
     Raises:
         InputError: a radius below 0, or as :func:`timm_jem.evaluation.attacks.pgd`.
     """
-    check_attackable(images, y)
+    y = check_attackable(images, y)
+    if isinstance(epsilons, numbers.Real) or epsilons is None:
+        raise InputError(f"epsilons are {epsilons!r}: give a list of radii, in [0, 1] pixel units")
+    for eps in epsilons:
+        check_number("eps of an attack", eps, least=0)
     found, alive = {}, torch.ones(len(y), dtype=torch.bool)
     for eps, attack in {eps: replace(config, eps=eps) for eps in sorted(epsilons)}.items():
         rows = torch.ones(len(y), dtype=torch.bool) if stochastic else alive
@@ -144,7 +151,7 @@ def sanity_checks(
     Raises:
         InputError: as :func:`timm_jem.evaluation.attacks.pgd`.
     """
-    check_attackable(images, y)
+    y = check_attackable(images, y)
     check_number("tolerance", tolerance, least=0)
     check_number("eps of the attack to check", config.eps, above=0)
     options = {"generator": generator, "batch_size": batch_size}
@@ -276,8 +283,10 @@ def _random_search(
 ) -> int:
     """How many images one of a hundred random points breaks: corners of the ℓ∞ ball, or points of the ℓ2 sphere."""
     correct = torch.ones(len(y), dtype=torch.bool)
+    if not len(y):
+        return 0
     options = {"generator": generator, "device": images.device, "dtype": images.dtype}
-    for _ in tqdm(range(100 if len(y) else 0), desc="random points of the ball", leave=False):
+    for _ in tqdm(range(100), desc="random points of the ball", leave=False):
         if config.norm == "linf":
             away = uniform_noise(images.shape, **options).sign()
         else:

@@ -21,8 +21,8 @@ def robustness_section(subject: Subject, config: EvaluationConfig, section: Sect
     """PGD of growing size, AutoAttack, the refinement defence, transferred attacks, and checks of the attacks."""
     classifier = pixel_classifier(subject.model)
     surrogate = None if subject.baseline is None else pixel_classifier(subject.baseline)
-    images = subject.test[: config.attack_images].to(subject.model.mean.device).float() / 255
-    y = subject.test_y[: config.attack_images].to(images.device)
+    # On the CPU: attacks take batch_size of them to the model's device at a time.
+    images, y = subject.test[: config.attack_images].float() / 255, subject.test_y[: config.attack_images]
     _pgd(subject, config, section, classifier, images, y)
     if config.auto_attack_images:
         _auto_attack(subject, config, section, classifier, images, y)

@@ -46,6 +46,31 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
+# The settings that change a section's numbers; those of all sections are added. batch_size changes none.
+_OF_ALL = ("seed", "test_images")
+_OF_SECTION: dict[SectionName, tuple[str, ...]] = {
+    "classification": (),
+    "ood": ("ood", "ood_images"),
+    "robustness": (
+        "baseline",
+        "attack_images",
+        "attack_steps",
+        "attack_restarts",
+        "linf_epsilons",
+        "l2_epsilons",
+        "linf_epsilon",
+        "l2_epsilon",
+        "auto_attack_images",
+        "refinement_steps",
+        "refinement_images",
+        "refinement_chains",
+        "eot",
+    ),
+    "generation": ("judge", "extractors", "samples", "curve_samples", "longest_chain", "real_images"),
+    "pictures": ("baseline",),
+}
+
+
 @dataclass
 class EvaluationConfig:
     """What to measure. Sizes that are None are the preset's.
@@ -128,6 +153,10 @@ class EvaluationConfig:
         check_number("l2_epsilon", self.l2_epsilon, above=0)
         if not self.sections:
             raise InputError(f"sections is empty: give some of {', '.join(SECTIONS)}")
+
+    def of_section(self, name: SectionName) -> dict[str, Any]:
+        """The settings that change a section's numbers."""
+        return {setting: getattr(self, setting) for setting in (*_OF_ALL, *_OF_SECTION[name])}
 
     @property
     def refines(self) -> bool:

@@ -23,7 +23,7 @@ from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
 from timm_jem.wrap import create_model, from_pretrained
 
-__all__ = ["Subject", "check_classes", "data_config", "load_model", "load_subject", "some"]
+__all__ = ["Subject", "check_classes", "data_config", "display_name", "load_model", "load_subject", "some"]
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Subject:
         data: where the images are from.
         split: the name of the test split.
         held_out: what ``val`` is, in words.
-        warnings: what a reader must know about these images.
+        warnings: what a reader must know where ``val`` is used.
         outliers: 8-bit images out of distribution, by name; empty where they aren't asked for.
         extractors: features of samples; empty where samples aren't asked for.
         baseline, judge: other classifiers of the same images, or None.
@@ -74,23 +74,23 @@ class Subject:
 
 
 def load_subject(
-    name: str, data: DataConfig | None, config: EvaluationConfig, *, device: torch.device | str = "cpu"
+    name: str, model: JEM, data: DataConfig, config: EvaluationConfig, *, alike: bool, device: torch.device | str = "cpu"
 ) -> Subject:
     """Load everything that the sections need.
 
     Args:
-        name: of the model, see :func:`load_model`.
-        data: images to evaluate on; None: those of the model's training.
+        name: of the model.
+        model: itself, see :func:`load_model`.
+        data: images to evaluate on, see :func:`data_config`.
         config: what is going to be measured.
+        alike: whether ``data`` are split as in the model's own training.
         device: where.
 
     Raises:
         InputError: whatever is wrong with the input, a missing library included: it is found before anything is measured.
     """
-    model = load_model(name, second_derivatives=config.refines)
     check_libraries(config)
     baseline, judge = (None if other is None else load_model(other) for other in (config.baseline, config.judge))
-    data, alike = data_config(model, name, data)
     splits = load_splits(data)
     for jem, called in ((model, name), (baseline, config.baseline), (judge, config.judge)):
         if jem is not None:
@@ -117,7 +117,7 @@ def load_subject(
     of_split = f"images held out of split {data.train_split}"
     held_out = f"{of_split}, as in training" if alike else f"{of_split}, which the model may have been trained on"
     return Subject(
-        name=Path(name).name if Path(name).is_dir() else name,
+        name=display_name(name),
         model=model,
         test=test,
         test_y=test_y,
@@ -137,6 +137,11 @@ def load_subject(
         judge=judge,
         seed=config.seed,
     )
+
+
+def display_name(name: str) -> str:
+    """What to call a model in a report: a folder by its last name."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def load_model(name: str, *, second_derivatives: bool = False) -> JEM:

@@ -41,8 +41,9 @@ class GuardConfig:
             steps since the last one, and any value that is not finite.
         snapshot_every: optimiser steps between snapshots in host memory, to go back to.
         max_rollbacks: after so many the run stops, with the last good model.
-        runaway_factor, runaway_floor: broken where |gap|, |energy| or cross-entropy is above ``runaway_floor`` nats plus
-            ``runaway_factor`` times its own recent scale (mean over about the last ten looks).
+        runaway_factor: broken where |gap|, |energy| or cross-entropy is above ``runaway_floor`` nats plus this many times its
+            own recent scale (mean over about the last ten looks).
+        runaway_floor: nats; see there.
         max_energy: broken where |energy| is above this, whatever its past: float32 logits have no digits left for p(y|x).
         max_chain_rms: broken where chains leave the pixel range [-1, 1] by so much.
         min_chain_spread: broken where all chains are one image to within this, pixels.

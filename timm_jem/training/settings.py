@@ -29,7 +29,8 @@ class ModelConfig:
             "hf-hub:".
         pretrained: start from pretrained weights; None: for folders and the Hub, whose names mean a model that is trained.
         num_classes: None: as many as the data has.
-        drop_rate, drop_path_rate: timm's dropout and stochastic depth, for the loss only: chains move without.
+        drop_rate: timm's dropout, for the loss only: chains move without.
+        drop_path_rate: timm's stochastic depth, likewise.
         kwargs: more arguments for timm.create_model, e.g. {act_layer: silu}. Those of a config are for its own model:
             a --model.name after it drops them, whatever other arguments come with it.
     """
@@ -66,21 +67,29 @@ class TrainConfig:
         px_augment: how images for p(x) are augmented: full (JEM: as for the cross-entropy), flip, or none (SADA-JEM).
         ce_auto_augment: a policy of timm for the images of the cross-entropy, e.g. rand-m9-mstd0.5 or augmix-m3-w3; they
             then come in batches of their own.
-        opt, lr, weight_decay, opt_kwargs: a timm optimiser and its settings; {layer_decay: 0.75} gives each layer that much
-            of the learning rate of the one above it, the head all of it.
+        opt: a timm optimiser.
+        lr: its learning rate.
+        weight_decay: of the optimiser.
+        opt_kwargs: its other arguments, as timm.optim.create_optimizer_v2 takes them; {layer_decay: 0.75} gives each layer
+            that much of the learning rate of the one above it, the head all of it.
         freeze: parts of the backbone that stay as they are, BatchNorm statistics included: names of its modules, and stem.
-        warmup_steps: None: JEM's 1000, or a tenth of a run that is shorter than ten times that.
-        sched: a timm schedule over all steps after warmup_steps; milestones are parts of steps, decay_rate their factor.
+        warmup_steps: optimiser steps in which the learning rate rises to lr; None: JEM's 1000, or a tenth of a run that is
+            shorter than ten times that.
+        sched: a timm schedule over all steps after warmup_steps.
+        milestones: where a multistep schedule decays, as parts of all steps.
+        decay_rate: the factor of a decay.
         sched_kwargs: more for timm.scheduler.create_scheduler_v2, in steps where it says epochs.
         grad_clip: bound of the gradient's norm; 0: none.
         ema_decay: of timm's moving average of the weights, which then is what is evaluated, drawn from and kept; 0: none.
         data_noise: standard deviation of noise on the images while training, pixels. Chains can't be narrower than
             their own noise, so keep it above sgld.noise_std, or the energy sharpens without end.
         ce_noise: that of the images for the cross-entropy, or None: as data_noise.
-        buffer_size, restart_prob: the replay buffer of a process; None: JEM's 10,000 chains, or as many as take 1 GiB.
+        buffer_size: chains in the replay buffer of a process; None: JEM's 10,000, or as many as take 1 GiB.
+        restart_prob: how likely a chain that is drawn from it starts anew.
         init: where chains start: uniform noise (JEM), or gaussian: fitted to each class (JEM++, SADA-JEM).
         conditional_chains: chains of p(y) p(x|y) as negatives of E(x) as well; with objective w_xy they are anyway.
-        ramp_from, ramp_steps: sgld.num_steps is reached from ramp_from in so many optimiser steps; 0: at once.
+        ramp_from: sgld.num_steps of the first optimiser step, where ramp_steps is not 0.
+        ramp_steps: optimiser steps in which sgld.num_steps is reached from there; 0: at once.
         batch_norm: BatchNorm while chains move: eval (running statistics), frozen (in the loss, too), or train (JEM++,
             SADA-JEM: batch statistics; what is sampled then is not the density that is scored).
         objective: weights of the loss; w_xy > 0 gives class-conditional chains.
@@ -92,7 +101,8 @@ class TrainConfig:
             ``accelerate launch`` by itself gives one.
         workers: processes that decode images, for data sets not kept in memory; None: as the machine's cores allow.
         log_every: optimiser steps between lines of metrics.jsonl.
-        sample_every, eval_every: optimiser steps between pictures and validations; 0: only at the end.
+        sample_every: optimiser steps between pictures; 0: only at the end.
+        eval_every: optimiser steps between validations; 0: only at the end.
         checkpoint_every: optimiser steps between checkpoints for --resume; 0: only when the last step is done, or when stopped
             by SIGTERM or SIGINT.
         keep_checkpoints: how many.
