@@ -23,7 +23,7 @@ from timm_jem.data.loader import default_workers
 from timm_jem.errors import InputError, one_line
 from timm_jem.files import replaced_file
 from timm_jem.gaussians import ClassGaussians
-from timm_jem.hub.folder import CONFIG_FILE, WEIGHTS_FILE
+from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
 from timm_jem.model import JEM
 from timm_jem.modes import batch_norms, frozen
 from timm_jem.replay_buffer import ReplayBuffer
