@@ -171,7 +171,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, plain, tmp_path, capsys):
     model = timm.create_model("test_resnet", num_classes=0, in_chans=1)
     model.pretrained_cfg.update(input_size=(1, 8, 8), mean=(0.5,), std=(0.5,))
     timm.models.save_for_hf(model, headless, safe_serialization=True)
-    assert "no classification head" in fails(capsys, f"{headless} {out} --data.dataset digits")
+    assert "no classes" in fails(capsys, f"{headless} {out} --data.dataset digits")
 
     seven = digits_folder(tmp_path / "seven", digits().filter(lambda row: row["label"] < 7).cast_column("label", ClassLabel(7)))
     assert "has 10 classes and" in fails(capsys, f"{run} {out} --data.dataset {seven}")
@@ -205,7 +205,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, plain, tmp_path, capsys):
 def test_chains_that_run_away_are_reported_and_the_rest_is_kept(run, tmp_path):
     shutil.copytree(run / "model", tmp_path / "wild")
     config = json.loads((tmp_path / "wild" / "config.json").read_text())
-    config["timm_jem"]["sgld"] |= {"noise_std": 3e38, "sample_steps": 1, "denoise_steps": 1}
+    config["timm_jem"]["sgld"] |= {"step_size": 1e9, "sample_steps": 1, "denoise_steps": 1}
     (tmp_path / "wild" / "config.json").write_text(json.dumps(config))
     command = f"{tmp_path / 'wild'} {SMALL} --sections [classification,generation] --output_dir {tmp_path}"
     evaluate.main(shlex.split(f"{command}/one"))

@@ -151,7 +151,7 @@ def test_the_command_repeats_the_run_elsewhere():
         ("--output-dir runs/a", "did you mean --output_dir?"),
         ("--train.lr 0", "lr is 0.0: give a finite number above 0"),
         ("--train.objective.w_ce 0 --train.objective.w_x 0 --train.objective.w_xy 0", "nothing would be learnt"),
-        ("--train.seed 4294967296", "at most 2147483647"),
+        ("--train.seed 4294967296", "from 0 to 2,147,483,647"),
         ("--model.kwargs.checkpoint_path some.safetensors", "pretrained_cfg_overlay"),
         ("--model.name someone/model", "a Hub repository is hf-hub:someone/model"),
         ("--model.name ./model", "there is no such folder: give one with a saved model"),
