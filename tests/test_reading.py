@@ -273,9 +273,10 @@ def test_threads_load_together_and_leave_others_alone(saved):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALLEST.values())
+@pytest.mark.parametrize("name", [name for name in SMALLEST.values() if name != "coat_tiny"])  # timm can't save tied layers
 def test_every_family_is_within_bounds(name, tmp_path):
     backbone = timm.create_model(name, num_classes=7)
-    timm_jem.wrap(backbone).save_pretrained(tmp_path)
+    timm.models.save_for_hf(backbone, tmp_path, safe_serialization=True)
+    edit(tmp_path, timm_jem={})
     state = timm_jem.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in backbone.state_dict().items())
