@@ -357,7 +357,7 @@ def test_another_weight_decay_is_as_if_it_were_changed_in_memory(tmp_path, split
         if number:
             run = make(told, of_groups)
             run.resume()
-        for group in run.learner.optimizer.param_groups[split:]:
+        for group in run.learner.optimizer.param_groups[split:] if now != told else ():
             group["weight_decay"] = now
         advance(run, 3)
         weights.append(copy_tree(run.learner.jem.state_dict()))
