@@ -14,8 +14,8 @@ from timm_jem.errors import InputError, one_line
 
 __all__ = ["one_line_errors"]
 
-# Seconds that the others leave to the main process, whose launcher ends them once it has spoken.
-_PATIENCE = 3.0
+# Seconds that the others leave to the main process, which may be slower to fail; once it has ended, the launcher ends them.
+_PATIENCE = 15.0
 
 
 @contextlib.contextmanager
