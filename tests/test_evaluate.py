@@ -87,6 +87,9 @@ def test_the_report_says_what_the_run_said(run, evaluated):
     assert top.low < top.value < top.high
     ece = values["p(y|x) of test images", "ECE, 15 equal bins, L1", "as it is"]
     assert ece.value == pytest.approx(summary["test_ece"], abs=1e-6)
+    # Of the untrained the value is partly chance, which the interval has no part of.
+    assert ece.interval.startswith("basic bootstrap")
+    assert 0 <= ece.low < ece.value
     clean = values["Accuracy under PGD, ℓ∞", "ε = 0/255", ""]
     jem, test = timm_jem.from_pretrained(run / "model"), load_splits(DataConfig()).test
     images, y = some(test, 20, 0, "")

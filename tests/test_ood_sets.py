@@ -3,6 +3,7 @@ import torch
 
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
+from timm_jem.evaluation import ood_sets
 from timm_jem.evaluation.ood_sets import constant_images, interpolations, uniform_images
 
 
@@ -90,3 +91,18 @@ def test_bad_input_is_named():
     for make in (uniform_images, constant_images):
         with pytest.raises(InputError, match="n is 0"):
             make(0, (1, 2, 2), seeded())
+
+
+def test_parts_of_a_data_set_are_sets_of_their_own(monkeypatch):
+    asked = []
+
+    def load(spec, *, channels, size, count, seed):
+        asked.append(spec)
+        return uniform_images(count, (channels, *size), seeded())
+
+    monkeypatch.setattr(ood_sets, "load_images", load)
+    specs = ["./a/textures?split=test&image_column=left", "./a/textures?split=train", "./b/textures.parquet", "./c/textures"]
+    images, labels = uniform_images(4, (1, 2, 2), seeded()), torch.tensor([0, 1, 1, 0])
+    sets = ood_sets.outlier_sets(specs, images, labels, count=3, seed=0)
+    assert asked == specs
+    assert list(sets) == ["textures?split=test&image_column=left", "textures?split=train", "textures", "./c/textures"]

@@ -338,7 +338,7 @@ def test_the_network_never_sees_more_than_batch_size_images(model, loaded, tmp_p
 def test_vits_come_to_the_end(vit, tmp_path):
     flags = (
         "--attack_images 4 --attack_steps 1 --auto_attack_images 0 --refinement_images 2 --refinement_steps 1 --eot 1 "
-        "--linf_epsilons [0.1] --l2_epsilons [] --samples 100 --curve_samples 20 --longest_chain 21 --real_images 60 "
+        "--linf_epsilons [0.1] --l2_epsilons [] --samples 20 --curve_samples 10 --longest_chain 21 --real_images 60 "
         "--test_images 60 --ood_images 20"
     )
     assert evaluate.main(shlex.split(f"{vit} {flags} --output_dir {tmp_path / 'out'}")) is None

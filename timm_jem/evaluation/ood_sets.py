@@ -99,7 +99,9 @@ def outlier_sets(specs: Sequence[str], images: Tensor, labels: Tensor, *, count:
         elif spec == "constant":
             sets["constant colours"] = constant_images(count, shape, generator)
         else:
-            name = spec if Path(spec).stem in sets else Path(spec).stem
+            dataset, mark, choice = spec.partition("?")  # ?split=NAME and the like stay in the name
+            name = f"{Path(dataset).stem}{mark}{choice}"
+            name = spec if name in sets else name
             sets[name] = load_images(spec, channels=shape[0], size=tuple(shape[1:]), count=count, seed=seed)
     if not sets:
         raise InputError("ood is empty: give some of interpolation, uniform, constant, or data sets; or leave the section out")

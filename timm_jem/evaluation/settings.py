@@ -85,7 +85,7 @@ class EvaluationConfig:
         baseline: another classifier (as MODEL) for transfer attacks and beside the distal adversarials.
         judge: an independent classifier (as MODEL) that reads the samples; None: a support vector machine on pixels.
         ood: out-of-distribution sets: interpolation, uniform and constant need no download; others are Hub names,
-            folders or .parquet files.
+            folders or .parquet files, which ?split=NAME, ?image_column=NAME or several, joined by &, may follow.
         extractors: features for distances of samples: pixels, thumbnails, inception (FID's; inception:PATH where there
             is no network), timm:NAME; auto: pixels up to 8×8, thumbnails above.
         test_images: how many test images, at most, for accuracy and calibration.
