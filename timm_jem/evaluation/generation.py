@@ -29,7 +29,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of the Gaussians that fit two sets of features (Heusel et al., NeurIPS 2017, eq. 6).
 
     |μ_a − μ_b|² + tr(C_a + C_b − 2 (C_a C_b)^½), in float64. The last trace is the sum of the singular values of
-    C_a^½ C_b^½, whose squares are the product's eigenvalues.
+    R_a R_bᵀ, where C = RᵀR, whose squares are the product's eigenvalues.
 
     Args:
         a, b: features, shapes (N, D) and (M, D), at least two rows each.
@@ -45,17 +45,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         return math.nan  # LAPACK would not survive it
     scale = torch.cat([a, b]).abs().max().item() or 1.0  # squares of what is this large would overflow, and kill LAPACK
     a, b = a / scale, b / scale
-    cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
-    cross = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
+    # R by QR of the features themselves: roots of a covariance's own eigenvalues would turn its rounding into its square root.
+    r_a, r_b = (torch.linalg.qr(x - x.mean(0), mode="r").R / math.sqrt(len(x) - 1) for x in (a, b))
+    cross = torch.linalg.svdvals(r_a @ r_b.T).sum()
     mean = (a.mean(0) - b.mean(0)).square().sum()
-    distance = (mean + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+    distance = (mean + r_a.square().sum() + r_b.square().sum() - 2 * cross).item()
     return max(0.0, distance) * scale * scale  # below 0 is rounding: of equal sets
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """The symmetric square root; an eigenvalue below 0 is rounding."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def _features(a: Tensor, b: Tensor, least: int, what: str) -> tuple[Tensor, Tensor]:
