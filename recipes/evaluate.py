@@ -13,6 +13,7 @@ ones of the same name as mean and standard deviation.
 """
 
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -37,12 +38,12 @@ from timm_jem.evaluation.generation_section import generation_section
 from timm_jem.evaluation.ood_section import ood_section
 from timm_jem.evaluation.pictures_section import pictures_section
 from timm_jem.evaluation.report import Measured, Report, fingerprint
-from timm_jem.evaluation.report_folder import check_comparison_dir, earlier_report, remove_leftovers, write_report
+from timm_jem.evaluation.report_folder import check_comparison_dir, earlier_report, write_report
 from timm_jem.evaluation.robustness_section import robustness_section
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig, need
 from timm_jem.evaluation.subject import Subject, data_config, display_name, load_model, load_subject
-from timm_jem.files import folder_aside
+from timm_jem.files import folder_aside, left_aside
 
 MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], None], str]] = {
     # title, what measures it, and what makes it take less memory
@@ -203,7 +204,8 @@ def measure_all(subject: Subject, config: EvaluationConfig, report: Report, fold
     report.subject["headline"]["Data"] = f"{subject.data.dataset}: {images}"
     command = shlex.join(["python", "recipes/evaluate.py", *argv])
     left_out: dict[str, str] = {}
-    remove_leftovers(folder)
+    for leftover in left_aside(folder):
+        shutil.rmtree(leftover, ignore_errors=True)
     for i, name in enumerate(config.sections, 1):
         start = time.perf_counter()
         with folder_aside(folder) as drawn:

@@ -9,6 +9,7 @@ Without a data set and a config, recipes/configs/digits.yaml is used; otherwise 
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -77,11 +78,12 @@ def main(argv: list[str]) -> None:
         if not goes_on and accelerator.is_main_process:
             keep_source(settings, learner.jem, folder.backbone)
         record.open(run.step)
-        record.say(start_lines(told, settings, splits, run, folder))
-        if settings.model.starts_pretrained and not goes_on:
-            measure_start(settings, splits, run, record)
-        broke = train(settings, splits, run, record)
-        finish(settings, splits, run, record, broke)
+        with closing(record):  # an error is said below the progress bar, not above it
+            record.say(start_lines(told, settings, splits, run, folder))
+            if settings.model.starts_pretrained and not goes_on:
+                measure_start(settings, splits, run, record)
+            broke = train(settings, splits, run, record)
+            finish(settings, splits, run, record, broke)
         accelerator.end_training()
 
 

@@ -205,7 +205,7 @@ def outcome(folder: Path) -> str:
         jem = timm_jem.from_pretrained(folder)
     except InputError as error:
         return "refused" if str(error).isprintable() and len(str(error)) < 1500 else f"not one short line: {str(error)[:200]!r}"
-    held, state = load_file(folder / WEIGHTS), jem.state_dict()
+    held, state = load_file(folder / WEIGHTS), jem.backbone.state_dict()
     for name, tensor in state.items():
         if name in held:
             if not torch.equal(held[name].to(tensor.dtype).reshape(tensor.shape), tensor):

@@ -209,6 +209,8 @@ def test_chains_that_run_away_are_reported_and_the_rest_is_kept(run, tmp_path):
     shutil.copytree(run / "model", tmp_path / "wild")
     config = json.loads((tmp_path / "wild" / "config.json").read_text())
     config["timm_jem"]["sgld"] |= {"step_size": 1e9, "sample_steps": 1, "denoise_steps": 1}
+    weights = load_file(tmp_path / "wild" / "model.safetensors")
+    save_file(weights | {"fc.weight": weights["fc.weight"] * 1e30}, tmp_path / "wild" / "model.safetensors")
     (tmp_path / "wild" / "config.json").write_text(json.dumps(config))
     command = f"{tmp_path / 'wild'} {SMALL} --sections [classification,generation] --output_dir {tmp_path}"
     evaluate.main(shlex.split(f"{command}/one"))

@@ -268,7 +268,7 @@ def test_threads_load_together_and_leave_others_alone(saved):
         outsider.result()
     assert set(built) == {"cpu"}
     for family, jem in zip(families, loaded, strict=True):
-        state = jem.state_dict()
+        state = jem.backbone.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in expected[family].items())
 
 
@@ -278,5 +278,5 @@ def test_every_family_is_within_bounds(name, tmp_path):
     backbone = timm.create_model(name, num_classes=7)
     timm.models.save_for_hf(backbone, tmp_path, safe_serialization=True)
     edit(tmp_path, timm_jem={})
-    state = timm_jem.from_pretrained(tmp_path).state_dict()
+    state = timm_jem.from_pretrained(tmp_path).backbone.state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in backbone.state_dict().items())

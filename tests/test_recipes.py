@@ -116,13 +116,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, flags, 
 def test_a_folder_that_another_run_took_meanwhile_is_left_to_it(tmp_path, monkeypatch):
     """Between choosing a folder and making it lie minutes of loading data and building a network."""
     monkeypatch.chdir(tmp_path)
-    claim = RunFolder.claim
+    claimed = RunFolder.claimed
 
-    def too_late(folder):
+    def too_late(folder, accelerator):
         Path("runs/digits").mkdir(parents=True)
-        claim(folder)
+        return claimed(folder, accelerator)
 
-    monkeypatch.setattr(RunFolder, "claim", too_late)
+    monkeypatch.setattr(RunFolder, "claimed", too_late)
     train.main([*shlex.split(SHORT), "--resume", "auto", "--train.sample_every", "2"])
     assert os.listdir("runs/digits") == []
     names = ["buffer.png", "checkpoints", "config.yaml", "metrics.jsonl", "model", "samples.png", "samples_000002.png"]
@@ -367,9 +367,10 @@ def test_the_best_are_those_of_the_run_as_it_ended(tmp_path, monkeypatch):
             train.main(["--resume", "moved", "--data.dataset", f"{name}.parquet"])
         assert "\n" not in str(error.value)
     assert Path("moved/config.yaml").read_text() == config
+    elsewhere = Path("elsewhere.parquet").resolve()
     train.main(["--resume", "moved", "--data.dataset", "elsewhere.parquet", "--train.steps", "15"])
     after = yaml.safe_load(Path("moved/config.yaml").read_text())
-    assert (after["data"]["dataset"], after["train"]["opt"], after["train"]["steps"]) == ("elsewhere.parquet", "sgd", 15)
+    assert (after["data"]["dataset"], after["train"]["opt"], after["train"]["steps"]) == (str(elsewhere), "sgd", 15)
     assert timm_jem.from_pretrained("moved/model").provenance["data"] == jem.provenance["data"]
     shutil.rmtree("moved/checkpoints")
     Path("moved/summary.json").write_text('{"outcome": "finished", "steps": 14}')

@@ -74,7 +74,7 @@ def test_lines_that_a_full_disk_does_not_take_wait(tmp_path, capsys):
         return taken
 
     record._metrics = SimpleNamespace(
-        write=write, tell=file.tell, truncate=file.truncate, seek=file.seek, fileno=file.fileno, close=file.close
+        closed=False, write=write, tell=file.tell, truncate=file.truncate, seek=file.seek, fileno=file.fileno, close=file.close
     )
     for step in (2, 3):
         record.log(step, {"loss": 0.5})

@@ -221,7 +221,7 @@ def test_runs_started_at_once_are_whole_and_a_second_writer_is_refused(tmp_path)
 def test_models_half_written_are_removed(tmp_path, reference):
     shutil.copytree(reference(1), tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
-    for name in (".model-abc", "best/.step_00000040-abc"):
+    for name in (".model-0123abcd", "best/.step_00000040-0123abcd"):
         (tmp_path / "run" / name).mkdir()
         (tmp_path / "run" / name / "config.json").write_text("{")
     whole(tmp_path, 1)

@@ -257,7 +257,7 @@ def test_a_summary_that_can_not_be_read_is_said():
 def test_tidy_leaves_strangers_files_alone():
     folder = RunFolder("a")
     for name in (
-        "best/step_00000004", "best/step_00000008", "best/.step_00000008-x1_y2", ".model-ab12cd_3", "model",
+        "best/step_00000004", "best/step_00000008", "best/.step_00000008-0a1b2c3d", ".model-12ab34cd", "model",
         "model/.model-ab12cd34",
         "best/my_step_notes", "best/step_00000012.bak", "best/backup_step_00000012", ".model-Of mine", ".model",
         "step_00000008",

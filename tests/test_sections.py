@@ -19,7 +19,8 @@ from timm.layers import use_fused_attn
 
 import timm_jem
 from timm_jem import InputError
-from timm_jem.data import DataConfig
+from timm_jem.data import DataConfig, load_splits
+from timm_jem.data.identity import data_identity
 from timm_jem.evaluation import pictures_section, settings, subject
 from timm_jem.evaluation.extractors import load_extractors
 from timm_jem.evaluation.pictures_section import _pairs
@@ -27,6 +28,7 @@ from timm_jem.evaluation.report import Measured, read_report
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
 from timm_jem.evaluation.subject import load_model, load_subject
+from timm_jem.files import left_aside
 
 ON_DIGITS = {"config": {"data": {"dataset": "digits"}}}
 
@@ -227,13 +229,14 @@ def test_a_killed_evaluation_leaves_what_was_measured_and_nothing_else(model, tm
         process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert titles(out) == {"Classification and calibration"}
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out-")]
-    (tmp_path / ".out-2-abcdefgh").mkdir()  # another folder's
+    assert left_aside(out)
+    (tmp_path / ".out-2-0123abcd").mkdir()  # another folder's
     numbers = read_report(out).results
     assert evaluate.main(shlex.split(flags)) is None
     assert read_report(out).results[: len(numbers)] == numbers
     assert titles(out) == {"Classification and calibration", "Out-of-distribution detection"}
-    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out-2-abcdefgh"}
+    assert left_aside(out) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out-2-0123abcd"}
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -366,3 +369,17 @@ def test_a_missing_library_is_named_after_the_model_is_found(model, tmp_path, mo
         evaluate.main(shlex.split(f"{tmp_path / 'nosuch'} {out}"))
     assert "needs" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_images_held_out_in_training_are_known_by_themselves_wherever_they_lie(model):
+    config = EvaluationConfig(auto_attack_images=0, test_images=20, sections=["classification"])
+    jem, data = load_model(str(model)), DataConfig(channels=1, image_size=8)
+    trained_on = data_identity(load_splits(data))
+
+    def warnings(alike, of=data):
+        return load_subject(str(model), jem, of, config, alike=alike).warnings
+
+    assert (warnings(True), len(warnings(False))) == ([], 1)  # settings alone tell
+    jem.provenance = {"data": trained_on}
+    assert warnings(False) == []
+    assert len(warnings(True, replace(data, split_seed=1))) == 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from timm_jem.errors import InputError, one_line, quoted
 
-__all__ = ["as_path", "cores", "folder_aside", "move_in", "replaced_file"]
+__all__ = ["as_path", "cores", "folder_aside", "left_aside", "move_in", "replaced_file"]
 
 
 def as_path(name: str | os.PathLike) -> Path:
@@ -68,6 +69,14 @@ def folder_aside(target: str | os.PathLike) -> Iterator[Path]:
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def left_aside(target: Path) -> list[Path]:
+    """What :func:`folder_aside` made for ``target`` in processes that were killed."""
+    ours = re.compile(rf"\.{re.escape(target.name[:40])}-[0-9a-f]{{8}}")
+    places = [place for place in (target, target.parent) if place.is_dir()]
+    found = [path for place in places for path in place.iterdir() if ours.fullmatch(path.name)]
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
 def move_in(aside: Path, target: Path, *, last: str, stale: Iterable[str] = ()) -> None:

@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from timm_jem.data.images import ImageSet
 from timm_jem.data.splits import Splits
 
-__all__ = ["changed_data", "data_identity"]
+__all__ = ["changed_data", "data_identity", "same_held_out"]
 
 _SAMPLE = 64  # images of a split
 _SMALL = 2**16  # bytes of a file whose pixels are worth decoding
@@ -48,6 +48,11 @@ def changed_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
             return f"{new['images']} images in the {split} split now and {old['images']} then"
         return f"the {split} split has other {next(part for part in ('labels', 'rows', 'sample') if old[part] != new[part])}"
     return None
+
+
+def same_held_out(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether validation and test images are the very ones that were held out then, wherever they lie."""
+    return all(saved.get(key) == now[key] for key in ("image_shape", "class_names", "val", "test"))
 
 
 def _of_images(images: ImageSet) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from timm_jem.errors import InputError, one_line
 from timm_jem.evaluation.report import REPORT_FILE, Report, read_report
 from timm_jem.files import folder_aside
 
-__all__ = ["check_comparison_dir", "earlier_report", "remove_leftovers", "write_files", "write_report"]
+__all__ = ["check_comparison_dir", "earlier_report", "write_files", "write_report"]
 
 _REPORT = (REPORT_FILE, "report.md")
 _COMPARISON = ("compare.json", "compare.md")
@@ -48,14 +46,6 @@ def _holds(folder: Path, names: Sequence[str]) -> bool:
     if not any((folder / name).is_file() for name in names):
         raise InputError(f"output_dir {folder} holds other files: give a new folder")
     return True
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the pictures beside ``folder`` of evaluations into it that were killed."""
-    ours = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}")  # as tempfile.mkdtemp names them
-    for path in folder.parent.iterdir() if folder.parent.is_dir() else []:
-        if ours.fullmatch(path.name) and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_report(report: Report, folder: Path, drawn: Path) -> None:

@@ -13,6 +13,7 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor
 
 from timm_jem.data import DataConfig, ImageSet, Splits, StreamedSet, load_splits
+from timm_jem.data.identity import data_identity, same_held_out
 from timm_jem.errors import InputError, one_line
 from timm_jem.evaluation.extractors import Extractor, classifier_extractor, load_extractors
 from timm_jem.evaluation.ood_sets import outlier_sets
@@ -83,7 +84,8 @@ def load_subject(
         model: itself, see :func:`load_model`.
         data: images to evaluate on, see :func:`data_config`.
         config: what is going to be measured.
-        alike: whether ``data`` are split as in the model's own training.
+        alike: whether ``data`` are split as in the model's own training, by their settings: it counts for models that don't
+            know the images themselves (:func:`timm_jem.data.identity.data_identity`).
         device: where.
 
     Raises:
@@ -92,6 +94,8 @@ def load_subject(
     check_libraries(config)
     baseline, judge = (None if other is None else load_model(other) for other in (config.baseline, config.judge))
     splits = load_splits(data)
+    if isinstance(known := model.provenance.get("data"), dict):
+        alike = same_held_out(known, data_identity(splits))
     for jem, called in ((model, name), (baseline, config.baseline), (judge, config.judge)):
         if jem is not None:
             check_classes(jem, splits, called, data.dataset)

@@ -168,10 +168,10 @@ class Record:
         self._since = time.perf_counter()
 
     def close(self) -> None:
-        """The last step is done, or the last that there will be."""
+        """The last step is done, or the last that there will be; to close it again changes nothing."""
         self._count()
         self._bar.close()
-        if self.main:
+        if self.main and not self._metrics.closed:
             self._append()
             self._metrics.close()
 

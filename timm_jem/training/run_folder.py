@@ -15,15 +15,14 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from timm_jem.errors import InputError, one_line
-from timm_jem.files import replaced_file
+from timm_jem.files import left_aside, replaced_file
 from timm_jem.hub.card import PICTURES
 from timm_jem.training.lock import LOCK_FILE, locked
 
 __all__ = ["RunFolder"]
 
 # With the names under which timm_jem.files.folder_aside writes them.
-_BEST = re.compile(r"step_\d{8}|\.step_\d{8}-[a-z0-9_]+")
-_MODEL_ASIDE = re.compile(r"\.model-[a-z0-9_]+")
+_BEST = re.compile(r"step_\d{8}|\.step_\d{8}-[0-9a-f]{8}")
 
 
 class RunFolder:
@@ -249,8 +248,7 @@ class RunFolder:
         """Remove the models in best/ of other steps than ``steps``, and what a killed process left half written."""
         kept = {self.best(step) for step in steps}
         of_best = [path for path in (self.path / "best").glob("*") if _BEST.fullmatch(path.name)]
-        aside = [path for part in ("*", "model/.*") for path in self.path.glob(part) if _MODEL_ASIDE.fullmatch(path.name)]
-        for folder in [*of_best, *aside]:
+        for folder in [*of_best, *left_aside(self.model)]:
             if folder.is_dir() and not folder.is_symlink() and folder not in kept:
                 shutil.rmtree(folder)
 

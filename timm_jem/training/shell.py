@@ -29,7 +29,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except InputError as error:
         # One that a loader's process raised comes with that process's traceback, its own line last.
-        _leave(str(error).strip().splitlines()[-1].removeprefix("timm_jem.errors.InputError: "), error)
+        _leave(str(error).rpartition("timm_jem.errors.InputError: ")[2].strip(), error)
     except KeyboardInterrupt as error:
         _leave("interrupted; a run that has a checkpoint goes on with --resume", error, code=130)
     except (MemoryError, RuntimeError) as error:
