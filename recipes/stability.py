@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import sys
@@ -26,8 +27,8 @@ import yaml
 from timm_jem import InputError
 from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.errors import check_whole, one_line
-from timm_jem.evaluation.strict_json import dumps, restored
-from timm_jem.files import cores, replaced_file
+from timm_jem.evaluation.strict_json import dumps, fits, restored
+from timm_jem.files import as_path, cores, replaced_file
 from timm_jem.stability.curves import Curves
 from timm_jem.stability.jobs import Job, Pool
 from timm_jem.stability.results import LAST_LINES, read_result
@@ -68,6 +69,8 @@ class StabilityConfig:
             shlex.split(self.launch or "")
         except ValueError as error:
             raise InputError(f"launch is {self.launch!r} ({error}): write it as you would in a shell") from error
+        if self.launch is not None and shutil.which(program := (shlex.split(self.launch) or [""])[0]) is None:
+            raise InputError(f"launch is {self.launch!r}, and there is no program {program!r}: give one that a shell finds")
 
 
 @dataclass
@@ -111,7 +114,7 @@ def read_variants(path: str | None, flags: list[str]) -> dict[str, list[str]]:
         return {"default": flags}
     try:
         texts = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"variants {path} can't be read ({one_line(error)}): give a YAML file of names and flags") from error
     if not isinstance(texts, dict) or not set(texts) - {"common"}:
         raise InputError(f"variants {path} names no variants: give lines such as 'high lr: --train.lr 0.02'")
@@ -187,8 +190,10 @@ class Record:
             try:
                 self.data = restored(json.loads(self.path.read_text(encoding="utf-8")))
                 self._flags = {name: variant["flags"] for name, variant in self.data["variants"].items()}
-                self.data["runs"].items()
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                crashes = {key: run.get("crashes", []) for key, run in self.data["runs"].items()}
+                if not fits(self._flags, dict[str, list[str]]) or not fits(crashes, dict[str, list[str]]):
+                    raise TypeError("flags and crashes are lists of words")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(f"{self.path} can't be read ({one_line(error)}): give a new --output_dir") from error
 
     def open(self, variants: dict[str, list[str]]) -> None:
@@ -338,7 +343,7 @@ def main(argv: list[str], script: Path = TRAIN) -> int:
 
     variants = read_variants(config.variants, flags)
     runs = plan(config, variants)
-    record = Record(Path(config.output_dir))
+    record = Record(as_path(config.output_dir))
     record.open(variants)
 
     todo = [run for run in runs if record.note(run)["state"] is None]

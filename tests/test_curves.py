@@ -94,6 +94,29 @@ def test_a_run_that_is_not_done_has_no_result(tmp_path):
     assert [event["step"] for event in result.rollbacks] == [2]
 
 
+ODD = ("[1]", "3", "null", "[" * 100_000, '{"gap": 1.0}', '{"step": "7", "gap": 1.0}', '{"step": 7, "gap": "1"}', '{"step": 7, "gap": [1]}')
+
+
+@pytest.mark.parametrize("line", [*ODD, '{"step": 7, "gap": 1%s}' % ("0" * 400), '{"step": 7, "event": "rollback", "to_step": []}'])
+def test_a_line_that_no_run_writes_is_passed_over(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "gap": 2}\n' + line + "\n")
+    assert read_curves(path) == Curves(gap=Curve([(1, 2)]))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"test_accuracy": "0.9"}, {"steps": True}, {"seconds": [1]}, {"rollbacks": 3}, {"rollbacks": [1]}, {"rollbacks": [{}]}]
+    + [{"rollbacks": [{"step": 3, "to_step": "2"}]}, {"explanation": {}}, {"test_ece": 10**400}],
+)
+def test_a_summary_of_another_shape_is_told(tmp_path, odd):
+    folder = RunFolder(tmp_path / "run")
+    write_end(folder, **{"steps": 4, **odd})
+    result = read_result(folder)
+    assert result.state is None
+    assert "summary.json is none of a run's" in result.fault
+
+
 @pytest.mark.parametrize(("summary", "fault"), [("{", "can't be read"), ("[]", "holds a list"), ("{}", "gives no outcome")])
 def test_a_summary_that_can_not_be_read_is_told(tmp_path, summary, fault):
     (tmp_path / "summary.json").write_text(summary)

@@ -33,7 +33,7 @@ MAY_IMPORT = {
         "command_line", "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models",
         "hub", "model", "wrap", "data", "evaluation", "training", "version", "errors",
     },
-    "stability": {"stability", "training", "errors"},
+    "stability": {"evaluation", "stability", "training", "errors"},
     "__init__": {
         "energy", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "version", "errors",
     },

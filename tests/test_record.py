@@ -206,6 +206,18 @@ def test_a_run_that_goes_on_cuts_its_metrics_to_the_checkpoint(tmp_path):
     assert lines(tmp_path / "a") == []
 
 
+@pytest.mark.parametrize(
+    "odd", [{"seconds": "x"}, {"metrics_bytes": -5}, {"metrics_bytes": "q"}, {"best": [[0.5, "1"]]}, {"best": [[None, 1]]}], ids=str
+)
+def test_a_record_of_a_checkpoint_that_was_changed_is_refused(tmp_path, odd):
+    record = make(tmp_path / "a")
+    record.open(0)
+    state = record.state_dict()
+    record.close()
+    with pytest.raises(InputError, match="in the checkpoint"):
+        make(tmp_path / "a").load_state_dict(state | odd)
+
+
 def test_what_was_set_otherwise_is_said(tmp_path, capsys):
     saved = make(tmp_path / "a", lr=0.5, opt_kwargs={"betas": [0.9, 0.95]})
     saved.open(0)

@@ -467,6 +467,25 @@ def test_a_checkpoint_of_other_settings_or_another_version_is_refused(tmp_path):
         make_run(tmp_path, Falling()).resume()
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"state": 1}, {"state": {"learner": 1}}, {"guard": 0}, {"guard": {}}, {"rollbacks": 5}, {"stream": None}, {"buffer": 3}]
+    + [{"step": "a"}, {"step": -1}, {"remedy": {"colour": 1}}, {"statistics": []}, {"rng": {}}],
+    ids=str,
+)
+def test_a_checkpoint_whose_sums_are_right_and_whose_content_is_not_is_refused(tmp_path, odd):
+    run = make_run(tmp_path)
+    advance(run, 1)
+    state = run._state()
+    for part in (state, state["learner"]):
+        part |= {name: value for name, value in odd.items() if name in part}
+    saved = {"state": state, "guard": run.guard.state_dict(), "rollbacks": [], "extra": {}}
+    run.checkpoints.save(1, saved | {name: value for name, value in odd.items() if name in saved})
+    with pytest.raises(InputError) as error:
+        make_run(tmp_path).resume()
+    assert "checkpoint" in str(error.value)
+
+
 def test_a_checkpoint_that_can_not_be_written_leaves_the_run_as_it_is(tmp_path, monkeypatch):
     run = make_run(tmp_path, Falling())
     advance(run, 1)

@@ -238,6 +238,7 @@ def test_a_finished_run_has_nothing_more_to_do():
         ('{"outcome": "finished"}', "says None for its steps"),
         ('{"outcome": "finished", "steps": "12"}', "says '12' for its steps"),
         ('{"steps": null}', "says None for its steps"),
+        ("[" * 100_000, "can't be read"),
     ],
 )
 def test_a_broken_summary_is_said_in_a_line(content, reason):
@@ -246,6 +247,13 @@ def test_a_broken_summary_is_said_in_a_line(content, reason):
     with pytest.raises(InputError, match=f"a/summary.json {reason}.*: remove it, and the run goes on") as error:
         RunFolder("a").finished(4)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_a_name_that_no_folder_can_have_is_said(name):
+    for choice in ({"output_dir": name, "resume": None}, {"output_dir": None, "resume": name}):
+        with pytest.raises(InputError, match="is not the name of a folder"):
+            RunFolder.choose(dataset="digits", **choice)
 
 
 def test_a_summary_that_can_not_be_read_is_said():

@@ -207,12 +207,31 @@ def test_runs_with_other_flags_are_refused(fake_train, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"variants": {"default": {"flags": 3}}, "runs": {}}',
+        '{"variants": {}, "runs": {"default/seed_0": 3}}',
+        '{"variants": {}, "runs": {"default/seed_0": {"crashes": [1]}}}',
+    ],
+)
+def test_a_record_that_no_call_wrote_is_refused(fake_train, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stability.json").write_text(content)
+    with pytest.raises(InputError, match=r"stability\.json can't be read .*: give a new --output_dir"):
+        stability.main(shlex.split("--seeds 1 --output_dir out"), fake_train)
+
+
+@pytest.mark.parametrize(
     ("argv", "variants", "message"),
     [
         ("--seeds 0", None, "seeds is 0"),
         ("--seedz 3", None, "--seedz"),
         ("--train.lr 3", None, "recipes/train.py follow --"),
         ('--launch "accelerate \'launch"', None, "launch is"),
+        ("--launch 'no_such_program -q'", None, "there is no program 'no_such_program'"),
+        ("--launch ''", None, "there is no program ''"),
+        ("--output_dir ''", None, "is not the name of a folder"),
         ("--output_dir variants.yaml/x", "a: ''", "can't be made"),
         ("-- --train.lrr 3", None, "variant 'default'"),
         ("-- --train.seed=3", None, "--train.seed, which"),

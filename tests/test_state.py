@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from timm_jem import InputError
 from timm_jem.training import Checkpoints, damage, load_tree, rank_files, save_tree
@@ -138,7 +139,7 @@ def test_what_a_killed_process_left_is_found_or_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000030"]
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "no file", "no manifest", "bad manifest", "empty manifest", "no rank"])
+@pytest.mark.parametrize("harm", ["truncate", "flip", "no file", "no manifest", "bad manifest", "empty manifest", "no rank", "deep"])
 def test_damage_is_found_and_an_older_one_taken(tmp_path, harm):
     checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True), keep=2)
     older = checkpoints.save(10, {"a": torch.arange(1000)})
@@ -156,6 +157,8 @@ def test_damage_is_found_and_an_older_one_taken(tmp_path, harm):
         manifest.unlink()
     elif harm == "no rank":
         manifest.write_text(json.dumps({"sha256": {"manifest.json": ""}}))
+    elif harm == "deep":
+        manifest.write_text("[" * 100_000)
     else:
         manifest.write_text("{" if harm == "bad manifest" else '{"sha256": {}}')
     assert damage(older) is None
@@ -164,6 +167,12 @@ def test_damage_is_found_and_an_older_one_taken(tmp_path, harm):
     assert len(notes) == 1
     assert "step_00000020 is passed over" in notes[0]
     assert "\n" not in notes[0]
+
+
+def test_a_tree_without_end_is_no_state(tmp_path):
+    save_file({"0": torch.zeros(1)}, tmp_path / "a", metadata={"tree": '["list", [' * 100_000})
+    with pytest.raises(InputError, match="a is not a whole saved state .*: take an older one"):
+        load_tree(tmp_path / "a")
 
 
 def test_what_can_not_be_written_leaves_the_earlier_ones(tmp_path, monkeypatch):

@@ -106,13 +106,13 @@ def _settings(flag: Flag, prefix: str, parser: ArgumentParser, options: dict[str
         source = text
         try:
             text = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"{source} can't be read ({one_line(error)}): give a YAML file of settings in UTF-8") from error
     try:
         content = get_loader("yaml")(text)
         if isinstance(content, str):  # as it takes a section without settings
             content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{source} can't be read (parsing config: {one_line(error)}): mend it") from error
     if not isinstance(content, dict):
         holds = "nothing" if content is None else f"{str(content)[:60]!r}"

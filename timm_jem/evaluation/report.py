@@ -7,14 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError, one_line
-from timm_jem.evaluation.strict_json import dumps, restored
+from timm_jem.evaluation.strict_json import built, dumps, fits, restored
 
 __all__ = ["REPORT_FILE", "Measured", "Report", "Result", "cell", "fingerprint", "in_order", "number", "read_report"]
 
@@ -270,16 +269,16 @@ def read_report(path: str | os.PathLike) -> Report:
 def _report(data: dict[str, Any]) -> Report:
     sections = []
     for part in _list(data, "sections"):
-        results = [_built(Result, {**result, **_numbers(result)}) for result in _list(part, "results")]
+        results = [built(Result, {**result, **_numbers(result)}) for result in _list(part, "results")]
         for result in results:
             if result.interval is not None and None in (result.low, result.high):
                 raise TypeError(f"the interval of {result.row} has no ends")
         for name, curve in (curves := restored(part["curves"])).items():
             _check_curves(name, curve)
         pictures = [tuple(picture) for picture in _list(part, "pictures")]
-        sections.append(_built(Measured, {**part, "results": results, "curves": curves, "pictures": pictures}))
-    report = _built(Report, {**data, "sections": sections})
-    if not _fits(report.subject["name"], str) or not _fits(report.subject.get("headline", {}), dict[str, str]):
+        sections.append(built(Measured, {**part, "results": results, "curves": curves, "pictures": pictures}))
+    report = built(Report, {**data, "sections": sections})
+    if not fits(report.subject["name"], str) or not fits(report.subject.get("headline", {}), dict[str, str]):
         raise TypeError("subject has no name, or a headline that is no text")
     return report
 
@@ -294,41 +293,15 @@ def _numbers(result: dict[str, Any]) -> dict[str, Any]:
     return {name: restored(result[name]) for name in ("value", "low", "high") if name in result}
 
 
-def _built(kind: type, data: dict[str, Any]) -> Any:
-    """A dataclass of JSON data; what it doesn't know is left out, and a value of another type is a TypeError."""
-    hints = get_type_hints(kind)
-    known = {name: data[name] for name in hints if name in data}
-    for name, value in known.items():
-        if not _fits(value, hints[name]):
-            raise TypeError(f"{name} is {value!r:.80}")
-    return kind(**known)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin is UnionType:
-        return any(_fits(value, one) for one in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(entry, inner[0]) for entry in value)
-    if origin is tuple:
-        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(entry, inner[1]) for entry in value.values())
-    numeric = {float: (int, float), NoneType: NoneType}
-    return isinstance(value, numeric.get(hint, hint)) and not (isinstance(value, bool) and hint in (int, float))
-
-
 def _check_curves(name: str, curves: dict[str, Any]) -> None:
     """A TypeError unless these are the curves that comparisons draw by this name."""
     for curve in curves.values():
         if name == "reliability":
             lists = [curve[key] for key in ("confidence", "accuracy", "share")]
-            alike = _fits(curve["ece"], float)
+            alike = fits(curve["ece"], float)
         else:
             lists, alike = list(curve), len(curve) == (2 if name == "quality against length" else 4)
-        if not alike or not _fits(lists, list[list[float]]) or len({len(values) for values in lists}) != 1 or not lists[0]:
+        if not alike or not fits(lists, list[list[float]]) or len({len(values) for values in lists}) != 1 or not lists[0]:
             raise TypeError(f"the curves of {name!r:.80} are none")
 
 

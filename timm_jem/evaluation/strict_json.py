@@ -2,11 +2,13 @@
 
 import json
 import math
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["dumps", "restored"]
+__all__ = ["built", "dumps", "fits", "restored"]
 
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_MOST = 2**53  # whole numbers up to here are floats, too
 
 
 def dumps(data: Any) -> str:
@@ -22,6 +24,37 @@ def restored(data: Any) -> Any:
     if isinstance(data, list):
         return [restored(value) for value in data]
     return _WORDS.get(data, data) if isinstance(data, str) else data
+
+
+def built(kind: type, data: dict[str, Any]) -> Any:
+    """A dataclass of JSON data; what it doesn't know is left out, and a value of another type is a TypeError."""
+    hints = get_type_hints(kind)
+    known = {name: data[name] for name in hints if name in data}
+    for name, value in known.items():
+        if not fits(value, hints[name]):
+            raise TypeError(f"{name} is {value!r:.80}")
+    return kind(**known)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether JSON data are of a type, such as ``list[float] | None``; one that no float can hold is no number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(fits(entry, inner[0]) for entry in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(fits, value, inner))
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(entry, inner[1]) for entry in value.values())
+    numeric = {float: (int, float), NoneType: NoneType}
+    if hint in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < _MOST
+    return isinstance(value, numeric.get(hint, hint))
 
 
 def _strict(data: Any) -> Any:

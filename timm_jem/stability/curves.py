@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Curve", "Curves", "read_curves"]
+from timm_jem.evaluation.strict_json import fits
+
+__all__ = ["Curve", "Curves", "is_rollback", "read_curves"]
 
 
 @dataclass
@@ -57,21 +59,30 @@ class Curves:
 def read_curves(path: Path) -> Curves:
     """The curves in a metrics.jsonl, with every rollback undone; without the file they are empty.
 
-    Half a line, which a killed run can leave, is passed over.
+    Half a line, which a killed run can leave, is passed over, as is any other that no run writes.
     """
     curves = Curves()
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (RecursionError, ValueError):
+            continue
+        if not isinstance(line, dict) or not fits(line.get("step"), int):
             continue
         if line.get("event") == "rollback":
+            if not is_rollback(line):
+                continue
             curves.rollbacks.append(line)
             curves.back_to(line["to_step"])
             continue
         gap, accuracy = line.get("gap_xy", line.get("gap")), line.get("val_accuracy")
-        if gap is not None:
+        if fits(gap, float):
             curves.gap.add(line["step"], gap)
-        if accuracy is not None:
+        if fits(accuracy, float):
             curves.val_accuracy.add(line["step"], accuracy)
     return curves
+
+
+def is_rollback(event: dict[str, Any]) -> bool:
+    """Whether JSON data tell from which step a run went back to which."""
+    return all(fits(event.get(name), int) for name in ("step", "to_step"))

@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from timm_jem.errors import InputError, one_line
-from timm_jem.stability.curves import Curves, read_curves
+from timm_jem.evaluation.strict_json import built
+from timm_jem.stability.curves import Curves, is_rollback, read_curves
 from timm_jem.training.run_folder import RunFolder
 
 __all__ = ["LAST_LINES", "RunResult", "read_result", "tensors_with_nan"]
@@ -67,10 +68,14 @@ def read_result(folder: RunFolder) -> RunResult:
     if summary.get("outcome") not in ("finished", "stopped"):
         result.fault = f"{folder.summary_file} gives no outcome"
         return result
-    result.state = summary["outcome"]
-    result.rollbacks = summary.get("rollbacks", curves.rollbacks)
-    for name in ("test_accuracy", "test_ece", "val_accuracy", "steps", "seconds", "explanation"):
-        setattr(result, name, summary.get(name))
+    names = ("rollbacks", "test_accuracy", "test_ece", "val_accuracy", "steps", "seconds", "explanation")
+    known = {"rollbacks": curves.rollbacks, **{name: summary[name] for name in names if name in summary}}
+    try:
+        result = built(RunResult, {"state": summary["outcome"], "curves": curves, **known})
+        if not all(map(is_rollback, result.rollbacks)):
+            raise TypeError("rollbacks are without their steps")
+    except TypeError as error:
+        return RunResult(curves=curves, rollbacks=curves.rollbacks, fault=f"{folder.summary_file} is none of a run's ({error})")
     if result.steps is not None:
         if result.state == "stopped":  # metrics.jsonl doesn't say that the model is of an earlier step than its last lines
             curves.back_to(result.steps)

@@ -157,7 +157,7 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
         for name, expected in sums.items():
             if sha256(checkpoint / Path(name).name) != expected:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"it is not whole ({one_line(error)})"
     return None
 

@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, check_whole
 from timm_jem.model import JEM
 from timm_jem.replay_buffer import redistribute
 from timm_jem.training.batches import Batch
@@ -216,6 +216,7 @@ class Learner:
         if self.ema is not None:
             load_tensors(self.ema.module.state_dict(), state["ema"], "moving average")
         self.method.load_state_dict(copy_tree(state["method"]))  # it may keep what it is given, and change it
+        check_whole("the checkpoint's step", state["step"], 0)
         self.step, self.remedy = state["step"], Remedy(**state["remedy"])
         self._set_lr()
 

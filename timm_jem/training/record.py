@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from timm_jem.data.identity import changed_data
-from timm_jem.errors import InputError, one_line
+from timm_jem.errors import InputError, check_number, check_whole, one_line
 from timm_jem.evaluation import image_grid
 from timm_jem.hub.local_paths import without_local_paths
 from timm_jem.model import JEM
@@ -243,7 +243,12 @@ class Record:
                 f"{self.settings.data.dataset} is not the data of this run ({how}), and test images could move into training: "
                 "give the same data, in whatever place, or start another run; recipes/evaluate.py measures on any"
             )
-        self.best, self.seconds = state["best"][: self.settings.train.best_k], state["seconds"]
+        check_number("the seconds so far, in the checkpoint,", state["seconds"], least=0)
+        check_whole("the size of metrics.jsonl, in the checkpoint,", state["metrics_bytes"], 0)
+        for accuracy, step in state["best"]:
+            check_number("an accuracy in the checkpoint", accuracy)
+            check_whole("the step of a model in best/, in the checkpoint,", step, 0)
+        self.best, self.seconds = list(state["best"])[: self.settings.train.best_k], state["seconds"]
         if self.command != state["command"]:
             self.command = [*state["command"], *self.command]  # what was said later overrides
         if state["push_to"] is not None and self.settings.hub.push_to is None:

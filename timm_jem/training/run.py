@@ -1,13 +1,14 @@
 """A run: what advances, breaks, goes back and goes on."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_whole
+from timm_jem.errors import InputError, check_whole, one_line
 from timm_jem.training.batches import Batches
 from timm_jem.training.checkpoints import Checkpoints, damage, is_current, rank_files, shared_file
 from timm_jem.training.guard import DivergenceGuard
@@ -148,24 +149,26 @@ class Run:
         if checkpoint is None:
             return None
         files, world = _rank_files(checkpoint), accelerator.num_processes
-        saved = _read(checkpoint, files, accelerator.process_index if len(files) == world else 0)
-        if accept is not None:
-            accept(saved["extra"])
-        if len(files) == world:
-            self._restore(saved["state"])
-        else:
-            self.learner.load_state_dicts(
-                len(files),
-                lambda i: (load_tree(files[i]) if i else saved)["state"]["learner"],
-                self._process_seed() + 7919 * saved["state"]["learner"]["step"],
-            )
-            self.stream.load_state_dict(saved["state"]["stream"], old_world=len(files))
-            accelerator.print(
-                f"{checkpoint} was written with {len(files)} process{'es' * (len(files) > 1)} and goes on with {world}: chains "
-                "are dealt out anew, their randomness starts afresh, and a streamed data set goes on about where it was"
-            )
-        self.guard.load_state_dict(saved["guard"])
-        self.rollbacks = list(saved["rollbacks"])
+        with _as_saved(checkpoint):
+            saved = _read(checkpoint, files, accelerator.process_index if len(files) == world else 0)
+            if accept is not None:
+                accept(saved["extra"])
+            if len(files) == world:
+                self._restore(saved["state"])
+            else:
+                self.learner.load_state_dicts(
+                    len(files),
+                    lambda i: (load_tree(files[i]) if i else saved)["state"]["learner"],
+                    self._process_seed() + 7919 * saved["state"]["learner"]["step"],
+                )
+                self.stream.load_state_dict(saved["state"]["stream"], old_world=len(files))
+                accelerator.print(
+                    f"{checkpoint} was written with {len(files)} process{'es' * (len(files) > 1)} and goes on with {world}: "
+                    "chains are dealt out anew, their randomness starts afresh, and a streamed data set goes on about where it "
+                    "was"
+                )
+            self.guard.load_state_dict(saved["guard"])
+            self.rollbacks = list(saved["rollbacks"])
         self.checkpoints.forget_after(self.step)
         accelerator.print(f"goes on from {checkpoint}, step {self.step}")
         return saved["extra"]
@@ -194,6 +197,18 @@ class Run:
 
     def _process_seed(self) -> int:
         return self.seed + 1000 * self.learner.accelerator.process_index
+
+
+@contextlib.contextmanager
+def _as_saved(checkpoint: Path) -> Iterator[None]:
+    """Sums in a manifest tell damage, and not whether what was written is a run's."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"checkpoint {checkpoint} doesn't hold what a run saves ({reason}): give another") from error
 
 
 def _rank_files(checkpoint: Path) -> list[Path]:

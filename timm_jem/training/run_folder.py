@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from timm_jem.errors import InputError, one_line
-from timm_jem.files import left_aside, replaced_file
+from timm_jem.files import as_path, left_aside, replaced_file
 from timm_jem.hub.card import PICTURES
 from timm_jem.training.lock import LOCK_FILE, locked
 
@@ -46,7 +46,7 @@ class RunFolder:
         numbered_by: str | None = None,
         goes_on: bool = False,
     ) -> None:
-        self.path, self.checkpoint, self.numbered_by, self.goes_on = Path(path), checkpoint, numbered_by, goes_on
+        self.path, self.checkpoint, self.numbered_by, self.goes_on = as_path(path), checkpoint, numbered_by, goes_on
 
     def __str__(self) -> str:
         return str(self.path)
@@ -83,7 +83,7 @@ class RunFolder:
         if resume is None:
             return None
         if resume != "auto":
-            given = Path(resume)
+            given = as_path(resume)
             of_checkpoint = given.parent.name == "checkpoints"
             return cls(given.parent.parent, given, goes_on=True) if of_checkpoint else cls(given, goes_on=True)
         if output_dir is not None:
@@ -212,7 +212,7 @@ class RunFolder:
             summary = json.loads(self.summary_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, RecursionError, ValueError) as error:
             raise InputError(
                 f"{self.summary_file} can't be read ({one_line(error)}): remove it, and the run goes on"
             ) from error

@@ -70,7 +70,7 @@ def load_tree(file: str | os.PathLike) -> Any:
         with safe_open(file, framework="pt") as stored:
             description = json.loads((stored.metadata() or {})["tree"])
             return _rebuild(description, stored)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{Path(file).name} is not a whole saved state ({one_line(error)}): take an older one") from error
 
 
