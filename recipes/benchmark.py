@@ -30,13 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_jem
-from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
+from timm_jem import ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
 from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.errors import check_whole
 from timm_jem.evaluation.ood import ood_scores
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
 from timm_jem.training import Batch, DivergenceGuard, GuardConfig, Learner, MaximumLikelihood
+from timm_jem.training.shell import one_line_errors
 
 SCORED_AT_ONCE = 256
 
@@ -243,7 +244,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors(stopped="interrupted", less="lower --batch_size, --image_size or --score_images"):
         main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(f"error: {error}")

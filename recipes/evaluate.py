@@ -44,6 +44,7 @@ from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig, need
 from timm_jem.evaluation.subject import Subject, data_config, display_name, load_model, load_subject
 from timm_jem.files import folder_aside, left_aside
+from timm_jem.training.shell import one_line_errors
 
 MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], None], str]] = {
     # title, what measures it, and what makes it take less memory
@@ -228,9 +229,7 @@ def measure_all(subject: Subject, config: EvaluationConfig, report: Report, fold
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped: sections that were measured before this one are in the report; the same command goes on")
+    kept = "stopped: sections that were measured before this one are in the report; the same command goes on"
+    with one_line_errors(stopped=kept, less="lower --batch_size"):
+        left_out = main(sys.argv[1:])
+    sys.exit(left_out)

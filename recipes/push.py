@@ -13,6 +13,7 @@ from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.evaluation.report import REPORT_FILE, fingerprint, read_report
 from timm_jem.hub.card import PICTURES
 from timm_jem.training.run_folder import RunFolder
+from timm_jem.training.shell import one_line_errors
 
 
 def main(argv: list[str]) -> None:
@@ -27,6 +28,9 @@ def main(argv: list[str]) -> None:
     if not run.model.is_dir():
         raise InputError(f"{run} has no folder 'model': give the folder of a finished run, such as runs/digits")
     jem, pictures = timm_jem.from_pretrained(run.model), run.pictures()
+    if run.summary() is None:
+        pictures = {}
+        print(f"note: {run} has not come to its end: pictures that may be of other weights than its model are left out")
     evaluation = run.path / "evaluation"
     if (evaluation / REPORT_FILE).is_file():
         report = read_report(evaluation)
@@ -51,7 +55,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors(stopped="interrupted; the same command goes on", less="give it more"):
         main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(f"error: {error}")

@@ -34,6 +34,7 @@ from timm_jem.stability.jobs import Job, Pool
 from timm_jem.stability.results import LAST_LINES, read_result
 from timm_jem.training import parse_settings
 from timm_jem.training.run_folder import RunFolder
+from timm_jem.training.shell import one_line_errors
 
 TRAIN = Path(__file__).parent / "train.py"
 DIGITS_CONFIG = TRAIN.parent / "configs" / "digits.yaml"
@@ -220,8 +221,11 @@ class Record:
         self.write("stability.json", dumps(self.data))
 
     def write(self, name: str, text: str) -> None:
-        with replaced_file(self.folder / name) as aside:
-            aside.write_text(text, encoding="utf-8")
+        try:
+            with replaced_file(self.folder / name) as aside:
+                aside.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{self.folder / name} can't be written ({one_line(error)}): make room, and call again") from error
 
     def note(self, run: Run, code: int | None = None, last_line: str = "") -> dict[str, Any]:
         """The figures of a run as its folder has them; ``code`` is the exit status of one that has just ended."""
@@ -381,7 +385,6 @@ def main(argv: list[str], script: Path = TRAIN) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    with one_line_errors(stopped="interrupted; the same command goes on", less="lower --jobs"):
+        code = main(sys.argv[1:])
+    sys.exit(code)

@@ -94,10 +94,21 @@ def test_a_run_that_is_not_done_has_no_result(tmp_path):
     assert [event["step"] for event in result.rollbacks] == [2]
 
 
-ODD = ("[1]", "3", "null", "[" * 100_000, '{"gap": 1.0}', '{"step": "7", "gap": 1.0}', '{"step": 7, "gap": "1"}', '{"step": 7, "gap": [1]}')
+ODD = (
+    "[1]",
+    "3",
+    "null",
+    "[" * 100_000,
+    '{"gap": 1.0}',
+    '{"step": "7", "gap": 1.0}',
+    '{"step": 7, "gap": "1"}',
+    '{"step": 7, "gap": [1]}',
+)
 
 
-@pytest.mark.parametrize("line", [*ODD, '{"step": 7, "gap": 1%s}' % ("0" * 400), '{"step": 7, "event": "rollback", "to_step": []}'])
+@pytest.mark.parametrize(
+    "line", [*ODD, '{"step": 7, "gap": 1%s}' % ("0" * 400), '{"step": 7, "event": "rollback", "to_step": []}']
+)
 def test_a_line_that_no_run_writes_is_passed_over(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "gap": 2}\n' + line + "\n")
@@ -106,8 +117,10 @@ def test_a_line_that_no_run_writes_is_passed_over(tmp_path, line):
 
 @pytest.mark.parametrize(
     "odd",
-    [{"test_accuracy": "0.9"}, {"steps": True}, {"seconds": [1]}, {"rollbacks": 3}, {"rollbacks": [1]}, {"rollbacks": [{}]}]
-    + [{"rollbacks": [{"step": 3, "to_step": "2"}]}, {"explanation": {}}, {"test_ece": 10**400}],
+    [
+        *({"test_accuracy": "0.9"}, {"steps": True}, {"seconds": [1]}, {"explanation": {}}, {"test_ece": 10**400}),
+        *({"rollbacks": odd} for odd in (3, [1], [{}], [{"step": 3, "to_step": "2"}])),
+    ],
 )
 def test_a_summary_of_another_shape_is_told(tmp_path, odd):
     folder = RunFolder(tmp_path / "run")

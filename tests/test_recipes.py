@@ -1,12 +1,14 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import push
@@ -483,6 +485,35 @@ def test_a_card_shows_no_pictures_of_other_weights(hub, tmp_path, monkeypatch):
         assert on_the_way["samples.png"] == Path(f"run/samples_{pushed:06d}.png").read_bytes()
         assert on_the_way["samples.png"] != files["samples.png"]
         assert files["samples.png"] == Path("run/samples.png").read_bytes()
+
+
+def test_a_run_that_goes_on_is_pushed_without_pictures_of_later_weights(hub, tmp_path, monkeypatch, capsys):
+    """Its model is of its earlier end until the next one."""
+    monkeypatch.chdir(tmp_path)
+    train.main(shlex.split(f"{SHORT} --output_dir run"))
+    push.main(["run", "user/name"])
+    assert {"samples.png", "buffer.png"} <= set(hub.files("user/name"))
+    monkeypatch.setattr(train, "finish", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train.main(shlex.split("--resume run --train.steps 6 --train.sample_every 5"))
+    capsys.readouterr()
+    push.main(["run", "user/other"])
+    assert not [name for name in hub.files("user/other") if name.endswith(".png")]
+    assert "run has not come to its end" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "push", "stability", "benchmark"])
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 1)])
+def test_what_ends_any_recipe_early_is_one_line(name, error, code, monkeypatch, capsys):
+    for module in ("timm_jem.command_line", "timm_jem.training.settings"):
+        monkeypatch.setattr(f"{module}.make_parser", Mock(side_effect=error))
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert end.value.code == code
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
 
 
 def test_a_push_that_can_not_be_is_found_before_any_work(hub, tmp_path, monkeypatch):

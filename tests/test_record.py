@@ -207,7 +207,9 @@ def test_a_run_that_goes_on_cuts_its_metrics_to_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "odd", [{"seconds": "x"}, {"metrics_bytes": -5}, {"metrics_bytes": "q"}, {"best": [[0.5, "1"]]}, {"best": [[None, 1]]}], ids=str
+    "odd",
+    [{"seconds": "x"}, {"metrics_bytes": -5}, {"metrics_bytes": "q"}, {"best": [[0.5, "1"]]}, {"best": [[None, 1]]}],
+    ids=str,
 )
 def test_a_record_of_a_checkpoint_that_was_changed_is_refused(tmp_path, odd):
     record = make(tmp_path / "a")

@@ -469,8 +469,10 @@ def test_a_checkpoint_of_other_settings_or_another_version_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "odd",
-    [{"state": 1}, {"state": {"learner": 1}}, {"guard": 0}, {"guard": {}}, {"rollbacks": 5}, {"stream": None}, {"buffer": 3}]
-    + [{"step": "a"}, {"step": -1}, {"remedy": {"colour": 1}}, {"statistics": []}, {"rng": {}}],
+    [
+        *({"state": 1}, {"state": {"learner": 1}}, {"guard": 0}, {"guard": {}}, {"rollbacks": 5}, {"stream": None}),
+        *({"buffer": 3}, {"step": "a"}, {"step": -1}, {"remedy": {"colour": 1}}, {"statistics": []}, {"rng": {}}),
+    ],
     ids=str,
 )
 def test_a_checkpoint_whose_sums_are_right_and_whose_content_is_not_is_refused(tmp_path, odd):

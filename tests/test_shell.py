@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,12 @@ import torch
 from timm_jem import InputError
 from timm_jem.training import shell
 from timm_jem.training.shell import one_line_errors
+
+
+def ended(main: Callable[[], None]) -> int:
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        main()
+    return end.value.code
 
 
 def left(error: BaseException, capsys) -> tuple[int, str]:
@@ -52,6 +59,23 @@ def test_no_memory_in_truth(capsys):
     with pytest.raises(SystemExit), one_line_errors():
         torch.empty(2**60)
     assert capsys.readouterr().err.startswith("error: out of memory (")
+
+
+@pytest.mark.parametrize("also", [None, InputError("lower it")])
+def test_a_reader_who_has_left_is_said_once(also, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    def main():
+        print("much")
+        if also is not None:
+            raise also
+
+    with os.fdopen(writing, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        code = ended(main)
+    assert code == 1
+    assert capsys.readouterr().err == f"error: {also or '[Errno 32] Broken pipe'}\n"
 
 
 def test_an_interrupt_is_no_traceback(capsys):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import stability
@@ -194,6 +195,12 @@ def test_interrupted_and_called_again(fake_train, tmp_path, number):
     assert len((tmp_path / "out" / "default" / "seed_0" / "argv.jsonl").read_text().splitlines()) == 1
     row = rows_of((tmp_path / "out" / "stability.md").read_text())[0]
     assert (row["runs"], row["finished"], row["stopped or crashed"]) == ("5", "5", "0")
+
+
+def test_a_record_that_can_not_be_written_is_named(fake_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "write_text", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match=r"out/stability\.json can't be written \(.*No space left on device\): make room"):
+        stability.main(shlex.split("--seeds 1 --output_dir out"), fake_train)
 
 
 def test_runs_with_other_flags_are_refused(fake_train, tmp_path):

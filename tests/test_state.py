@@ -139,7 +139,9 @@ def test_what_a_killed_process_left_is_found_or_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000030"]
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "no file", "no manifest", "bad manifest", "empty manifest", "no rank", "deep"])
+@pytest.mark.parametrize(
+    "harm", ["truncate", "flip", "no file", "no manifest", "bad manifest", "empty manifest", "no rank", "deep"]
+)
 def test_damage_is_found_and_an_older_one_taken(tmp_path, harm):
     checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True), keep=2)
     older = checkpoints.save(10, {"a": torch.arange(1000)})
@@ -171,7 +173,7 @@ def test_damage_is_found_and_an_older_one_taken(tmp_path, harm):
 
 def test_a_tree_without_end_is_no_state(tmp_path):
     save_file({"0": torch.zeros(1)}, tmp_path / "a", metadata={"tree": '["list", [' * 100_000})
-    with pytest.raises(InputError, match="a is not a whole saved state .*: take an older one"):
+    with pytest.raises(InputError, match=r"a is not a whole saved state .*: take an older one"):
         load_tree(tmp_path / "a")
 
 

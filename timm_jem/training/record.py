@@ -69,6 +69,7 @@ class Record:
         """Make the folder this run's at ``step``: settings written, metrics cut back to there, leftovers removed."""
         if self.main:
             self.folder.tidy(int(step) for _, step in self.best)
+            self.folder.summary_file.unlink(missing_ok=True)  # from here on, pictures may be of other weights than model/
             self.folder.write_text(self.folder.config_file, f"# {self._machine()}\n{self.settings.as_yaml()}")
             self._metrics = self.folder.metrics_file.open("ab", buffering=0)
             self._metrics.truncate(min(self._metrics_bytes, self._metrics.tell()))  # what came later comes again

@@ -1,4 +1,4 @@
-"""What ends a run early reaches the shell as one line, said once, however many processes there are."""
+"""What ends a recipe early reaches the shell as one line, said once, however many processes there are."""
 
 import contextlib
 import json
@@ -19,26 +19,31 @@ _PATIENCE = 15.0
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(
+    *,
+    stopped: str = "interrupted; a run that has a checkpoint goes on with --resume",
+    less: str = "lower train.batch_size (train.grad_accum makes up for it), train.buffer_size or data.image_size",
+) -> Iterator[None]:
     """Around a recipe's main: people's mistakes, a full disk or memory, and Ctrl-C end in a line; bugs in a traceback.
+
+    Args:
+        stopped: what Ctrl-C leaves.
+        less: what makes it take less memory.
 
     Raises:
         SystemExit: with the line.
     """
     try:
         yield
+        sys.stdout.flush()  # a pipe whose reader has left
     except InputError as error:
         # One that a loader's process raised comes with that process's traceback, its own line last.
         _leave(str(error).rpartition("timm_jem.errors.InputError: ")[2].strip(), error)
     except KeyboardInterrupt as error:
-        _leave("interrupted; a run that has a checkpoint goes on with --resume", error, code=130)
+        _leave(stopped, error, code=130)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or should_reduce_batch_size(error):
-            _leave(
-                f"out of memory ({one_line(error)[:120]}): lower train.batch_size (train.grad_accum makes up for it), "
-                "train.buffer_size or data.image_size",
-                error,
-            )
+            _leave(f"out of memory ({one_line(error)[:120]}): {less}", error)
         if not (torch.distributed.is_initialized() and any(name in str(error).lower() for name in ("gloo", "nccl"))):
             raise
         _leave(f"another process of this run has ended ({one_line(error)}); go on with --resume", error, own=False)
@@ -57,5 +62,9 @@ def _leave(line: str, error: BaseException, *, own: bool = True, code: int = 1) 
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the launcher's own report then ends with the line
             with open(report, "w", encoding="utf-8") as file:
                 json.dump({"message": {"message": line, "extraInfo": {"timestamp": int(time.time())}}}, file)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again at its end, and add lines of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(line, file=sys.stderr, flush=True)
     raise SystemExit(code) from error
