@@ -125,6 +125,7 @@ def test_an_unknown_flag_names_those_it_may_mean(flag, meant):
         ("train: !!python/object/apply:os.getcwd []\n", "some.yaml can't be read"),
         ("# für später\n".encode("latin1"), "some.yaml can't be read ('utf-8' codec"),
         (b"\x00", "some.yaml can't be read"),
+        ("config: other.yaml\n", "some.yaml names another file of settings, which is not read: give both"),
     ],
 )
 def test_a_file_that_holds_no_settings_is_named(text, message):

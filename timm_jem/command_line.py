@@ -137,6 +137,10 @@ def _checked(content: dict[str, Any], prefix: str, source: str, options: dict[st
     found = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
+        if name == "--config":
+            raise InputError(
+                f"{source} names another file of settings, which is not read: give both, --config one --config other"
+            )
         if name not in options and _kind(options, name.rpartition(".")[0]) is not dict:
             raise InputError(f"{source}: {name.removeprefix('--')} is no setting{_meant(name, options).replace('--', '')}")
         if options.get(name) == "section":
