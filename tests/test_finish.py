@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +157,14 @@ def test_the_model_is_on_disk_before_any_chain_is_drawn(tmp_path, splits, monkey
     assert timm_jem.from_pretrained(tmp_path / "run" / "model").provenance["steps"] == 2
     assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", "metrics.jsonl", "model"]
     assert record.folder.finished(2) is None
+
+
+@pytest.mark.parametrize(
+    ("w_x", "what"), [(1, r"; look at \S+/run/samples\.png"), (0, r"; p\(x\) was not .* --model\.name \S+/run ")]
+)
+def test_a_classifiers_samples_are_not_shown_off(tmp_path, splits, capsys, w_x, what):
+    end.finish(*trained(tmp_path / "run", splits, f"--train.objective.w_x {w_x}"))
+    assert re.search(what, capsys.readouterr().out)
 
 
 def test_a_hub_that_says_no_loses_nothing(tmp_path, splits, monkeypatch):

@@ -117,6 +117,12 @@ def test_broken_and_hostile_folders_are_named(jem, tmp_path, damage, message):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 500_000  # KiB
 
 
+def test_a_runs_folder_names_its_model(jem, tmp_path):
+    jem.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=rf"^{tmp_path}: a run's folder: its model is {tmp_path / 'model'}$"):
+        timm_jem.from_pretrained(tmp_path)
+
+
 def test_weights_come_from_the_folder_whatever_its_config_says(jem, tmp_path):
     jem.save_pretrained(tmp_path)
     elsewhere = {"source": "url", "url": "http://127.0.0.1:9/evil.pth", "file": "/evil.pth", "hf_hub_id": "user/evil"}

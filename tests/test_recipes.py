@@ -306,7 +306,9 @@ def test_bf16(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "recipes/configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_configs_parse(config):
+def test_configs_parse(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/classifier").mkdir(parents=True)  # what own_data.yaml starts from
     parse_settings(["--config", str(config)])
 
 

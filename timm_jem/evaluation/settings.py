@@ -78,7 +78,7 @@ class EvaluationConfig:
     One class for all sections: they share most of these, and each is a flag of its own name.
 
     Attributes:
-        preset: quick: minutes on a CPU for small models; full: what a paper would report.
+        preset: quick: minutes on a CPU for small models; full: what a paper would report. It gives the numbers that are null.
         sections: which parts of the report.
         seed: of subsets, chains, attacks and resampling.
         batch_size: images through the network at once.

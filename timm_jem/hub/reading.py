@@ -103,8 +103,11 @@ def check_nesting(data: Any, what: str) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
+            inside = folder / "model"
             raise InputError(
-                f"no {file}: a model saved by save_pretrained, or by timm as safetensors, has one; no pickle is read"
+                f"a run's folder: its model is {inside}"
+                if (inside / file).is_file()
+                else f"no {file}: a model saved by save_pretrained, or by timm as safetensors, has one; no pickle is read"
             )
     try:
         if (folder / CONFIG_FILE).stat().st_size > MAX_CONFIG_BYTES:

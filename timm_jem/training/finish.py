@@ -72,10 +72,16 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
     record.chains(run.step, run.learner.method.buffer)
     _keep(run, record, lambda: jem.save_pretrained(folder.model))
     _keep(run, record, lambda: folder.write_json(folder.summary_file, summary))
+    objective = settings.train.objective
+    then = (
+        f"look at {folder.path / 'samples.png'}"
+        if objective.needs_chains
+        else f"p(x) was not trained, and samples are noise: --model.name {folder.path} starts a run that trains it"
+    )
     rolled_back = f", rolled back {n} time{'s' * (n > 1)}" if (n := len(run.rollbacks)) else ""
     print(
         f"test accuracy {summary['test_accuracy']:.4f}, ECE {summary['test_ece']:.4f}, {record.seconds:.0f} s of training"
-        f"{rolled_back}; look at {folder.path / 'samples.png'}"
+        f"{rolled_back}; {then}"
     )
     if broke is not None:
         raise InputError(f"training {explanation}; the last good model, of step {run.step}, is in {folder.model}")
