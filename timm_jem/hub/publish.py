@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, quoted
 from timm_jem.hub.card import CARD_FILE, PICTURES, model_card
 from timm_jem.hub.local_paths import without_local_paths
 from timm_jem.hub.provenance import Provenance, license_id
@@ -50,7 +50,7 @@ def publish(
     about = {**about, "provenance": Provenance.read(provenance)}
     for name, file in pictures.items():
         if name not in PICTURES:
-            raise InputError(f"no card shows a picture {name!r}: its pictures are {', '.join(PICTURES)}")
+            raise InputError(f"no card shows a picture {quoted(name)}: its pictures are {', '.join(PICTURES)}")
         if not Path(file).is_file() or Path(file).is_symlink():
             raise InputError(f"picture {file} is not a file of its own: leave it out")
         (folder / name).parent.mkdir(exist_ok=True)
