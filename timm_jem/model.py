@@ -375,6 +375,7 @@ class JEM(nn.Module):
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, replay_buffer=replay_buffer)
+            chains = self.chains if replay_buffer else None
             about = {
                 "architecture": architecture(self.backbone),
                 "parameters": sum(p.numel() for p in self.parameters()),
@@ -383,6 +384,8 @@ class JEM(nn.Module):
                 "num_classes": self.num_classes,
                 "sgld": asdict(self.sgld),
                 "provenance": self.provenance,
+                "has_chains": chains is not None,
+                "chains_have_classes": chains is not None and chains.labels is not None,
             }
             return publish(
                 folder,
