@@ -29,9 +29,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 import timm_jem
 from timm_jem import JEM, InputError
+from timm_jem.backbone import architecture
 from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.data import DataConfig
-from timm_jem.errors import one_line
+from timm_jem.errors import one_line, quoted
 from timm_jem.evaluation.classification_section import classification_section
 from timm_jem.evaluation.comparison import read_reports, write_comparison
 from timm_jem.evaluation.generation_section import generation_section
@@ -72,13 +73,12 @@ def parse(argv: list[str]) -> tuple[Any, EvaluationConfig, DataConfig | None]:
 def about(name: str, model: JEM, data: DataConfig) -> dict[str, Any]:
     """What is evaluated: reports of the same are one report."""
     parameters = sum(p.numel() for p in model.parameters())
-    architecture = model.backbone.pretrained_cfg.get("architecture") or type(model.backbone).__name__
     return {
         "name": display_name(name),
         "model": name,
         "weights": fingerprint(model.backbone.state_dict()),
         "data": data.dataset,
-        "headline": {"Model": f"{architecture}, {parameters:,} parameters", "Data": data.dataset},
+        "headline": {"Model": f"{architecture(model.backbone)}, {parameters:,} parameters", "Data": data.dataset},
         "data_settings": asdict(data),
         "trained": model.provenance.get("command"),
     }
@@ -118,8 +118,8 @@ def to_measure(earlier: Report | None, config: EvaluationConfig, overwrite: bool
         for setting, value in config.of_section(name).items():
             if setting in there.settings and there.settings[setting] != value:
                 raise InputError(
-                    f"section {name} is there with {setting} {there.settings[setting]!r:.80}, and not {value!r:.80}: give the "
-                    "same, a new --output_dir, or --overwrite true, which measures it anew"
+                    f"section {name} is there with {setting} {quoted(there.settings[setting])}, and not {quoted(value)}: "
+                    "give the same, a new --output_dir, or --overwrite true, which measures it anew"
                 )
     return missing
 

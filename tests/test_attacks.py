@@ -9,7 +9,8 @@ from torch import nn
 import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
-from timm_jem.evaluation.attacks import PGDConfig, auto_attack, margin, pgd, pixel_classifier
+from timm_jem.evaluation.attacks import PGDConfig, margin, pgd, pixel_classifier
+from timm_jem.evaluation.auto_attack import auto_attack
 from timm_jem.modes import frozen
 
 NORMS = ("linf", "l2")

@@ -13,6 +13,8 @@ from timm_jem.data import DataConfig, load_images, load_splits
 from timm_jem.data.images import BrokenImage, decode
 from timm_jem.data.loader import open_stream
 from timm_jem.evaluation.subject import some
+from timm_jem.training.measure import in_batches
+from timm_jem.training.shell import one_line_errors
 
 
 def folder(tmp_path, n=12):
@@ -183,3 +185,12 @@ def test_other_sets_have_no_such_setting(tmp_path):
     with pytest.raises(InputError, match=r"row 0 of .*rows\.parquet, split test .*; 2 more cannot be read") as error:
         load_images(str(tmp_path / "rows.parquet"), channels=3, size=(4, 4), count=9)
     assert "skip_broken" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_that_comes_up_in_validation_is_one_line(tmp_path, workers, capsys):
+    splits = load_splits(DataConfig(folder(tmp_path), cache_gib=0))
+    with pytest.raises(SystemExit), one_line_errors():
+        [list(in_batches(split, workers)) for split in (splits.train, splits.val, splits.test)]
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: row \d+ of split train \(.*\) has an image that can't be decoded .*\n", said)

@@ -3,6 +3,7 @@ import os
 import shutil
 import threading
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -418,3 +419,12 @@ def test_broken_chains_are_named(jem, tmp_path, tensors, message):
     with pytest.raises(InputError, match=r"not a complete safetensors.*replay_buffer=False"):
         timm_jem.from_pretrained(tmp_path)
     assert timm_jem.from_pretrained(tmp_path, replay_buffer=False).chains is None
+
+
+def test_attributes_of_another_kind_are_saved_as_they_were_given_at_first(jem, tmp_path):
+    names = [str(i) for i in range(jem.num_classes)]
+    jem.class_names, jem.provenance = np.array(names), None
+    jem.save_pretrained(tmp_path)
+    loaded = timm_jem.from_pretrained(tmp_path)
+    assert loaded.class_names == names
+    assert loaded.provenance == {}

@@ -320,7 +320,7 @@ def test_names_that_can_not_be_built_are_explained(hub, name, input_size):
 
 def test_chains_that_are_too_large_are_not_downloaded(hub, jem, monkeypatch):
     jem.push_to_hub(REPO)
-    monkeypatch.setattr(hub_module, "MAX_CHAINS_BYTES", 100)
+    monkeypatch.setattr(hub_module, "MAX_FILE_BYTES", 100)
     with pytest.raises(InputError, match="replay_buffer=False"):
         timm_jem.from_pretrained(REPO)
     assert not any(call.startswith("GET") and "replay_buffer" in call for call in hub.calls)

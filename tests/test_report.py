@@ -8,6 +8,7 @@ from timm_jem import InputError
 from timm_jem.evaluation.comparison import comparison
 from timm_jem.evaluation.report import Measured, Report, Result, read_report
 from timm_jem.evaluation.report_folder import check_comparison_dir, earlier_report, write_files
+from timm_jem.files import folder_aside
 
 
 def report(name="a", value=0.5, **more):
@@ -98,6 +99,14 @@ def test_output_folders_are_not_written_over(tmp_path):
     assert earlier_report(tmp_path, False) == report()
     with pytest.raises(InputError, match="other files"):  # pictures of both have the same names
         check_comparison_dir(tmp_path, True)
+
+
+def test_what_a_killed_process_left_in_a_folder_is_no_other_file(tmp_path):
+    (tmp_path / "out").mkdir()
+    with folder_aside(tmp_path / "out") as aside:
+        (aside / "reliability.png").write_bytes(b"")
+        for check in (earlier_report, check_comparison_dir):
+            assert check(tmp_path / "out", False) is None
     (tmp_path / "compare.json").write_text("")
     with pytest.raises(InputError, match="--overwrite"):
         check_comparison_dir(tmp_path, False)

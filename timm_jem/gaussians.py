@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole, quoted
-from timm_jem.inputs import MOST_NUMBERS, check_label_values, is_floats, is_labels, kind
-from timm_jem.pixels import FAR_FROM_PIXELS
+from timm_jem.inputs import FAR_FROM_PIXELS, MOST_NUMBERS, check_label_values, is_floats, is_labels, kind
 from timm_jem.sampling import Generators, draw_classes, randn
 
 __all__ = ["ClassGaussians"]
@@ -77,7 +76,7 @@ class ClassGaussians:
         if not isinstance(images, Tensor) or images.ndim != 4 or len(images) < 2 or not images.numel() or images.is_meta:
             raise InputError(f"images are {kind(images)}: give at least two images, shape (N, C, H, W)")
         if not (images.dtype == torch.uint8 or is_floats(images)):
-            raise InputError(f"images are {images.dtype}, {images.layout}: give uint8, or floating-point pixels in [-1, 1]")
+            raise InputError(f"images are {kind(images)}: give uint8, or floating-point pixels in [-1, 1]")
         low, high = (float(v) for v in images.aminmax())
         if images.is_floating_point() and not (low >= -FAR_FROM_PIXELS and high <= FAR_FROM_PIXELS):
             raise InputError(f"images hold {low:.3g} to {high:.3g}: give pixels in [-1, 1], e.g. images / 127.5 - 1, or uint8")

@@ -1,24 +1,22 @@
 """Checks of what functions are given: model input, labels, logits, class names, and what chains are drawn with."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole, quoted
-from timm_jem.pixels import FAR_FROM_PIXELS
 
 __all__ = [
+    "FAR_FROM_PIXELS",
     "MOST_NUMBERS",
     "as_labels",
     "check_drawing",
     "check_label_values",
     "check_labels",
     "check_model_input",
-    "check_provenance",
     "checked_names",
     "how_many",
     "is_floats",
@@ -29,16 +27,19 @@ __all__ = [
 
 # In one tensor of images: 16 GiB in single precision, beyond which a count or a size is a mistake.
 MOST_NUMBERS = 2**32
+# Chains and noise leave the pixels' [-1, 1] by a little, images in 0..255 by far.
+FAR_FROM_PIXELS = 20.0
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def kind(value) -> str:
-    """What was given, for messages: a tensor's dtype and shape, or a type's name."""
+    """What was given, for messages: a tensor's dtype, shape and what else may be wrong with it, or a type's name."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
+    layout = "" if value.layout == torch.strided else f", layout {value.layout}"
     where = " on the meta device" if value.is_meta else ""
-    return f"{value.dtype} of shape {tuple(value.shape)}{where}"
+    return f"{value.dtype} of shape {tuple(value.shape)}{layout}{where}"
 
 
 def values_known(tensor: Tensor) -> bool:
@@ -132,7 +133,7 @@ def check_labels(y: Tensor | list[int] | int, n: int, num_classes: int, device: 
     """
     y = as_labels(y, num_classes)
     if (y.is_meta and device.type != "meta") or y.layout != torch.strided:
-        raise InputError(f"y is {kind(y)}, layout {y.layout}: give labels that have values, where the model is")
+        raise InputError(f"y is {kind(y)}: give labels that have values, where the model is")
     y = y.to(device)
     if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
         raise InputError(f"y has dtype {y.dtype}: give integer class labels")
@@ -167,12 +168,6 @@ def checked_names(class_names, num_classes: int) -> list[str] | None:
     if len(names) != num_classes:
         raise InputError(f"{len(names)} class names for {num_classes} classes: give one name per class")
     return [str(name) for name in names]
-
-
-def check_provenance(provenance: Any) -> None:
-    """Raise an InputError unless ``provenance`` is a dict or None."""
-    if not (provenance is None or isinstance(provenance, Mapping)):
-        raise InputError(f"provenance is a {type(provenance).__name__}: give a dict of JSON data")
 
 
 def check_drawing(init, generator, seeds, batch_size, on_step) -> None:

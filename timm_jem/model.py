@@ -4,7 +4,6 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,6 @@ from timm_jem.inputs import (
     check_drawing,
     check_labels,
     check_model_input,
-    check_provenance,
     checked_names,
     how_many,
     is_floats,
@@ -76,24 +74,22 @@ class JEM(nn.Module):
                 f"data_config is a {type(data_config).__name__}: give timm's, a dict with input_size, mean and std"
             )
         self.backbone = backbone
-        self.data_config = dict(data_config)
-        self.class_names = checked_names(class_names, backbone.num_classes)
-        self.sgld = sgld
-        self.fixed_input_size = fixed_input_size
-        self.provenance = {} if provenance is None else provenance
+        self.data_config, self.class_names = dict(data_config), class_names
+        self.sgld, self.provenance, self.fixed_input_size = sgld, provenance, fixed_input_size
         self._check_settings()
-        self.provenance = dict(self.provenance)
-        self._chains: PublishedChains | Path | None = None  # a file is read when they are first asked for
+        self._chains: PublishedChains | None = None
         if any(parameter.is_inference() for parameter in backbone.parameters()):
             raise InputError("this backbone was built in torch.inference_mode and has no gradients: build it outside")
         self._mean_std = normalisation(self.data_config, self.device, torch.promote_types(self.dtype, torch.float32))
 
     def _check_settings(self) -> None:
-        """All attributes are open to change, so that they are checked again when the model is saved."""
+        """All attributes are open to change, so that they are checked, and made plain, again when the model is saved."""
         if not isinstance(self.sgld, SGLDConfig):
             raise InputError(f"sgld is a {type(self.sgld).__name__}: give a timm_jem.SGLDConfig")
-        checked_names(self.class_names, self.num_classes)
-        check_provenance(self.provenance)
+        self.class_names = checked_names(self.class_names, self.num_classes)
+        if not (self.provenance is None or isinstance(self.provenance, Mapping)):
+            raise InputError(f"provenance is a {type(self.provenance).__name__}: give a dict of JSON data")
+        self.provenance = dict(self.provenance or {})
         size = self.data_config.get("input_size")
         if not isinstance(size, (tuple, list)) or len(size) != 3:
             raise InputError(f"input_size is {quoted(size)}: give (C, H, W)")
@@ -186,8 +182,7 @@ class JEM(nn.Module):
         Raises:
             InputError: ``x`` of wrong shape, dtype or range, or ``y`` of wrong shape, dtype or range.
         """
-        self._check_x(x)
-        y = None if y is None else self._check_y(y, len(x), x.device)
+        y = self._checked(x, y)
         if not torch.compiler.is_compiling() and x.is_inference() and torch.is_grad_enabled():
             x = x.clone()  # gradients pass through the weights, and so through what meets them
         return energy(self._logits(x), y)
@@ -203,8 +198,7 @@ class JEM(nn.Module):
         present train or eval mode, where a forward in train mode moves BatchNorm statistics. Under ``torch.func.vmap`` take
         ``torch.func.grad`` of :meth:`log_density` instead. Errors as :meth:`energy`.
         """
-        self._check_x(x)
-        y = None if y is None else self._check_y(y, len(x), x.device)
+        y = self._checked(x, y)
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_(True)
             y = None if y is None else y.clone()
@@ -286,14 +280,14 @@ class JEM(nn.Module):
         y = None if y is None else as_labels(y, self.num_classes)
         n, device = how_many(n, init, y, generators, self.input_size), self.device
         if y is not None:
-            y = self._check_y(y.expand(n) if y.ndim == 0 else y, n, device)
+            y = check_labels(y.expand(n) if y.ndim == 0 else y, n, self.num_classes, device)
         if isinstance(init, Tensor):
             self._check_x(init)
             u = self.denormalize(init.to(device))
         elif init == "buffer":
-            if self.chains is None:
+            if (chains := self.chains) is None:
                 raise InputError("this model has no published chains: leave init out, and chains start from noise")
-            u, labels = self.chains.draw(n, y, generator)
+            u, labels = chains.draw(n, y, generator)
             u, y = u.to(device), y if y is not None or labels is None else labels.to(device)
         generators = generators or chain_generators(draw_seeds(n, generator))
         if init is None:
@@ -304,24 +298,22 @@ class JEM(nn.Module):
 
     @property
     def chains(self) -> PublishedChains | None:
-        """Published chains, read from their file when first asked for; None: there are none. They are saved with the model.
+        """Published chains, which are saved with the model; None: there are none.
 
         Raises:
-            InputError: set or asked for, a broken file, or chains of other images or classes than the model's.
+            InputError: set or asked for, chains of other images or classes than the model's.
         """
-        if isinstance(self._chains, Path):
-            self._chains = PublishedChains.load(self._chains, self.input_size, self.num_classes)
-        elif self._chains is not None:
+        if self._chains is not None:
             self._chains.check_fit(self.input_size, self.num_classes)  # the model may have another head by now
         return self._chains
 
     @chains.setter
-    def chains(self, chains: PublishedChains | Path | None) -> None:
+    def chains(self, chains: PublishedChains | None) -> None:
         if isinstance(chains, PublishedChains):
             chains.check_fit(self.input_size, self.num_classes)
-        elif not (chains is None or isinstance(chains, Path)):
+        elif chains is not None:
             raise InputError(f"chains is a {type(chains).__name__}: give timm_jem.PublishedChains, or None")
-        self._chains = chains.resolve() if isinstance(chains, Path) else chains
+        self._chains = chains
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, replay_buffer: bool = True) -> None:
         """Write a folder that :func:`timm_jem.from_pretrained` and plain timm read; or raise, and leave the folder as it was.
@@ -381,18 +373,20 @@ class JEM(nn.Module):
         Raises:
             InputError: what :meth:`save_pretrained` refuses, before anything is sent; or what the Hub refuses.
         """
-        self._check_settings()
-        about = {
-            "architecture": architecture(self.backbone),
-            "parameters": sum(p.numel() for p in self.parameters()),
-            "input_size": self.input_size,
-            "class_names": self.class_names,
-            "num_classes": self.num_classes,
-            "sgld": asdict(self.sgld),
-            "provenance": self.provenance,
-        }
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, replay_buffer=replay_buffer)
+            chains = self.chains if replay_buffer else None
+            about = {
+                "architecture": architecture(self.backbone),
+                "parameters": sum(p.numel() for p in self.parameters()),
+                "input_size": self.input_size,
+                "class_names": self.class_names,
+                "num_classes": self.num_classes,
+                "sgld": asdict(self.sgld),
+                "provenance": self.provenance,
+                "has_chains": chains is not None,
+                "chains_have_classes": chains is not None and chains.labels is not None,
+            }
             return publish(
                 folder,
                 repo_id,
@@ -419,5 +413,7 @@ class JEM(nn.Module):
             raise InputError("x is on the meta device and the model is not: give model input that has values")
         check_model_input(x, self.input_size, fixed_size=self.fixed_input_size, dtype=self.dtype, denormalize=self.denormalize)
 
-    def _check_y(self, y: Tensor, n: int, device: torch.device) -> Tensor:
-        return check_labels(y, n, self.num_classes, device)
+    def _checked(self, x: Tensor, y: Tensor | None) -> Tensor | None:
+        """Labels as int64, shape (B,), where ``x``, shape (B, C, H, W), is; None: there are none."""
+        self._check_x(x)
+        return None if y is None else check_labels(y, len(x), self.num_classes, x.device)

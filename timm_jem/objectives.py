@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_jem.energy import energy
-from timm_jem.errors import InputError, check_number
+from timm_jem.errors import InputError, check_number, quoted
 from timm_jem.inputs import check_label_values, is_floats, is_labels, kind
 
 __all__ = ["ObjectiveConfig", "joint_loss"]
@@ -40,7 +40,7 @@ class ObjectiveConfig:
         for field in fields(self):
             check_number(f"objective {field.name}", getattr(self, field.name), least=0, most=1e9)
         if self.label_smoothing >= 1:
-            raise InputError(f"objective label_smoothing is {self.label_smoothing!r}: give a number below 1")
+            raise InputError(f"objective label_smoothing is {quoted(self.label_smoothing)}: give a number below 1")
 
     @property
     def needs_chains(self) -> bool:

@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError
+from timm_jem.inputs import is_floats, kind
 
-__all__ = ["FAR_FROM_PIXELS", "eight_bit", "from_unit", "to_pixels"]
-
-# Chains and noise leave [-1, 1] by a little, images in 0..255 by far.
-FAR_FROM_PIXELS = 20.0
+__all__ = ["eight_bit", "from_unit", "to_pixels"]
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -18,7 +16,7 @@ def to_pixels(images: Tensor) -> Tensor:
         InputError: no tensor, or one of booleans or complex numbers.
     """
     if not isinstance(images, Tensor) or images.layout != torch.strided or images.dtype == torch.bool or images.is_complex():
-        raise InputError(f"images are {_kind(images)}: give a tensor of 8-bit ones")
+        raise InputError(f"images are {kind(images)}: give a tensor of 8-bit ones")
     return images.float().div(127.5).sub_(1)
 
 
@@ -28,8 +26,8 @@ def eight_bit(u: Tensor) -> Tensor:
     Raises:
         InputError: a pixel is NaN, which no 8-bit image can say; or no tensor of floating-point pixels.
     """
-    if not isinstance(u, Tensor) or u.layout != torch.strided or not u.is_floating_point() or u.is_meta:
-        raise InputError(f"pixels are {_kind(u)}: give floating-point ones in [-1, 1], e.g. images / 127.5 - 1")
+    if not is_floats(u) or u.is_meta:
+        raise InputError(f"pixels are {kind(u)}: give floating-point ones in [-1, 1], e.g. images / 127.5 - 1")
     if u.isnan().any():
         broken = int(u.flatten(1).isnan().any(1).sum())
         raise InputError(f"{broken} of {len(u)} images have pixels that are NaN: their chains ran away, so use fewer steps")
@@ -42,10 +40,6 @@ def from_unit(images: Tensor) -> Tensor:
     Raises:
         InputError: no tensor of floating-point images.
     """
-    if not isinstance(images, Tensor) or images.layout != torch.strided or not images.is_floating_point():
-        raise InputError(f"images are {_kind(images)}: give floating-point ones in [0, 1], e.g. images / 255")
+    if not is_floats(images):
+        raise InputError(f"images are {kind(images)}: give floating-point ones in [0, 1], e.g. images / 255")
     return 2 * images - 1
-
-
-def _kind(value) -> str:
-    return f"{value.dtype}, {value.layout}, on {value.device}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

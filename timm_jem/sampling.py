@@ -16,12 +16,14 @@ from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.inputs import MOST_NUMBERS, is_floats, kind
 
 __all__ = [
+    "FEWEST",
     "MOST_STEPS",
     "Generators",
     "SGLDConfig",
     "chain_generators",
     "draw_classes",
     "draw_seeds",
+    "filled",
     "randn",
     "sgld",
     "sgld_step",
@@ -32,7 +34,7 @@ __all__ = [
 MOST_STEPS = 100_000
 _FAR = 1e9  # a factor or bound in pixels that is above this is a mistake; single precision holds 3e38
 
-_FEWEST = 4  # chains in a batch: matrix products of fewer rows take other paths, and round otherwise
+FEWEST = 4  # chains in a batch: matrix products of fewer rows take other paths, and round otherwise
 
 _NOISE_AT_ONCE = 2**20  # numbers
 
@@ -214,6 +216,10 @@ def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig)
     for name, given in (("chains", u), ("gradients", grad), ("noise", u if noise is None else noise)):
         if not is_floats(given) or given.shape != u.shape or given.is_meta != u.is_meta:
             raise InputError(f"{name} of an SGLD step are {kind(given)}: give floating-point tensors of one shape")
+    return _step(u, grad, noise, config)
+
+
+def _step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig) -> Tensor:
     if config.grad_clamp is not None:
         grad = grad.clamp(-config.grad_clamp, config.grad_clamp)
     u = torch.add(u, grad, alpha=-config.step_size)
@@ -286,7 +292,7 @@ def sgld(
         noises = _noises(u, num_steps - denoise_steps if config.noise_std > 0 else 0, generator)
         for step in range(num_steps):
             noise = next(noises, None)
-            u = sgld_step(u, _gradient(energy_fn, u, y, batch_size), noise, config)
+            u = _step(u, _gradient(energy_fn, u, y, batch_size), noise, config)
             if on_step is not None:
                 on_step(step + 1, u)
     return u
@@ -304,15 +310,19 @@ def _noises(u: Tensor, num_steps: int, generator: Generators) -> Iterator[Tensor
         yield from randn(shape, generator=generator, device=u.device, dtype=u.dtype).unbind(1)
 
 
+def filled(part: Tensor) -> Tensor:
+    """Chains, or what goes with each, of a batch: fewer than ``FEWEST`` are filled up by repeating the last."""
+    return part if len(part) >= FEWEST else part[torch.arange(FEWEST, device=part.device).clamp(max=len(part) - 1)]
+
+
 def _gradient(energy_fn: Callable[..., Tensor], u: Tensor, y: Tensor | None, batch_size: int | None) -> Tensor:
     gradients = []
-    size = len(u) if batch_size is None else max(batch_size, _FEWEST)
+    size = len(u) if batch_size is None else max(batch_size, FEWEST)
     for start in range(0, len(u), size):
         part, labels = u[start : start + size].detach(), None if y is None else y[start : start + size]
         count = len(part)
-        if batch_size is not None and count < _FEWEST:
-            rows = torch.arange(_FEWEST, device=u.device).clamp(max=count - 1)
-            part, labels = part[rows], None if labels is None else labels[rows]
+        if batch_size is not None:
+            part, labels = filled(part), None if labels is None else filled(labels)
         part.requires_grad_(True)
         args = (part,) if labels is None else (part, labels)
         energies, gradient = energy_fn(*args), None

@@ -135,7 +135,7 @@ def from_pretrained(
     Args:
         name: folder written by :meth:`JEM.save_pretrained`, or a Hub repository "user/name".
         revision, token, cache_dir, local_files_only, force_download: as in ``huggingface_hub.hf_hub_download``.
-        replay_buffer: with published chains, where there are some; they are read when first used.
+        replay_buffer: with published chains, where there are some.
 
     Raises:
         InputError: nothing there, a folder that is no such model, or what the Hub refuses.
@@ -162,7 +162,7 @@ def from_pretrained(
 
 
 def _chains(file: Path, jem: JEM) -> PublishedChains:
-    """Read now: a file that is read later may be another by then, or gone."""
+    """The published chains, or why there are none and how to do without."""
     try:
         return PublishedChains.load(file, jem.input_size, jem.num_classes)
     except (InputError, OSError) as error:

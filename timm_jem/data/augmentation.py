@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, posterize, rand_augment_transform
 from torch import Tensor
 
-from timm_jem.errors import InputError, one_line
+from timm_jem.errors import InputError, one_line, quoted
 
 __all__ = ["AutoAugment", "augment"]
 
@@ -63,7 +63,9 @@ class AutoAugment:
         for section in sections:
             # timm passes over a section without a number.
             if not re.search(r"\d", section) and not (name == "rand" and section.removeprefix("t") in _RAND_SETS):
-                raise InputError(f"auto_augment {policy!r} has the section {section!r}, which has no effect: {hint}")
+                raise InputError(
+                    f"auto_augment {quoted(policy)} has the section {quoted(section)}, which has no effect: {hint}"
+                )
         settings = {"translate_const": int(min(size) * 0.45), "img_mean": (128, 128, 128)}
         try:
             if name == "rand":
@@ -76,7 +78,7 @@ class AutoAugment:
             # Some numbers only break when the policy is used.
             self(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), [[i] for i in range(4)])
         except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
-            raise InputError(f"auto_augment {policy!r} is not a policy ({one_line(error)}): {hint}") from error
+            raise InputError(f"auto_augment {quoted(policy)} is not a policy ({one_line(error)}): {hint}") from error
 
     def __call__(self, images: Tensor, seeds: Sequence[Sequence[int]]) -> Tensor:
         """Change each image at random, by its seed alone.

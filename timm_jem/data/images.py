@@ -41,10 +41,13 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 class BrokenImage(InputError):
-    """An image that can't be used; ``what`` names it."""
+    """An image that can't be used; ``what`` names it.
 
-    def __init__(self, what: str, fault: str) -> None:
-        super().__init__(f"{what} has {fault}")
+    It can be made of a message alone, since PyTorch does so with what a loader's process raised.
+    """
+
+    def __init__(self, message: str, what: str = "") -> None:
+        super().__init__(message)
         self.what = what
 
 
@@ -232,18 +235,18 @@ def open_image(stored: dict | None, what: str) -> PILImage.Image:
         BrokenImage: no image there, or not one that can be decoded.
     """
     if stored is None or (stored["bytes"] is None and stored["path"] is None):
-        raise BrokenImage(what, "no image: remove the row")
+        raise BrokenImage(f"{what} has no image: remove the row", what)
     try:
         with open_lazily(stored) as opened:
             image = ImageOps.exif_transpose(opened)
             image.load()
     except UNREADABLE as error:
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
-        raise BrokenImage(what, f"an image that can't be decoded ({reason}): repair or remove it") from error
+        raise BrokenImage(f"{what} has an image that can't be decoded ({reason}): repair or remove it", what) from error
     if image.mode.startswith("I;16"):
         return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise BrokenImage(what, "an image of 32-bit numbers, whose range is unknown: convert it to 8 or 16 bits")
+        raise BrokenImage(f"{what} has an image of 32-bit numbers, whose range is unknown: convert it to 8 or 16 bits", what)
     return image
 
 

@@ -15,7 +15,7 @@ from timm_jem.data import ImageSet, StreamedSet
 from timm_jem.data.augmentation import AutoAugment
 from timm_jem.data.images import SKIP_HINT, BrokenImage
 from timm_jem.data.streamed import StreamedImage
-from timm_jem.errors import InputError, check_whole
+from timm_jem.errors import InputError, check_whole, quoted
 from timm_jem.files import cores
 
 __all__ = ["ImageStream", "StreamedImages", "default_workers", "open_stream"]
@@ -71,7 +71,9 @@ class _Batches:
             InputError: no state of such a stream.
         """
         if not isinstance(state, dict) or set(state) != set(self._place):
-            raise InputError(f"the place of a stream is {state!r}: give what state_dict returned, {', '.join(self._place)}")
+            raise InputError(
+                f"the place of a stream is {quoted(state)}: give what state_dict returned, {', '.join(self._place)}"
+            )
         for name, value in state.items():
             check_whole(f"the stream's {name}", value, 0)
         if state != self._place:

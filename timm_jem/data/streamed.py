@@ -10,7 +10,7 @@ from datasets import IterableDataset
 from torch import Tensor
 
 from timm_jem.data.images import SKIP_HINT, BrokenImage, decode, located
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, quoted
 
 __all__ = ["Labelling", "StreamedImage", "StreamedSet", "digest", "is_missing"]
 
@@ -44,7 +44,7 @@ class Labelling:
         if missing or name not in self.classes:
             remedy = self.missing if missing else "fix or remove the row"
             raise InputError(
-                f"{what}, has the label {value!r}, none of the train split's {len(self.classes)} classes: {remedy}"
+                f"{what}, has the label {quoted(value)}, none of the train split's {len(self.classes)} classes: {remedy}"
             )
         return self.classes[name]
 

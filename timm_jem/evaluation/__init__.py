@@ -1,8 +1,8 @@
 """Figures and pictures of trained models.
 
-Measures: ``classification``, ``calibration``, ``ood``, ``attacks``, ``refinement``, ``robustness``, ``generation``,
-``extractors``, ``judges``, ``illustrations`` and ``intervals`` are plain functions, each module by itself; ``pictures`` and
-``plots`` draw.
+Measures: ``classification``, ``calibration``, ``ood``, ``attacks``, ``auto_attack``, ``refinement``, ``robustness``,
+``generation``, ``extractors``, ``judges``, ``illustrations`` and ``intervals`` are plain functions, each module by itself;
+``pictures`` and ``plots`` draw.
 
 Reports: ``settings`` says what to measure, ``subject`` loads it, and each ``*_section`` puts the measures of one kind into a
 ``section`` of a ``report``; ``comparison`` puts reports side by side. recipes/evaluate.py goes from section to section.

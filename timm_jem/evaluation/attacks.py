@@ -1,13 +1,11 @@
-"""Attacks on classifiers of images in [0, 1]: PGD, and AutoAttack by pyautoattack.
+"""Attacks on classifiers of images in [0, 1]: projected gradient descent.
 
 Images are in [0, 1] here and in the refinement defence, so that ε = 8/255 is eight grey levels, as the literature has it; a
 classifier maps such images, float, shape (N, C, H, W), to logits. :func:`pixel_classifier` maps them to a model's input.
 """
 
-import contextlib
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +13,7 @@ import torch
 from accelerate.utils import tqdm
 from torch import Tensor, nn
 
-from timm_jem.errors import InputError, check_number, check_whole, how_to_install
+from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.evaluation.labelled import labels
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
@@ -25,10 +23,10 @@ from timm_jem.sampling import randn, uniform_noise
 __all__ = [
     "Classifier",
     "PGDConfig",
-    "auto_attack",
-    "auto_attack_names",
     "check_attackable",
     "check_logits",
+    "check_norm",
+    "first_logits",
     "margin",
     "pgd",
     "pixel_classifier",
@@ -79,13 +77,18 @@ class PGDConfig:
     eot: int = 1
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2"):
-            raise InputError(f"norm of an attack is {self.norm!r}: give linf or l2")
+        check_norm(self.norm)
         check_number("eps of an attack", self.eps, least=0)
         if self.step_size is not None:
             check_number("step_size of an attack", self.step_size, above=0)
         for name in ("steps", "restarts", "eot"):
             check_whole(f"{name} of an attack", getattr(self, name), 1)
+
+
+def check_norm(norm: str) -> None:
+    """Raise an InputError unless attacks have balls of this norm."""
+    if norm not in ("linf", "l2"):
+        raise InputError(f"norm of an attack is {quoted(norm)}: give linf or l2")
 
 
 def check_attackable(images: Tensor, y: Tensor) -> Tensor:
@@ -116,8 +119,12 @@ def check_logits(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _first_logits(classifier: Classifier, images: Tensor, y: Tensor) -> Tensor:
-    """Of two images: they tell where the classifier works, and how many classes it has."""
+def first_logits(classifier: Classifier, images: Tensor, y: Tensor) -> Tensor:
+    """Of two images: they tell where the classifier works, and how many classes it has.
+
+    Raises:
+        InputError: logits that are not finite, or a label of a class that the classifier doesn't have.
+    """
     logits = check_logits(classifier(images[:2]))
     if y.max() >= logits.shape[1]:
         raise InputError(f"a label of the images to attack is {y.max().item()}: the classifier has {logits.shape[1]} classes")
@@ -177,7 +184,7 @@ def pgd(
         images, y = images.detach().clone(), y.clone()
         if config.eps == 0:
             return images
-        device = _first_logits(classifier, images, y).device
+        device = first_logits(classifier, images, y).device
         best, margins = images.clone(), [-math.inf] * math.ceil(len(images) / batch_size)
         work = [(restart, part) for restart in range(config.restarts) for part in range(len(margins))]
         for restart, part in tqdm(work, desc=desc, leave=False):
@@ -262,117 +269,3 @@ def _ascent(classifier: Classifier, point: Tensor, y: Tensor, eot: int) -> tuple
 @torch.no_grad()
 def _margins(classifier: Classifier, point: Tensor, y: Tensor, eot: int) -> Tensor:
     return sum(_margin(check_logits(classifier(point)), y) for _ in range(eot)) / eot
-
-
-_ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-
-
-def auto_attack_names(version: str, num_classes: int) -> list[str]:
-    """Those of ``version`` that exist: the DLR loss needs three classes, the targeted one four (Croce & Hein, section 4)."""
-    if version == "rand":
-        return ["apgd-ce", "apgd-dlr"] if num_classes > 2 else ["apgd-ce"]
-    dlr = {2: [], 3: ["apgd-dlr"]}.get(num_classes, ["apgd-t"])
-    return ["apgd-ce", *dlr, "fab-t", "square"]
-
-
-def auto_attack(
-    classifier: Classifier,
-    images: Tensor,
-    y: Tensor,
-    *,
-    norm: Literal["linf", "l2"],
-    eps: float,
-    version: Literal["standard", "rand"] = "standard",
-    attacks: Sequence[str] | None = None,
-    n_iter: int | None = None,
-    n_queries: int | None = None,
-    seed: int = 0,
-    batch_size: int = 256,
-) -> Tensor:
-    """AutoAttack (Croce & Hein, ICML 2020, arXiv 2003.01690) by pyautoattack.
-
-    PyTorch's global generator, which the library seeds, is put back, and so is Python's trace function, which it removes.
-
-    Args:
-        classifier: as :func:`pgd`'s. A module is frozen meanwhile: FAB would leave gradients on its parameters.
-        images, y: as :func:`pgd`'s. The attack is in float32.
-        norm, eps: the ball, in [0, 1] pixel units.
-        version: standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square, the targeted ones with up to nine targets;
-            rand, for classifiers that draw noise: APGD-CE and APGD-DLR with expectation over 20 draws. Targeted DLR is
-            undefined with three classes, where the untargeted one takes its place, and both are with two.
-        attacks: instead of the version's: names of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square".
-        n_iter: of APGD and FAB; None: 100, the published number. Fewer is no AutoAttack to report.
-        n_queries: of Square, per image; None: 5000, the published number.
-        seed: of the attack.
-        batch_size: images at once.
-
-    Returns:
-        Shape of ``images``, on their device; those that no attack broke are unchanged.
-
-    Raises:
-        InputError: pyautoattack is missing, an attack that doesn't exist for so few classes or pixels; or as :func:`pgd`.
-    """
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError as error:
-        raise InputError(f"AutoAttack needs pyautoattack: {how_to_install('robust')}") from error
-    if norm not in ("linf", "l2"):
-        raise InputError(f"norm of an attack is {norm!r}: give linf or l2")
-    if version not in ("standard", "rand"):
-        raise InputError(f"version of AutoAttack is {version!r}: give standard or rand")
-    y = check_attackable(images, y)
-    check_number("eps of an attack", eps, least=0)
-    check_whole("batch_size", batch_size, 1)
-    for name, number in (("n_iter", n_iter), ("n_queries", n_queries)):
-        if number is not None:
-            check_whole(f"{name} of AutoAttack", number, 1)
-    if isinstance(attacks, str) or (attacks is not None and (len(attacks) == 0 or not set(attacks) <= set(_ATTACKS))):
-        raise InputError(f"attacks of AutoAttack are {attacks!r}: give a list of {', '.join(_ATTACKS)}")
-    freezing = frozen(classifier) if isinstance(classifier, nn.Module) else contextlib.nullcontext()
-    tracer = sys.gettrace()
-    try:
-        with freezing, torch.inference_mode(False), torch.random.fork_rng():
-            start, y = images.detach().float().contiguous().clone(), y.clone()
-            if eps == 0:
-                return start.to(images.dtype)
-            logits = _first_logits(classifier, start, y)
-            num_classes = logits.shape[1]
-            names = auto_attack_names(version, num_classes) if attacks is None else list(attacks)
-            _check_names(names, num_classes, norm, tuple(start.shape[2:]))
-            attack = AutoAttack(
-                lambda x: check_logits(classifier(x)),
-                norm={"linf": "Linf", "l2": "L2"}[norm],
-                eps=eps,
-                seed=seed,
-                device=logits.device,
-                version=version,
-            )
-            attack.attacks_to_run = names
-            attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, num_classes - 1)
-            attack.apgd_targeted.eot_iter = attack.apgd.eot_iter
-            _set_lengths(attack, n_iter, n_queries)
-            broken, _ = attack.run_standard_evaluation(start, y, batch_size=batch_size)
-    finally:
-        sys.settrace(tracer)
-    return broken.detach().to(images.dtype)
-
-
-def _check_names(names: Sequence[str], num_classes: int, norm: str, size: tuple[int, int]) -> None:
-    for name, least in (("apgd-dlr", 3), ("apgd-t", 4)):
-        if name in names and num_classes < least:
-            raise InputError(f"{name} needs {least} classes, and the classifier has {num_classes}: leave it out")
-    if norm == "l2" and "square" in names and min(size) < 5:
-        raise InputError(f"square under l2 needs 5 x 5 pixels, and images have {size}: leave it out")
-
-
-def _set_lengths(attack, n_iter: int | None, n_queries: int | None) -> None:
-    """What AutoAttack's constructor makes of the number of iterations (Croce & Hein, section 3)."""
-    if n_iter is not None:
-        for apgd in (attack.apgd, attack.apgd_targeted):
-            apgd.n_iter = apgd.n_iter_orig = n_iter
-            apgd.n_iter_2 = max(int(0.22 * n_iter), 1)
-            apgd.n_iter_min = max(int(0.06 * n_iter), 1)
-            apgd.size_decr = max(int(0.03 * n_iter), 1)
-        attack.fab.n_iter = n_iter
-    if n_queries is not None:
-        attack.square.n_queries = n_queries

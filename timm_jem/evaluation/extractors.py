@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from timm_jem.errors import InputError, check_whole, how_to_install, one_line
+from timm_jem.errors import InputError, check_whole, how_to_install, one_line, quoted
 from timm_jem.evaluation.generation import thumbnails
 from timm_jem.evaluation.labelled import eight_bit_images
 from timm_jem.model import JEM
@@ -61,7 +61,7 @@ def load_extractor(spec: str, *, input_size: tuple[int, int, int], device: torch
             can't be had or are another network's; torch-fidelity is missing.
     """
     if not isinstance(spec, str):
-        raise InputError(f"extractor is {spec!r:.80}: give pixels, thumbnails, inception, inception:FILE or timm:NAME")
+        raise InputError(f"extractor is {quoted(spec)}: give pixels, thumbnails, inception, inception:FILE or timm:NAME")
     kind, _, rest = spec.partition(":")
     if spec == "pixels":
         dimensions = math.prod(input_size)
@@ -99,7 +99,7 @@ def load_extractor(spec: str, *, input_size: tuple[int, int, int], device: torch
             return model((x - mean) / std)
 
         return Extractor(f"timm {rest}", features)
-    raise InputError(f"extractor is {spec!r}: give pixels, thumbnails, inception, inception:FILE or timm:NAME")
+    raise InputError(f"extractor is {quoted(spec)}: give pixels, thumbnails, inception, inception:FILE or timm:NAME")
 
 
 def load_extractors(

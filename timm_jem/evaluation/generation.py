@@ -12,7 +12,7 @@ from timm_jem.errors import InputError, check_whole, how_to_install
 from timm_jem.evaluation.labelled import eight_bit_images, labels, numbers
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
-from timm_jem.sampling import chain_generators, draw_seeds, sgld, uniform_noise
+from timm_jem.sampling import FEWEST, chain_generators, draw_seeds, sgld, uniform_noise
 
 __all__ = [
     "best_num_steps",
@@ -241,7 +241,7 @@ def _views(
         u = uniform_noise((n, *jem.input_size), generator=generators, dtype=torch.float32)
     else:
         u = init.cpu()
-    last, size = config.denoise_steps, max(batch_size, 4)  # as many as sgld takes at once, so that they round alike
+    last, size = config.denoise_steps, max(batch_size, FEWEST)  # as many as sgld takes at once, so that they round alike
     parts = [(slice(start, start + size), generators[start : start + size]) for start in range(0, n, size)]
     total = len(parts) * (len(lengths) * last + max(lengths, default=last) - last)
     with tqdm(total=total, desc="chains", leave=False) as bar:

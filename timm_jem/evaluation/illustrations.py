@@ -10,10 +10,10 @@ from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.evaluation.labelled import labels as class_labels
+from timm_jem.inputs import FAR_FROM_PIXELS
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
-from timm_jem.pixels import FAR_FROM_PIXELS
-from timm_jem.sampling import chain_generators, draw_seeds, uniform_noise
+from timm_jem.sampling import chain_generators, draw_seeds, filled, uniform_noise
 
 __all__ = ["Counterfactuals", "counterfactuals", "distal_adversarials", "interpolation_paths"]
 
@@ -65,7 +65,7 @@ def distal_adversarials(
     with torch.inference_mode(False), torch.enable_grad(), frozen(jem):
         batches = list(zip(noise.split(batch_size), y.split(batch_size), strict=True))
         for u, labels in tqdm(batches, desc="distal adversarials", leave=False):
-            count, u, labels = len(u), _filled(u), _filled(labels)
+            count, u, labels = len(u), filled(u), filled(labels)
             u, own = u.clone().to(device), labels.clone().to(device)[:, None]
             for step in range(steps + 1):
                 u = u.detach().requires_grad_(True)
@@ -154,8 +154,8 @@ def counterfactuals(
     with torch.inference_mode(False), torch.enable_grad(), frozen(jem):
         batches = list(zip(u.split(batch_size), y.split(batch_size), strict=True))
         for images, labels in tqdm(batches, desc="counterfactuals", leave=False):
-            start = _filled(images.detach()).clone().to(jem.mean.device)
-            changed = _descend(jem, start, _filled(labels).clone().to(start.device), weight, steps, size, keep)
+            start = filled(images.detach()).clone().to(jem.mean.device)
+            changed = _descend(jem, start, filled(labels).clone().to(start.device), weight, steps, size, keep)
             found.append([part[: len(images)] for part in changed])
     return Counterfactuals(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
 
@@ -228,11 +228,6 @@ def interpolation_paths(jem: JEM, a: Tensor, b: Tensor, num: int = 7, *, batch_s
         batches = tqdm(paths.flatten(0, 1).split(batch_size), desc="lines between images", leave=False)
         energies = torch.cat([jem.pixel_energy(part.to(jem.mean.device)).float().cpu() for part in batches])
     return paths, energies.view(len(a), num)
-
-
-def _filled(part: Tensor) -> Tensor:
-    """At least four images, as in :func:`timm_jem.sgld`: fewer round differently, and many steps make that seen."""
-    return part if len(part) >= 4 else part[torch.arange(4).clamp(max=len(part) - 1)]
 
 
 def _check_pixels(jem: JEM, u: Tensor) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.errors import InputError, check_number, check_whole, quoted
 
 __all__ = ["bootstrap_interval", "wilson_interval"]
 
@@ -74,4 +74,4 @@ def bootstrap_interval(
 def _check_level(level: float) -> None:
     check_number("level", level, above=0)
     if level >= 1:
-        raise InputError(f"level is {level!r}: give one below 1, such as 0.95")
+        raise InputError(f"level is {quoted(level)}: give one below 1, such as 0.95")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from timm_jem.errors import InputError, how_to_install
+from timm_jem.errors import InputError, how_to_install, quoted
 
 try:
     from matplotlib.figure import Figure
@@ -188,7 +188,7 @@ def accuracy_curves(
     """
     _check_some("accuracy", curves)
     if norm not in ("linf", "l2"):
-        raise InputError(f"norm is {norm!r}: give linf or l2")
+        raise InputError(f"norm is {quoted(norm)}: give linf or l2")
     figure, axis = _figure(5.6, 4)
     unit = 255 if norm == "linf" else 1
     for i, (name, (epsilons, accuracies, lows, highs)) in enumerate(curves.items()):

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_whole, one_line
+from timm_jem.errors import InputError, check_whole, one_line, quoted
 from timm_jem.evaluation.attacks import Classifier
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
@@ -74,7 +74,7 @@ def refined_classifier(
         InputError: another ``gradient``; "through" with a backbone that has no second derivatives.
     """
     if gradient not in ("identity", "through"):
-        raise InputError(f"gradient of a refinement is {gradient!r}: give 'identity' or 'through'")
+        raise InputError(f"gradient of a refinement is {quoted(gradient)}: give 'identity' or 'through'")
     settings = jem.sgld if config.sgld is None else config.sgld
     if gradient == "through":
         check_second_derivatives(jem)

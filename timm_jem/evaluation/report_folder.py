@@ -7,7 +7,7 @@ from pathlib import Path
 
 from timm_jem.errors import InputError, one_line
 from timm_jem.evaluation.report import REPORT_FILE, Report, read_report
-from timm_jem.files import folder_aside
+from timm_jem.files import folder_aside, left_aside
 
 __all__ = ["check_comparison_dir", "earlier_report", "write_files", "write_report"]
 
@@ -38,10 +38,10 @@ def check_comparison_dir(folder: Path, overwrite: bool) -> None:
 
 
 def _holds(folder: Path, names: Sequence[str]) -> bool:
-    """Whether any of these is there. Nothing at all is fine, and something else an InputError."""
+    """Whether any of these is there. Nothing, or what a killed process left, is fine, and something else an InputError."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file: give a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not {*folder.iterdir()} - {*left_aside(folder)}:
         return False
     if not any((folder / name).is_file() for name in names):
         raise InputError(f"output_dir {folder} holds other files: give a new folder")

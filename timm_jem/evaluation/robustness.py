@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from accelerate.utils import tqdm
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_number, check_whole
-from timm_jem.evaluation.attacks import Classifier, PGDConfig, auto_attack, check_attackable, check_logits, pgd
+from timm_jem.errors import InputError, check_number, check_whole, quoted
+from timm_jem.evaluation.attacks import Classifier, PGDConfig, check_attackable, check_logits, pgd
+from timm_jem.evaluation.auto_attack import auto_attack
 from timm_jem.sampling import randn, uniform_noise
 
 __all__ = ["NORMS", "Check", "is_correct", "robust_correct", "sanity_checks", "sized", "transfer_correct"]
@@ -71,7 +72,7 @@ def robust_correct(
     """
     y = check_attackable(images, y)
     if isinstance(epsilons, numbers.Real) or epsilons is None:
-        raise InputError(f"epsilons are {epsilons!r}: give a list of radii, in [0, 1] pixel units")
+        raise InputError(f"epsilons are {quoted(epsilons)}: give a list of radii, in [0, 1] pixel units")
     for eps in epsilons:
         check_number("eps of an attack", eps, least=0)
     found, alive = {}, torch.ones(len(y), dtype=torch.bool)

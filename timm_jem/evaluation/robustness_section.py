@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from timm_jem.evaluation.attacks import Classifier, PGDConfig, auto_attack, auto_attack_names, pixel_classifier
+from timm_jem.evaluation.attacks import Classifier, PGDConfig, pixel_classifier
+from timm_jem.evaluation.auto_attack import auto_attack, auto_attack_names
 from timm_jem.evaluation.plots import accuracy_curves
 from timm_jem.evaluation.refinement import RefinementConfig, refined_classifier
 from timm_jem.evaluation.robustness import NORMS, is_correct, robust_correct, sanity_checks, sized, transfer_correct

@@ -3,7 +3,6 @@
 import math
 import numbers
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, quoted
 
 __all__ = ["Measured", "Provenance", "license_id", "printable"]
 
@@ -120,7 +119,7 @@ class Provenance:
         versions = _mapping(_get(data, "versions", Mapping, where, "a dict") or {}, where)
         if data.get("license") is not None and license_id(data["license"]) is None:
             raise InputError(
-                f"{where}['license'] is {_shown(data['license'])}: give the Hub's id of a licence, such as apache-2.0"
+                f"{where}['license'] is {quoted(data['license'])}: give the Hub's id of a licence, such as apache-2.0"
             )
         return cls(
             dataset=_text(data, "dataset", where),
@@ -157,20 +156,16 @@ class Provenance:
         return train.get("conditional_chains") is True or (isinstance(weight, numbers.Real) and weight > 0)
 
 
-def _shown(value: Any) -> str:
-    return printable(reprlib.repr(value))
-
-
 def _mapping(data: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
-        raise InputError(f"{where} is {_shown(data)}: give a dict whose keys are text")
+        raise InputError(f"{where} is {quoted(data)}: give a dict whose keys are text")
     return data
 
 
 def _get(data: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str, wanted: str) -> Any:
     value = data.get(key)
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-        raise InputError(f"{where}[{_shown(key)}] is {_shown(value)}: give {wanted}, or leave it out")
+        raise InputError(f"{where}[{quoted(key)}] is {quoted(value)}: give {wanted}, or leave it out")
     return value
 
 
@@ -185,7 +180,7 @@ def _list(data: Mapping[str, Any], key: str, where: str) -> Sequence[Any]:
 def _whole(data: Mapping[str, Any], key: str, where: str, *, least: int = -_LARGEST) -> int | None:
     value = _get(data, key, numbers.Integral, where, "a whole number")
     if value is not None and not least <= value < _LARGEST:
-        raise InputError(f"{where}[{key!r}] is {_shown(value)}: give a whole number of at least {least}, or leave it out")
+        raise InputError(f"{where}[{key!r}] is {quoted(value)}: give a whole number of at least {least}, or leave it out")
     return value
 
 
@@ -193,7 +188,7 @@ def _number(data: Mapping[str, Any], key: str, where: str, *, least: float = -ma
     value = _get(data, key, numbers.Real, where, "a finite number")
     if value is not None and not (abs(value) < _LARGEST and value >= least):  # not NaN either
         bound = f" of at least {least:g}" if least > -math.inf else ""
-        raise InputError(f"{where}[{key!r}] is {_shown(value)}: give a finite number{bound}, or leave it out")
+        raise InputError(f"{where}[{key!r}] is {quoted(value)}: give a finite number{bound}, or leave it out")
     return None if value is None else float(value)
 
 
@@ -201,5 +196,5 @@ def _repository(name: Any, where: str) -> str:
     try:
         validate_repo_id(name if isinstance(name, str) else "")
     except HFValidationError as error:
-        raise InputError(f"{where} is {_shown(name)}: give its id on the Hub, such as user/name, or leave it out") from error
+        raise InputError(f"{where} is {quoted(name)}: give its id on the Hub, such as user/name, or leave it out") from error
     return name

@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, quoted
 from timm_jem.hub.card import CARD_FILE, PICTURES, model_card
 from timm_jem.hub.local_paths import without_local_paths
 from timm_jem.hub.provenance import Provenance, license_id
-from timm_jem.hub.published_chains import CHAINS_FILE
-from timm_jem.hub.reading import CONFIG_FILE
+from timm_jem.hub.reading import CONFIG_FILE, KEY
 from timm_jem.hub.repository import check_repository_name, push
 
 __all__ = ["publish"]
@@ -50,25 +47,18 @@ def publish(
     about = {**about, "provenance": Provenance.read(provenance)}
     for name, file in pictures.items():
         if name not in PICTURES:
-            raise InputError(f"no card shows a picture {name!r}: its pictures are {', '.join(PICTURES)}")
+            raise InputError(f"no card shows a picture {quoted(name)}: its pictures are {', '.join(PICTURES)}")
         if not Path(file).is_file() or Path(file).is_symlink():
             raise InputError(f"picture {file} is not a file of its own: leave it out")
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / name)
-    shown = [name for name in PICTURES if name in pictures]
-    has_chains, chains_have_classes = (folder / CHAINS_FILE).is_file(), False
-    if has_chains:
-        with safe_open(folder / CHAINS_FILE, framework="pt") as chains:
-            chains_have_classes = "labels" in chains.keys()  # noqa: SIM118
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    config["timm_jem"]["provenance"] = provenance
+    config[KEY]["provenance"] = provenance
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
     card = model_card(
         repo_id=repo_id,
         weights_license=license_id(config["pretrained_cfg"].get("license")),
-        has_chains=has_chains,
-        chains_have_classes=chains_have_classes,
-        pictures=shown,
+        pictures=[name for name in PICTURES if name in pictures],
         **about,
     )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")

@@ -13,10 +13,11 @@ from timm_jem.errors import InputError, check_whole, one_line, quoted
 from timm_jem.inputs import is_floats, is_labels, kind
 from timm_jem.pixels import eight_bit, to_pixels
 
-__all__ = ["CHAINS_FILE", "MAX_CHAINS_BYTES", "PublishedChains"]
+__all__ = ["CHAINS_FILE", "MAX_CHAINS_BYTES", "MAX_FILE_BYTES", "PublishedChains"]
 
 CHAINS_FILE = "replay_buffer.safetensors"
 MAX_CHAINS_BYTES = 64 * 2**20
+MAX_FILE_BYTES = 2 * MAX_CHAINS_BYTES + 2**20  # images, labels, and what names them
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +143,8 @@ class PublishedChains:
             InputError: a file that is broken, too large, or of other images or classes.
         """
         file = Path(file)
-        if file.stat().st_size > 2 * MAX_CHAINS_BYTES + 2**20:  # images, labels, and what names them
-            raise InputError(
-                f"{file.name} is larger than {2 * MAX_CHAINS_BYTES >> 20} MiB: load the model with replay_buffer=False"
-            )
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{file.name} is larger than {MAX_FILE_BYTES >> 20} MiB: load the model with replay_buffer=False")
         try:
             with safe_open(file, framework="pt") as tensors:
                 keys = set(tensors.keys())

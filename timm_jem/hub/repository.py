@@ -32,7 +32,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import as_path
 from timm_jem.hub.card import CARD_FILE, is_generated
-from timm_jem.hub.published_chains import CHAINS_FILE, MAX_CHAINS_BYTES
+from timm_jem.hub.published_chains import CHAINS_FILE, MAX_FILE_BYTES
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
 
 __all__ = ["check_reach", "check_repository_name", "explained", "fetch", "make_repository", "push"]
@@ -88,7 +88,7 @@ def fetch(
         if replay_buffer and not (local_files_only or is_offline_mode()):
             try:
                 size = get_hf_file_metadata(hf_hub_url(repo_id, CHAINS_FILE, revision=commit), token=token).size or 0
-                if size > 2 * MAX_CHAINS_BYTES:
+                if size > MAX_FILE_BYTES:
                     raise InputError(f"{CHAINS_FILE} of {repo_id} has {size >> 20} MiB: load it with replay_buffer=False")
                 hf_hub_download(filename=CHAINS_FILE, revision=commit, **options)
             except RemoteEntryNotFoundError:

@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 
 from timm_jem.data import Splits
 from timm_jem.data.loader import default_workers
-from timm_jem.errors import InputError, one_line
+from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import replaced_file
 from timm_jem.gaussians import ClassGaussians
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
@@ -129,7 +129,8 @@ def build_learner(settings: Settings, splits: Splits, accelerator: Accelerator, 
         )
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"train.opt is {train.opt!r} ({one_line(error)}): give one of timm.optim.list_optimizers() and its own opt_kwargs"
+            f"train.opt is {quoted(train.opt)} ({one_line(error)}): give one of timm.optim.list_optimizers() and its own "
+            "opt_kwargs"
         ) from error
     ema = ModelEmaV3(jem, decay=train.ema_decay, use_warmup=True) if train.ema_decay else None
     if train.compile is not None:
@@ -197,7 +198,9 @@ def frozen_parts(backbone: nn.Module, names: list[str]) -> list[nn.Module]:
             parameters = [backbone.get_parameter(name) for name in group_parameters(backbone, matcher)[0]]
         else:
             parts = ["stem"] + [name for name, part in backbone.named_children() if any(True for _ in part.parameters())]
-            raise InputError(f"train.freeze has {name!r}: give some of {', '.join(dict.fromkeys(parts))}, or of their parts")
+            raise InputError(
+                f"train.freeze has {quoted(name)}: give some of {', '.join(dict.fromkeys(parts))}, or of their parts"
+            )
         for parameter in parameters:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in backbone.parameters()):

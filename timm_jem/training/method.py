@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_jem.energy import energy
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, quoted
 from timm_jem.model import JEM
 from timm_jem.modes import batch_norms, frozen, in_eval_mode, statistics_kept
 from timm_jem.objectives import ObjectiveConfig, joint_loss
@@ -18,9 +18,7 @@ from timm_jem.sampling import SGLDConfig, draw_classes, sgld
 from timm_jem.training.batches import Batch
 from timm_jem.training.remedy import Remedy
 
-__all__ = ["BATCH_NORM", "Drawn", "MaximumLikelihood", "Method"]
-
-BATCH_NORM = ("eval", "frozen", "train")
+__all__ = ["Drawn", "MaximumLikelihood", "Method"]
 
 
 @dataclass
@@ -127,8 +125,8 @@ class MaximumLikelihood:
         ramp_from: int = 1,
         ramp_steps: int = 0,
     ) -> None:
-        if batch_norm not in BATCH_NORM:
-            raise InputError(f"batch_norm is {batch_norm!r}: give one of {', '.join(BATCH_NORM)}")
+        if batch_norm not in ("eval", "frozen", "train"):
+            raise InputError(f"batch_norm is {quoted(batch_norm)}: give eval, frozen or train")
         if objective.needs_chains and buffer is None:
             raise InputError("the objective needs chains and there is no replay buffer: build one")
         if objective.w_xy and buffer.labels is None:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from timm_jem.errors import InputError, one_line
+from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import as_path, left_aside, replaced_file
 from timm_jem.hub.card import PICTURES
 from timm_jem.training.lock import LOCK_FILE, locked
@@ -199,7 +199,7 @@ class RunFolder:
             )
         done = summary.get("steps")
         if not isinstance(done, int):
-            raise InputError(f"{self.summary_file} says {done!r} for its steps: remove it, and the run goes on")
+            raise InputError(f"{self.summary_file} says {quoted(done)} for its steps: remove it, and the run goes on")
         return done if done >= steps else None
 
     def summary(self) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from accelerate.tracking import get_available_trackers
 
 from timm_jem.command_line import Arguments, Flag, make_parser, parse_flags, read_flags
 from timm_jem.data import DataConfig
-from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.models.names import check_name
 from timm_jem.objectives import ObjectiveConfig
 from timm_jem.sampling import SGLDConfig
@@ -180,14 +180,14 @@ class TrainConfig:
             raise InputError("train sample_steps must be a list of whole numbers of at least 1")
         if self.mixed_precision not in (None, "no", "bf16"):
             raise InputError(
-                f"train mixed_precision is {self.mixed_precision!r}: give bf16 or no (the gradient scaler of fp16 does not "
-                "cover the chains' gradients, which underflow)"
+                f"train mixed_precision is {quoted(self.mixed_precision)}: give bf16 or no (the gradient scaler of fp16 does "
+                "not cover the chains' gradients, which underflow)"
             )
         for name in self.trackers:
             if name not in ("tensorboard", "trackio", "wandb"):
-                raise InputError(f"train trackers has {name!r}: choose from tensorboard, trackio and wandb")
+                raise InputError(f"train trackers has {quoted(name)}: choose from tensorboard, trackio and wandb")
             if name not in {str(tracker) for tracker in get_available_trackers()}:
-                raise InputError(f"train trackers has {name!r}, which is not installed: pip install {name}")
+                raise InputError(f"train trackers has {quoted(name)}, which is not installed: pip install {name}")
 
     @property
     def needs_classes(self) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ __all__ = ["one_line_errors"]
 
 # Seconds that the others leave to the main process, which may be slower to fail; once it has ended, the launcher ends them.
 _PATIENCE = 15.0
+_RAISED = re.compile(r"timm_jem\.(?:errors\.InputError|data\.images\.BrokenImage): ")
 
 
 @contextlib.contextmanager
@@ -38,7 +40,7 @@ def one_line_errors(
         sys.stdout.flush()  # a pipe whose reader has left
     except InputError as error:
         # One that a loader's process raised comes with that process's traceback, its own line last.
-        _leave(str(error).rpartition("timm_jem.errors.InputError: ")[2].strip(), error)
+        _leave(_RAISED.split(str(error))[-1].strip(), error)
     except KeyboardInterrupt as error:
         _leave(stopped, error, code=130)
     except (MemoryError, RuntimeError) as error:
