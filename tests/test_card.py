@@ -55,6 +55,7 @@ def card(provenance=None, **changes) -> str:
         "num_classes": 3,
         "sgld": {"num_steps": 4, "sample_steps": 9},
         "has_chains": False,
+        "has_starts": False,
     }
     return model_card(**{**about, **changes}, provenance=Provenance.read(provenance or {}))
 

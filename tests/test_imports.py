@@ -22,9 +22,9 @@ MAY_IMPORT = {
     "models": {"models", "errors"},
     "backbone": {"inputs", "errors"},
     "inputs": {"errors"},
-    "hub": {"files", "pixels", "inputs", "models", "hub", "errors"},
-    "model": {"energy", "modes", "sampling", "backbone", "inputs", "hub", "errors"},
-    "wrap": {"files", "sampling", "models", "backbone", "hub", "model", "errors"},
+    "hub": {"files", "pixels", "inputs", "gaussians", "models", "hub", "errors"},
+    "model": {"energy", "modes", "sampling", "gaussians", "backbone", "inputs", "hub", "errors"},
+    "wrap": {"files", "sampling", "gaussians", "models", "backbone", "hub", "model", "errors"},
     "data": {"files", "pixels", "data", "errors"},
     "evaluation": {
         "energy", "files", "inputs", "pixels", "modes", "sampling", "models", "model", "wrap", "data", "evaluation", "errors",

@@ -1,16 +1,24 @@
 """Where chains start: Gaussians fitted to the images of each class."""
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_whole, quoted
+from timm_jem.errors import InputError, check_whole, one_line, quoted
 from timm_jem.inputs import FAR_FROM_PIXELS, MOST_NUMBERS, check_label_values, is_floats, is_labels, kind
 from timm_jem.sampling import Generators, draw_classes, randn
 
-__all__ = ["ClassGaussians"]
+__all__ = ["STARTS_FILE", "ClassGaussians"]
+
+STARTS_FILE = "chain_starts.safetensors"
+MAX_BYTES = 256 * 2**20  # that they may take, in memory and in their file
 
 _CHUNK = 256  # images or chains in float at once
 _MAX_IMAGES = 1000  # of a class, for the principal components
@@ -26,7 +34,8 @@ class ClassGaussians:
     pixel's variance is exactly the images'. As in their released code samples are clamped to [-1, 1], and the covariance
     is the mean over images, without Bessel's correction.
 
-    An initial distribution for :class:`timm_jem.ReplayBuffer`; see :meth:`__call__`. It holds D · (rank + 2) floats a class.
+    An initial distribution for :class:`timm_jem.ReplayBuffer`, and for fresh chains of a model that carries it
+    (``JEM.starts``); see :meth:`__call__`. It holds D · (rank + 2) floats a class, averages of images and not images.
 
     Attributes:
         means: pixels, shape (K, C, H, W).
@@ -54,6 +63,42 @@ class ClassGaussians:
             shapes = ", ".join(f"{field.name} {tuple(getattr(self, field.name).shape)}" for field in fields(self))
             raise InputError(f"the shapes of class Gaussians disagree ({shapes}): take them from ClassGaussians.fit")
 
+    def check_fit(self, image_shape: Sequence[int], num_classes: int) -> None:
+        """Raise an InputError unless chains of a model of such images and classes can start here."""
+        if tuple(self.means.shape[1:]) != tuple(image_shape) or len(self.means) not in (1, num_classes):
+            raise InputError(
+                f"class Gaussians are {len(self.means)} of images of {tuple(self.means.shape[1:])}: this model has "
+                f"{num_classes} classes and images of {tuple(image_shape)}"
+            )
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write them as safetensors."""
+        save_file({field.name: getattr(self, field.name).detach().cpu().contiguous() for field in fields(self)}, file)
+
+    @classmethod
+    def load(cls, file: str | os.PathLike, image_shape: Sequence[int], num_classes: int) -> "ClassGaussians":
+        """Read them for a model of these images and classes.
+
+        Raises:
+            InputError: a file that is broken, too large, or of other images or classes, or that holds NaN.
+        """
+        file = Path(file)
+        if file.stat().st_size > MAX_BYTES + 2**20:
+            raise InputError(f"{file.name} is larger than {MAX_BYTES >> 20} MiB: remove it, and chains start from noise")
+        try:
+            tensors = load_file(file)
+            if (keys := set(tensors)) != {field.name for field in fields(cls)}:
+                raise InputError(f"it holds {quoted(sorted(keys)) if keys else 'nothing'}")
+            if not all(is_floats(tensor) and tensor.isfinite().all() for tensor in tensors.values()):
+                raise InputError("it holds numbers that are not finite, or no floating-point numbers")
+            found = cls(**{name: tensor.float() for name, tensor in tensors.items()})
+            if found.weights.min() < 0 or not found.weights.sum() > 0:
+                raise InputError("its classes have weights below 0, or none above it")
+            found.check_fit(image_shape, num_classes)
+        except (InputError, SafetensorError) as error:
+            raise InputError(f"{file.name} has no class Gaussians of this model: {one_line(error)}") from error
+        return found
+
     @classmethod
     def fit(
         cls, images: Tensor, labels: Tensor | None = None, num_classes: int | None = None, rank: int = 16
@@ -80,6 +125,12 @@ class ClassGaussians:
         low, high = (float(v) for v in images.aminmax())
         if images.is_floating_point() and not (low >= -FAR_FROM_PIXELS and high <= FAR_FROM_PIXELS):
             raise InputError(f"images hold {low:.3g} to {high:.3g}: give pixels in [-1, 1], e.g. images / 127.5 - 1, or uint8")
+        needed = 4 * (num_classes or 1) * (rank + 2) * math.prod(images.shape[1:])
+        if needed > MAX_BYTES:
+            raise InputError(
+                f"Gaussians of {num_classes or 1} classes of images of {tuple(images.shape[1:])} take {needed >> 20} MiB, "
+                f"above {MAX_BYTES >> 20}: take smaller images, or start chains from noise"
+            )
         n = len(images)
         if num_classes is None:
             groups, counts = [torch.arange(n)], torch.tensor([n])

@@ -172,14 +172,14 @@ def checked_names(class_names, num_classes: int) -> list[str] | None:
 
 def check_drawing(init, generator, seeds, batch_size, on_step) -> None:
     """Raise an InputError for what ``JEM.sample`` can't start from, draw with, or report to."""
-    if not (init is None or isinstance(init, Tensor) or (isinstance(init, str) and init == "buffer")):
+    if not (init is None or isinstance(init, Tensor) or (isinstance(init, str) and init in ("buffer", "noise"))):
         what = quoted(init) if isinstance(init, str) else f"a {type(init).__name__}"
-        raise InputError(f"init is {what}: give a tensor of model input, shape (n, C, H, W), 'buffer' or None")
+        raise InputError(f"init is {what}: give a tensor of model input, shape (n, C, H, W), 'buffer', 'noise' or None")
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise InputError(f"generator is a {type(generator).__name__}: give torch.Generator().manual_seed(seed)")
     if seeds is not None and generator is not None:
         raise InputError("both generator and seeds are given: give seeds for images of your choice, or generator to draw them")
-    if seeds is not None and isinstance(init, str):
+    if seeds is not None and isinstance(init, str) and init == "buffer":
         raise InputError("seeds don't choose among published chains: give generator=torch.Generator().manual_seed(seed)")
     check_whole("batch_size", batch_size, 1)
     if on_step is not None and not callable(on_step):

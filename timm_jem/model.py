@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from timm_jem.backbone import architecture, normalisation, parameter_groups
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, check_whole, quoted
+from timm_jem.gaussians import ClassGaussians
 from timm_jem.hub.folder import write_folder
 from timm_jem.hub.publish import publish
 from timm_jem.hub.published_chains import PublishedChains
@@ -26,7 +27,7 @@ from timm_jem.inputs import (
     kind,
 )
 from timm_jem.modes import frozen
-from timm_jem.sampling import MOST_STEPS, SGLDConfig, chain_generators, draw_seeds, sgld, uniform_noise
+from timm_jem.sampling import MOST_STEPS, Generators, SGLDConfig, chain_generators, draw_seeds, sgld, uniform_noise
 
 __all__ = ["JEM"]
 
@@ -53,7 +54,7 @@ class JEM(nn.Module):
     """
 
     # TorchScript compiles what it finds; of this class that is forward alone.
-    __jit_unused_properties__ = ("chains", "device", "dtype", "input_size", "mean", "num_classes", "std")
+    __jit_unused_properties__ = ("chains", "device", "dtype", "input_size", "mean", "num_classes", "starts", "std")
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class JEM(nn.Module):
         self.sgld, self.provenance, self.fixed_input_size = sgld, provenance, fixed_input_size
         self._check_settings()
         self._chains: PublishedChains | None = None
+        self._starts: ClassGaussians | None = None
         if any(parameter.is_inference() for parameter in backbone.parameters()):
             raise InputError("this backbone was built in torch.inference_mode and has no gradients: build it outside")
         self._mean_std = normalisation(self.data_config, self.device, torch.promote_types(self.dtype, torch.float32))
@@ -232,7 +234,7 @@ class JEM(nn.Module):
         seeds: Sequence[int] | Tensor | None = None,
         num_steps: int | None = None,
         sgld_config: SGLDConfig | None = None,
-        init: Tensor | Literal["buffer"] | None = None,
+        init: Tensor | Literal["buffer", "noise"] | None = None,
         batch_size: int = 256,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
@@ -256,8 +258,8 @@ class JEM(nn.Module):
             num_steps: length of the chains; None: for fresh chains the length that was found best after training
                 (``sgld.sample_steps``), for others that of a training iteration (``sgld.num_steps``).
             sgld_config: instead of the model's own settings.
-            init: where chains start: model input, shape (n, C, H, W); "buffer": distinct published chains; None:
-                uniform noise.
+            init: where chains start: model input, shape (n, C, H, W); "buffer": distinct published chains; "noise": uniform
+                noise; None: where those of training did, see ``starts``.
             batch_size: the most chains that go through the network at once, though never fewer than four do.
             on_step: called with (steps done, pixels) after each step.
 
@@ -274,7 +276,8 @@ class JEM(nn.Module):
             raise InputError(f"sgld_config is a {type(config).__name__}: give a timm_jem.SGLDConfig")
         check_drawing(init, generator, seeds, batch_size, on_step)
         if num_steps is None:
-            num_steps = config.num_steps if init is not None else config.sample_steps or config.num_steps
+            fresh = init is None or (isinstance(init, str) and init == "noise")
+            num_steps = config.sample_steps or config.num_steps if fresh else config.num_steps
         check_whole("num_steps", num_steps, 1, MOST_STEPS)
         generators = None if seeds is None else chain_generators(seeds)
         y = None if y is None else as_labels(y, self.num_classes)
@@ -291,10 +294,45 @@ class JEM(nn.Module):
             u, y = u.to(device), y if y is not None or labels is None else labels.to(device)
         generators = generators or chain_generators(draw_seeds(n, generator))
         if init is None:
+            u = self.fresh(n, y=y, generator=generators)
+        elif isinstance(init, str) and init == "noise":
             u = uniform_noise((n, *self.input_size), generator=generators, device=device, dtype=torch.float32)
         options = {"num_steps": num_steps, "denoise_steps": config.denoise_steps, "batch_size": batch_size, "on_step": on_step}
         with frozen(self):
             return self.normalize(sgld(self.pixel_energy, u, config, y=y, generator=generators, **options))
+
+    def fresh(self, n: int, *, y: Tensor | None = None, generator: Generators = None) -> Tensor:
+        """``n`` chains that have made no step: pixels in [-1, 1], shape (n, C, H, W), float32, from ``starts`` or of noise.
+
+        Args:
+            n: how many.
+            y: their classes, int64, shape (n,); None: of chains of E(x).
+            generator: the only source of randomness, or a list of one a chain.
+        """
+        shape, starts = (n, *self.input_size), self.starts
+        if starts is not None:
+            return starts(shape, generator=generator, device=self.device, y=y)
+        return uniform_noise(shape, generator=generator, device=self.device, dtype=torch.float32)
+
+    @property
+    def starts(self) -> ClassGaussians | None:
+        """Where fresh chains start, which is saved with the model: the Gaussians that those of training started from; None:
+        uniform noise.
+
+        Raises:
+            InputError: set or asked for, Gaussians of other images or classes than the model's.
+        """
+        if self._starts is not None:
+            self._starts.check_fit(self.input_size, self.num_classes)
+        return self._starts
+
+    @starts.setter
+    def starts(self, starts: ClassGaussians | None) -> None:
+        if isinstance(starts, ClassGaussians):
+            starts.check_fit(self.input_size, self.num_classes)
+        elif starts is not None:
+            raise InputError(f"starts is a {type(starts).__name__}: give timm_jem.ClassGaussians, or None for noise")
+        self._starts = starts
 
     @property
     def chains(self) -> PublishedChains | None:
@@ -342,6 +380,7 @@ class JEM(nn.Module):
             class_names=self.class_names,
             data_config=self.data_config,
             chains=self.chains if replay_buffer else None,
+            starts=self.starts,
         )
 
     def push_to_hub(
@@ -385,6 +424,7 @@ class JEM(nn.Module):
                 "sgld": asdict(self.sgld),
                 "provenance": self.provenance,
                 "has_chains": chains is not None,
+                "has_starts": self.starts is not None,
                 "chains_have_classes": chains is not None and chains.labels is not None,
             }
             return publish(

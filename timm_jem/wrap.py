@@ -13,6 +13,7 @@ from torch import nn
 from timm_jem.backbone import check_classifier, label_names, resolve_data_config, warn_of_zero_head
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import as_path
+from timm_jem.gaussians import STARTS_FILE, ClassGaussians
 from timm_jem.hub.published_chains import CHAINS_FILE, PublishedChains
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE, read_folder
 from timm_jem.hub.repository import check_reach, explained, fetch
@@ -156,6 +157,8 @@ def from_pretrained(
         jem = wrap(backbone, sgld=_sgld_config(ours.get("sgld", {})), provenance=ours.get("provenance"))
         if replay_buffer and (folder / CHAINS_FILE).is_file():
             jem.chains = _chains(folder / CHAINS_FILE, jem)
+        if (folder / STARTS_FILE).is_file():
+            jem.starts = ClassGaussians.load(folder / STARTS_FILE, jem.input_size, jem.num_classes)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     return jem.eval()

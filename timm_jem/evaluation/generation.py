@@ -12,7 +12,7 @@ from timm_jem.errors import InputError, check_whole, how_to_install
 from timm_jem.evaluation.labelled import eight_bit_images, labels, numbers
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
-from timm_jem.sampling import FEWEST, chain_generators, draw_seeds, sgld, uniform_noise
+from timm_jem.sampling import FEWEST, chain_generators, draw_seeds, sgld
 
 __all__ = [
     "best_num_steps",
@@ -205,7 +205,7 @@ def chains_by_length(
         n: how many chains; may be left out where ``y`` or ``init`` tells.
         generator: the only source of randomness. It draws the seeds that ``jem.sample`` would draw: the same chains.
         batch_size: chains on the model's device at once, though never fewer than four are.
-        init: where chains start, pixels in [-1, 1], shape (N, C, H, W); None: uniform noise.
+        init: where chains start, pixels in [-1, 1], shape (N, C, H, W); None: where ``jem.sample`` starts them.
 
     Yields:
         A length, in increasing order, and pixels, shape (N, C, H, W), on the CPU.
@@ -237,10 +237,7 @@ def _views(
 ) -> Iterator[tuple[int, Tensor]]:
     config, device, done = jem.sgld, jem.mean.device, 0
     generators = chain_generators(draw_seeds(n, generator))  # as in jem.sample
-    if init is None:
-        u = uniform_noise((n, *jem.input_size), generator=generators, dtype=torch.float32)
-    else:
-        u = init.cpu()
+    u = (jem.fresh(n, y=y, generator=generators) if init is None else init).cpu()
     last, size = config.denoise_steps, max(batch_size, FEWEST)  # as many as sgld takes at once, so that they round alike
     parts = [(slice(start, start + size), generators[start : start + size]) for start in range(0, n, size)]
     total = len(parts) * (len(lengths) * last + max(lengths, default=last) - last)

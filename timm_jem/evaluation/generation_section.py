@@ -23,8 +23,9 @@ from timm_jem.evaluation.plots import quality_curves
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import EvaluationConfig
 from timm_jem.evaluation.subject import Subject
+from timm_jem.model import JEM
 from timm_jem.pixels import eight_bit, to_pixels
-from timm_jem.sampling import draw_seeds
+from timm_jem.sampling import chain_generators, draw_seeds
 
 __all__ = ["SampleSet", "generation_section"]
 
@@ -58,6 +59,8 @@ def generation_section(subject: Subject, config: EvaluationConfig, section: Sect
     """
     fresh = _fresh(subject, config)
     sets = [fresh]
+    if subject.model.starts is not None:
+        sets.append(_starts(subject, config))
     if (chains := subject.model.chains) is not None:
         labels = None if chains.labels is None else chains.labels[: config.samples]
         buffered = chains.images[: config.samples]
@@ -87,8 +90,20 @@ def _fresh(subject: Subject, config: EvaluationConfig) -> SampleSet:
             f"{broken} of {config.samples} fresh chains are not finite after {steps} steps, so there is nothing to measure: "
             "take smaller or fewer SGLD steps"
         )
-    how = f"class-conditional chains of {steps} SGLD steps from uniform noise, classes in turn, none left out"
+    how = f"class-conditional chains of {steps} SGLD steps from {_origin(jem)}, classes in turn, none left out"
     return SampleSet(f"fresh chains, {steps} steps", torch.cat(drawn), classes, how, config.seed, fresh=True)
+
+
+def _starts(subject: Subject, config: EvaluationConfig) -> SampleSet:
+    """The fresh chains before their first step: what SGLD adds is the difference."""
+    classes = torch.arange(config.samples) % subject.model.num_classes
+    seeds = draw_seeds(config.samples, subject.generator())
+    u = subject.model.fresh(config.samples, y=classes, generator=chain_generators(seeds))
+    return SampleSet("where these start", eight_bit(u).cpu(), classes, f"{_origin(subject.model)}, no SGLD step", config.seed)
+
+
+def _origin(jem: JEM) -> str:
+    return "uniform noise" if jem.starts is None else "Gaussians of the training images of each class"
 
 
 def _quality(config: EvaluationConfig, section: Section, extractor: Extractor, train: Tensor, sets: list[SampleSet]) -> Tensor:
@@ -150,7 +165,7 @@ def _lengths(subject: Subject, config: EvaluationConfig, section: Section, real:
         found[n] = frechet_distance(features, real) if finite else math.nan  # chains that ran away
     floor = frechet_distance(extract(extractor, subject.test[:count], batch_size=config.batch_size), real)
     table = f"Fréchet distance against chain length, in {extractor.name}"
-    how = "the same class-conditional chains from noise seen at each length, against training images"
+    how = f"the same class-conditional chains from {_origin(jem)} seen at each length, against training images"
     for n, value in found.items():
         section.add(table, f"{n} steps", value, count, how, seed=config.seed, split="train")
     section.curves["quality against length"] = curve = {"fresh chains": (list(found), list(found.values()))}

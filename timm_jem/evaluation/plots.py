@@ -258,9 +258,7 @@ def quality_curves(
     elif not (drawn < 0).any():
         axis.set_ylim(bottom=0)
     axis.tick_params(which="minor", bottom=False, labelbottom=False)
-    axis.set(
-        xlabel="SGLD steps from noise (log scale)", ylabel=ylabel, title="Fresh chains against their length (lower is better)"
-    )
+    axis.set(xlabel="SGLD steps (log scale)", ylabel=ylabel, title="Fresh chains against their length (lower is better)")
     figure.legend(loc="outside lower center", frameon=False)
     return figure
 

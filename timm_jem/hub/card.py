@@ -18,7 +18,7 @@ __all__ = ["CARD_FILE", "PICTURES", "is_generated", "model_card"]
 CARD_FILE = "README.md"
 # Pictures that a card shows where they are at hand, in this order.
 PICTURES = {
-    "samples.png": "Fresh chains from uniform noise, one row a class, none selected.",
+    "samples.png": "Fresh chains, one row a class, none selected.",
     "buffer.png": "Chains of the replay buffer.",
     "evaluation/reliability.png": "Accuracy against confidence of test images.",
     "evaluation/ood_auroc.png": "AUROC of each out-of-distribution score against each set.",
@@ -43,6 +43,7 @@ def model_card(
     provenance: Provenance,
     weights_license: str | None = None,
     has_chains: bool,
+    has_starts: bool,
     chains_have_classes: bool = False,
     pictures: Sequence[str] = (),
 ) -> str:
@@ -61,6 +62,7 @@ def model_card(
         weights_license: licence of the pretrained weights of this architecture and tag, by timm; it holds where
             ``provenance`` has a base model and no licence of its own.
         has_chains: whether published chains go with it.
+        has_starts: whether fresh chains start from Gaussians of the training images; otherwise from noise.
         chains_have_classes: whether each of them has a class.
         pictures: those of ``PICTURES`` that go with it.
     """
@@ -82,6 +84,7 @@ def model_card(
         sample_steps=sgld.get("sample_steps") or sgld.get("num_steps"),
         conditional=chains_have_classes or provenance.class_conditional,
         has_chains=has_chains,
+        has_starts=has_starts,
         provenance=provenance,
         training=_training(provenance),
         results=_results(provenance),

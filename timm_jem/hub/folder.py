@@ -1,8 +1,8 @@
 """The folder that two readers share: timm's own files, with everything of ours under one key of its config.json.
 
 ``model.safetensors`` and ``config.json`` are what ``timm.models.save_for_hf`` writes, so that plain timm reads them, but with
-the number of classes in one place only, so that transformers reads them, too. A ``replay_buffer.safetensors`` may stand
-beside them. Nothing here reads or writes a pickle.
+the number of classes in one place only, so that transformers reads them, too. A ``replay_buffer.safetensors`` and a
+``chain_starts.safetensors`` may stand beside them. Nothing here reads or writes a pickle.
 """
 
 import copy
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import as_path, folder_aside, move_in
+from timm_jem.gaussians import STARTS_FILE, ClassGaussians
 from timm_jem.hub.published_chains import CHAINS_FILE, PublishedChains
 from timm_jem.hub.reading import CONFIG_FILE, FORMAT_VERSION, KEY, MAX_CONFIG_BYTES, check_finite, check_nesting, read_folder
 
@@ -34,12 +35,13 @@ def write_folder(
     class_names: list[str] | None,
     data_config: dict[str, Any],
     chains: PublishedChains | None = None,
+    starts: ClassGaussians | None = None,
 ) -> None:
     """Write a model that plain timm rebuilds faithfully; or raise, and leave the folder as it was.
 
     The files are written aside, read back by timm, compared with ``backbone`` on its logits, and moved in whole. Other
-    files of the folder are left alone; published chains of an older model are removed. A process that is killed leaves the
-    model that was there, the new one, or a folder without config.json, which every reader refuses.
+    files of the folder are left alone; published chains and starts of an older model are removed. A process that is killed
+    leaves the model that was there, the new one, or a folder without config.json, which every reader refuses.
 
     Args:
         backbone: the timm model, in any layout, compiled or wrapped for distribution; it is not changed.
@@ -48,6 +50,7 @@ def write_folder(
         class_names: names of the classes, or None.
         data_config: timm's data configuration.
         chains: published chains, or None.
+        starts: where fresh chains start, or None for noise.
 
     Raises:
         InputError: a backbone that plain timm would rebuild as another function, or can't rebuild; a full disk.
@@ -73,11 +76,12 @@ def write_folder(
                 raise InputError(f"this backbone can't be saved for timm: {one_line(error)}") from error
             _number_classes_once(aside / CONFIG_FILE)
             _check_faithful(backbone, aside, tuple(data_config["input_size"]))
-            if chains is not None:
-                chains.save(aside / CHAINS_FILE)
+            for name, part in (ours_beside := {CHAINS_FILE: chains, STARTS_FILE: starts}).items():
+                if part is not None:
+                    part.save(aside / name)
             for file in aside.iterdir():  # safetensors gives its files to their owner alone
                 shutil.copymode(aside / CONFIG_FILE, file)
-            move_in(aside, target, last=CONFIG_FILE, stale=[] if chains is not None else [CHAINS_FILE])
+            move_in(aside, target, last=CONFIG_FILE, stale=[name for name, part in ours_beside.items() if part is None])
     except (OSError, SafetensorError) as error:
         raise InputError(f"the model can't be written to {target} ({one_line(error)}): make room, or give another") from error
 

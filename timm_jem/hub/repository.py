@@ -31,6 +31,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import as_path
+from timm_jem.gaussians import MAX_BYTES, STARTS_FILE
 from timm_jem.hub.card import CARD_FILE, is_generated
 from timm_jem.hub.published_chains import CHAINS_FILE, MAX_FILE_BYTES
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
@@ -85,16 +86,19 @@ def fetch(
         folder = Path(hf_hub_download(filename=CONFIG_FILE, revision=revision, **options)).parent
         commit = folder.name
         hf_hub_download(filename=WEIGHTS_FILE, revision=commit, **options)
-        if replay_buffer and not (local_files_only or is_offline_mode()):
-            try:
-                size = get_hf_file_metadata(hf_hub_url(repo_id, CHAINS_FILE, revision=commit), token=token).size or 0
-                if size > MAX_FILE_BYTES:
-                    raise InputError(f"{CHAINS_FILE} of {repo_id} has {size >> 20} MiB: load it with replay_buffer=False")
-                hf_hub_download(filename=CHAINS_FILE, revision=commit, **options)
-            except RemoteEntryNotFoundError:
-                pass  # published without chains
-            except _UNREACHABLE:
-                pass  # the model came from the cache, and so do its chains where they are there
+        if not (local_files_only or is_offline_mode()):
+            beside = {STARTS_FILE: MAX_BYTES + 2**20} | ({CHAINS_FILE: MAX_FILE_BYTES} if replay_buffer else {})
+            for name, most in beside.items():
+                try:
+                    size = get_hf_file_metadata(hf_hub_url(repo_id, name, revision=commit), token=token).size or 0
+                    if size > most:
+                        remedy = ": load it with replay_buffer=False" if name == CHAINS_FILE else ", which is too large"
+                        raise InputError(f"{name} of {repo_id} has {size >> 20} MiB{remedy}")
+                    hf_hub_download(filename=name, revision=commit, **options)
+                except RemoteEntryNotFoundError:
+                    pass  # published without
+                except _UNREACHABLE:
+                    pass  # the model came from the cache, and so does this where it is there
     return folder
 
 
@@ -131,7 +135,7 @@ def push(
     """Upload a folder in one commit: whatever interrupts it, the old revision stays whole.
 
     A README.md of the repository that was not generated here, or was edited since, is kept, with a warning. Published
-    chains of an older model are removed.
+    chains and starts of an older model are removed.
 
     Args:
         folder: files to upload.
@@ -161,7 +165,7 @@ def push(
             revision=branch,
             create_pr=create_pr,
             ignore_patterns=[CARD_FILE] if keep_card else None,
-            delete_patterns=None if (Path(folder) / CHAINS_FILE).is_file() else [CHAINS_FILE],
+            delete_patterns=[name for name in (CHAINS_FILE, STARTS_FILE) if not (Path(folder) / name).is_file()] or None,
         )
     return commit.commit_url
 

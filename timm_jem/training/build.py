@@ -122,6 +122,8 @@ def build_learner(settings: Settings, splits: Splits, accelerator: Accelerator, 
     """
     train, device, rank = settings.train, accelerator.device, accelerator.process_index
     jem = build_model(settings, splits, device, kept=kept)
+    if train.init == "gaussian" and train.objective.needs_chains:
+        jem.starts = _class_gaussians(settings, splits)
     still = frozen_parts(jem.backbone, train.freeze)
     try:
         optimizer = create_optimizer_v2(
@@ -166,7 +168,7 @@ def build_method(settings: Settings, splits: Splits, jem: JEM, generator: torch.
         )
     return MaximumLikelihood(
         jem,
-        _buffer(settings, splits, num_classes, generator) if train.objective.needs_chains else None,
+        _buffer(settings, splits, jem, num_classes, generator) if train.objective.needs_chains else None,
         sgld=settings.sgld,
         objective=train.objective,
         batch_norm=train.batch_norm,
@@ -208,22 +210,25 @@ def frozen_parts(backbone: nn.Module, names: list[str]) -> list[nn.Module]:
     return found
 
 
-def _buffer(settings: Settings, splits: Splits, num_classes: int | None, generator: torch.Generator) -> ReplayBuffer:
-    train, device, init = settings.train, generator.device, uniform_noise
+def _class_gaussians(settings: Settings, splits: Splits) -> ClassGaussians:
+    """The Gaussians of the training images of each class: of all of them, where memory allows, or else evenly many."""
+    count = min(len(splits.train), int(settings.data.cache_gib * 2**30) // math.prod(splits.image_shape))
+    rows = torch.linspace(0, len(splits.train) - 1, max(count, 2)).long().tolist()
+    images = torch.cat([images for images, _ in in_batches(Subset(splits.train, rows), workers_of(settings.train))])
+    return ClassGaussians.fit(images, splits.train.labels[rows], len(splits.class_names))
+
+
+def _buffer(settings: Settings, splits: Splits, jem: JEM, num_classes: int | None, generator: torch.Generator) -> ReplayBuffer:
+    train, device = settings.train, generator.device
     needed, there = 4 * train.buffer_size * math.prod(splits.image_shape), memory_of(device)
     if needed > there:
         raise InputError(
             f"train.buffer_size is {train.buffer_size}, and so many chains take {in_bytes(needed)} of the {in_bytes(there)} "
             f"that {device.type} has: lower it, or data.image_size"
         )
-    if train.init == "gaussian":
-        count = min(len(splits.train), int(settings.data.cache_gib * 2**30) // math.prod(splits.image_shape))
-        rows = torch.linspace(0, len(splits.train) - 1, max(count, 2)).long().tolist()  # all, where memory allows
-        images = torch.cat([images for images, _ in in_batches(Subset(splits.train, rows), workers_of(train))])
-        init = ClassGaussians.fit(images, splits.train.labels[rows], num_classes).to(device)
     return ReplayBuffer(
         splits.image_shape,
-        init=init,
+        init=uniform_noise if jem.starts is None else jem.starts.to(device),
         generator=generator,
         capacity=train.buffer_size,
         restart_prob=train.restart_prob,

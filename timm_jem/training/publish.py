@@ -49,7 +49,7 @@ def publishable(
     if is_sharded(accelerator):
         whole = build_model(settings, splits, accelerator.device, kept=record.folder.backbone)
         whole.load_state_dict(whole_state(jem))
-        whole.sgld = jem.sgld
+        whole.sgld, whole.starts = jem.sgld, jem.starts
         jem = whole
     data, model = settings.data, settings.model
     jem.provenance = {

@@ -130,7 +130,7 @@ class Record:
                 tracker.log_images({name.split(".")[0].split("_")[0]: np.asarray(picture)[None]}, step, **layout)
 
     def samples(self, step: int, jem: JEM, name: str) -> None:
-        """Fresh chains from noise, none selected: ten of each of the first 20 classes, a row a class.
+        """Fresh chains, none selected: ten of each of the first 20 classes, a row a class.
 
         Picture k, counted from 0 along the rows, is ``jem.sample(y=k // 10, seeds=[k])``. Every process takes part where
         weights are sharded, otherwise the main one alone.

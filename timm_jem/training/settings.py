@@ -86,7 +86,8 @@ class TrainConfig:
         ce_noise: that of the images for the cross-entropy, or None: as data_noise.
         buffer_size: chains in the replay buffer of a process; None: JEM's 10,000, or as many as take 1 GiB.
         restart_prob: how likely a chain that is drawn from it starts anew.
-        init: where chains start: uniform noise (JEM), or gaussian: fitted to each class (JEM++, SADA-JEM).
+        init: where chains start, in training and when the model draws: uniform noise (JEM), or gaussian: fitted to the
+            images of each class (JEM++, SADA-JEM), and saved with the model.
         conditional_chains: chains of p(y) p(x|y) as negatives of E(x) as well; with objective w_xy they are anyway.
         ramp_from: sgld.num_steps of the first optimiser step, where ramp_steps is not 0.
         ramp_steps: optimiser steps in which sgld.num_steps is reached from there; 0: at once.

@@ -1,0 +1,154 @@
+"""Where fresh chains start: Gaussians that a model carries, from training to its readers."""
+
+import shlex
+from dataclasses import replace
+
+import pytest
+import torch
+import train
+from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import pil_to_tensor
+
+import timm_jem
+from timm_jem import ClassGaussians, InputError, SGLDConfig
+from timm_jem.data import digits
+from timm_jem.evaluation.generation import chains_by_length
+from timm_jem.gaussians import STARTS_FILE
+from timm_jem.hub.card import model_card
+from timm_jem.hub.provenance import Provenance
+from timm_jem.pixels import to_pixels
+from timm_jem.sampling import chain_generators, draw_seeds, sgld, uniform_noise
+
+
+@pytest.fixture
+def gaussians():
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return ClassGaussians.fit(images, torch.arange(40) % 3, 3, rank=4)
+
+
+@pytest.fixture
+def jem(gaussians):
+    torch.manual_seed(0)
+    sgld_config = SGLDConfig(num_steps=3, noise_std=0.05, sample_steps=5, denoise_steps=2)
+    jem = timm_jem.create_model("wrn_10_1", num_classes=3, input_size=(1, 8, 8), sgld=sgld_config).eval()
+    jem.starts = gaussians
+    return jem
+
+
+def drawn(jem, y, seeds, starts):
+    generators = chain_generators(seeds)
+    u = starts((len(seeds), 1, 8, 8), generator=generators, y=y)
+    options = {"num_steps": 5, "denoise_steps": 2, "batch_size": 256}
+    return jem.normalize(sgld(jem.pixel_energy, u, jem.sgld, y=y, generator=generators, **options)).detach()
+
+
+def test_fresh_chains_start_from_the_models_own_and_noise_is_at_hand(jem, gaussians):
+    y, seeds = torch.tensor([2, 0, 1, 1]), [5, 6, 7, 8]
+    assert torch.equal(jem.sample(y=y, seeds=seeds), drawn(jem, y, seeds, gaussians))
+    assert torch.equal(jem.sample(seeds=seeds), drawn(jem, None, seeds, gaussians))  # of the classes' mixture
+    assert torch.equal(jem.sample(y=y, seeds=seeds, init="noise"), drawn(jem, y, seeds, uniform_noise))
+    from_starts = jem.sample(y=y, seeds=seeds)
+    jem.starts = None
+    assert not torch.equal(jem.sample(y=y, seeds=seeds), from_starts)
+    assert torch.equal(jem.sample(y=y, seeds=seeds), jem.sample(y=y, seeds=seeds, init="noise"))
+
+
+def test_the_evaluations_chains_are_those_that_sample_draws(jem):
+    y = torch.arange(6) % 3
+    seeds = draw_seeds(6, torch.Generator().manual_seed(3))
+    ((_, u),) = chains_by_length(jem, [5], y=y, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(jem.normalize(u), jem.sample(y=y, seeds=seeds))
+
+
+def test_they_are_saved_with_the_model_and_go_with_it(jem, gaussians, tmp_path):
+    jem.save_pretrained(tmp_path)
+    again = timm_jem.from_pretrained(tmp_path, replay_buffer=False)
+    assert torch.equal(again.sample(4, seeds=range(4)), jem.sample(4, seeds=range(4)))
+    assert set(load_file(tmp_path / STARTS_FILE)) == {"means", "factors", "residual_std", "weights"}
+    again.starts = None
+    again.save_pretrained(tmp_path)
+    assert not (tmp_path / STARTS_FILE).exists()
+    assert timm_jem.from_pretrained(tmp_path).starts is None
+
+
+def test_the_hub_has_them_as_long_as_the_model_does(hub, jem):
+    jem.push_to_hub("user/starts")
+    assert STARTS_FILE in hub.files("user/starts")
+    assert torch.equal(timm_jem.from_pretrained("user/starts").starts.factors, jem.starts.factors)
+    jem.starts = None
+    jem.push_to_hub("user/starts")
+    assert STARTS_FILE not in hub.files("user/starts")
+    assert timm_jem.from_pretrained("user/starts").starts is None
+
+
+def test_a_card_says_where_chains_start(jem):
+    about = {
+        "repo_id": "me/x", "architecture": "wrn_10_1", "parameters": 1, "input_size": (1, 8, 8), "class_names": None,
+        "num_classes": 3, "sgld": {"num_steps": 5}, "provenance": Provenance.read({}), "weights_license": None,
+        "has_chains": False, "pictures": (),
+    }  # fmt: skip
+    for has_starts, words in ((True, "5 SGLD steps from Gaussians of the classes"), (False, "5 SGLD steps from noise")):
+        card = model_card(**about, has_starts=has_starts)
+        assert words in card
+        assert ("not\nimages" in card) == has_starts
+
+
+def broken(**changes):
+    return lambda tensors: {**tensors, **changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: {"means": tensors["means"]}, "holds"),
+        (lambda tensors: {name: tensor.long() for name, tensor in tensors.items()}, "no floating-point"),
+        (broken(means=torch.full((3, 1, 8, 8), torch.nan)), "not finite"),
+        (broken(weights=torch.tensor([1.0, -1.0, 1.0])), "below 0"),
+        (broken(weights=torch.zeros(3)), "none above"),
+        (broken(factors=torch.zeros(3, 63, 2)), "disagree"),
+        (lambda tensors: {name: tensor[:2] for name, tensor in tensors.items()}, "3 classes"),
+        (None, "broken file"),
+    ],
+)
+def test_what_no_model_wrote_is_one_line(jem, tmp_path, change, message):
+    jem.save_pretrained(tmp_path)
+    file = tmp_path / STARTS_FILE
+    if change is None:
+        file.write_bytes(b"nothing")
+        message = "no class Gaussians"
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in change(load_file(file)).items()}, file)
+    with pytest.raises(InputError, match=message) as error:
+        timm_jem.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_others_are_refused_when_they_are_set_and_when_the_head_is_another(jem, gaussians):
+    for wrong in (5, "noise", replace(gaussians, means=torch.zeros(3, 1, 4, 16), residual_std=torch.zeros(3, 1, 4, 16))):
+        with pytest.raises(InputError, match=r"starts is|class Gaussians are"):
+            jem.starts = wrong
+    jem.backbone.reset_classifier(2)
+    with pytest.raises(InputError, match="2 classes"):
+        jem.sample(1)
+    with pytest.raises(InputError, match="above 256"):
+        ClassGaussians.fit(torch.zeros(2, 3, 512, 512, dtype=torch.uint8), torch.tensor([0, 1]), 9)
+
+
+@pytest.mark.parametrize("weights", ["--train.objective.w_x 0 --train.objective.w_xy 1", "--train.objective.w_x 1"])
+def test_a_run_draws_from_where_its_chains_started(tmp_path, weights):
+    """With chains of E(x) as well, which start from the mixture of the classes."""
+    run = tmp_path / "run"
+    train.main(
+        shlex.split(
+            f"--train.init gaussian {weights} --train.steps 2 --train.warmup_steps 1 --train.batch_size 16 --sgld.num_steps 2 "
+            f"--sgld.denoise_steps 1 --train.sample_steps [1] --train.sample_count 20 --train.buffer_size 200 "
+            f"--train.ema_decay 0.5 --model.name wrn_10_1 --data.dataset digits --train.threads 1 --output_dir {run}"
+        )
+    )
+    starts = timm_jem.from_pretrained(run / "model").starts
+    assert len(starts.means) == 10
+    rows = digits()
+    images = to_pixels(torch.stack([pil_to_tensor(image) for image in rows["image"]]))
+    means = [images[torch.tensor(rows["label"]) == c].mean(0) for c in range(10)]
+    nearest = [min(range(10), key=lambda c, of_class=of_class: (of_class - means[c]).abs().mean()) for of_class in starts.means]
+    assert nearest == list(range(10))
