@@ -101,8 +101,9 @@ def broken(**changes):
     ("change", "message"),
     [
         (lambda tensors: {"means": tensors["means"]}, "holds"),
-        (lambda tensors: {name: tensor.long() for name, tensor in tensors.items()}, "no floating-point"),
-        (broken(means=torch.full((3, 1, 8, 8), torch.nan)), "not finite"),
+        (lambda tensors: {name: tensor.long() for name, tensor in tensors.items()}, "floating-point tensor"),
+        (broken(means=torch.full((3, 1, 8, 8), torch.nan)), "NaN"),
+        (broken(residual_std=torch.full((3, 1, 8, 8), 1e38)), "far outside"),
         (broken(weights=torch.tensor([1.0, -1.0, 1.0])), "below 0"),
         (broken(weights=torch.zeros(3)), "none above"),
         (broken(factors=torch.zeros(3, 63, 2)), "disagree"),

@@ -89,9 +89,9 @@ class ClassGaussians:
             tensors = load_file(file)
             if (keys := set(tensors)) != {field.name for field in fields(cls)}:
                 raise InputError(f"it holds {quoted(sorted(keys)) if keys else 'nothing'}")
-            if not all(is_floats(tensor) and tensor.isfinite().all() for tensor in tensors.values()):
-                raise InputError("it holds numbers that are not finite, or no floating-point numbers")
-            found = cls(**{name: tensor.float() for name, tensor in tensors.items()})
+            found = cls(**{name: tensor.float() if is_floats(tensor) else tensor for name, tensor in tensors.items()})
+            if not all(tensor.numel() == 0 or tensor.abs().max() <= FAR_FROM_PIXELS for tensor in vars(found).values()):
+                raise InputError("it holds NaN, or numbers far outside of pixels")
             if found.weights.min() < 0 or not found.weights.sum() > 0:
                 raise InputError("its classes have weights below 0, or none above it")
             found.check_fit(image_shape, num_classes)
