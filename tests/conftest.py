@@ -11,8 +11,12 @@ HUB = Hub()
 HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HOME.name, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
 
+import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# Seconds for PyArrow's threads to end where a stream is left before its end; those of a few rows are quick.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.2
 
 
 @pytest.fixture(autouse=True)

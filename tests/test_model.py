@@ -325,7 +325,7 @@ def bad_input(jem):
         "double": (lambda: jem.energy(x.double()), "float64 and the model torch.float32"),
         "y text": (lambda: jem.sample(y="cat"), "holds no labels"),
         "y ragged": (lambda: jem.sample(y=[0, None]), "holds no labels"),
-        "sample init name": (lambda: jem.sample(1, init="noise"), "'buffer' or None"),
+        "sample init name": (lambda: jem.sample(1, init="fresh"), "'buffer', 'noise' or None"),
         "no chains": (lambda: jem.sample(1, init="buffer"), "no published chains"),
         "generator": (lambda: jem.sample(1, generator=0), "manual_seed"),
         "generators": (lambda: jem.sample(1, generator=[torch.Generator()]), "list"),

@@ -16,7 +16,7 @@ from timm_jem.errors import InputError, one_line
 __all__ = ["one_line_errors"]
 
 # Seconds that the others leave to the main process, which may be slower to fail; once it has ended, the launcher ends them.
-_PATIENCE = 15.0
+_PATIENCE = 6.0
 _RAISED = re.compile(r"timm_jem\.(?:errors\.InputError|data\.images\.BrokenImage): ")
 
 
