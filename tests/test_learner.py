@@ -64,13 +64,18 @@ def train(learner: Learner, steps: int, share: slice = slice(None)) -> None:
         learner.iterate([Batch(u[share], y[share])])
 
 
-def half_of_the_training(rank: int, port: int, folder: str, shard: bool) -> None:
+def as_one_of_two(rank: int, port: int) -> slice:
+    """Make this process one of two on CPUs; its share of each batch."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
     )  # fmt: skip
     torch.set_num_threads(1)
-    share = slice(rank * SIZE, (rank + 1) * SIZE)
+    return slice(rank * SIZE, (rank + 1) * SIZE)
+
+
+def half_of_the_training(rank: int, port: int, folder: str, shard: bool) -> None:
+    share = as_one_of_two(rank, port)
     learner = make(share, shard=shard)
     train(learner, STEPS // 2, share)
     snapshot = copy_tree(learner.state_dict())
@@ -126,12 +131,7 @@ class Images(torch.utils.data.Dataset):
 
 
 def statistics_of_two(rank: int, port: int, folder: str) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    share = slice(rank * SIZE, (rank + 1) * SIZE)
+    share = as_one_of_two(rank, port)
     # With chains there are more forwards in a step, and the later ones send the first process's statistics around.
     settings = {"model": {"norm_layer": "batchnorm2d"}, "objective": ObjectiveConfig(w_x=0.0)}
     learner, again = (make(share, **copy.deepcopy(settings)) for _ in range(2))

@@ -15,10 +15,11 @@ from timm_jem.errors import InputError, check_whole, one_line, quoted
 from timm_jem.inputs import FAR_FROM_PIXELS, MOST_NUMBERS, check_label_values, is_floats, is_labels, kind
 from timm_jem.sampling import Generators, draw_classes, randn
 
-__all__ = ["STARTS_FILE", "ClassGaussians"]
+__all__ = ["MAX_STARTS_BYTES", "STARTS_FILE", "ClassGaussians"]
 
 STARTS_FILE = "chain_starts.safetensors"
-MAX_BYTES = 256 * 2**20  # that they may take, in memory and in their file
+_MAX_BYTES = 256 * 2**20  # that the tensors may take
+MAX_STARTS_BYTES = _MAX_BYTES + 2**20  # of the file: with what names them
 
 _CHUNK = 256  # images or chains in float at once
 _MAX_IMAGES = 1000  # of a class, for the principal components
@@ -83,8 +84,8 @@ class ClassGaussians:
             InputError: a file that is broken, too large, or of other images or classes, or that holds NaN.
         """
         file = Path(file)
-        if file.stat().st_size > MAX_BYTES + 2**20:
-            raise InputError(f"{file.name} is larger than {MAX_BYTES >> 20} MiB: remove it, and chains start from noise")
+        if file.stat().st_size > MAX_STARTS_BYTES:
+            raise InputError(f"{file.name} is larger than {_MAX_BYTES >> 20} MiB: remove it, and chains start from noise")
         try:
             tensors = load_file(file)
             if (keys := set(tensors)) != {field.name for field in fields(cls)}:
@@ -126,10 +127,10 @@ class ClassGaussians:
         if images.is_floating_point() and not (low >= -FAR_FROM_PIXELS and high <= FAR_FROM_PIXELS):
             raise InputError(f"images hold {low:.3g} to {high:.3g}: give pixels in [-1, 1], e.g. images / 127.5 - 1, or uint8")
         needed = 4 * (num_classes or 1) * (rank + 2) * math.prod(images.shape[1:])
-        if needed > MAX_BYTES:
+        if needed > _MAX_BYTES:
             raise InputError(
                 f"Gaussians of {num_classes or 1} classes of images of {tuple(images.shape[1:])} take {needed >> 20} MiB, "
-                f"above {MAX_BYTES >> 20}: take smaller images, or start chains from noise"
+                f"above {_MAX_BYTES >> 20}: take smaller images, or start chains from noise"
             )
         n = len(images)
         if num_classes is None:

@@ -275,9 +275,9 @@ class JEM(nn.Module):
         if not isinstance(config, SGLDConfig):
             raise InputError(f"sgld_config is a {type(config).__name__}: give a timm_jem.SGLDConfig")
         check_drawing(init, generator, seeds, batch_size, on_step)
+        goes_on = isinstance(init, Tensor) or init == "buffer"
         if num_steps is None:
-            fresh = init is None or (isinstance(init, str) and init == "noise")
-            num_steps = config.sample_steps or config.num_steps if fresh else config.num_steps
+            num_steps = config.num_steps if goes_on else config.sample_steps or config.num_steps
         check_whole("num_steps", num_steps, 1, MOST_STEPS)
         generators = None if seeds is None else chain_generators(seeds)
         y = None if y is None else as_labels(y, self.num_classes)
@@ -293,26 +293,28 @@ class JEM(nn.Module):
             u, labels = chains.draw(n, y, generator)
             u, y = u.to(device), y if y is not None or labels is None else labels.to(device)
         generators = generators or chain_generators(draw_seeds(n, generator))
-        if init is None:
-            u = self.fresh(n, y=y, generator=generators)
-        elif isinstance(init, str) and init == "noise":
-            u = uniform_noise((n, *self.input_size), generator=generators, device=device, dtype=torch.float32)
+        if not goes_on:
+            u = self.fresh(n, y=y, generator=generators, noise=init == "noise").to(device)
         options = {"num_steps": num_steps, "denoise_steps": config.denoise_steps, "batch_size": batch_size, "on_step": on_step}
         with frozen(self):
             return self.normalize(sgld(self.pixel_energy, u, config, y=y, generator=generators, **options))
 
-    def fresh(self, n: int, *, y: Tensor | None = None, generator: Generators = None) -> Tensor:
-        """``n`` chains that have made no step: pixels in [-1, 1], shape (n, C, H, W), float32, from ``starts`` or of noise.
+    def fresh(self, n: int, *, y: Tensor | None = None, generator: Generators = None, noise: bool = False) -> Tensor:
+        """``n`` chains that have made no step, from ``starts`` or of noise, on the CPU unless ``generator`` is of a GPU.
 
         Args:
             n: how many.
             y: their classes, int64, shape (n,); None: of chains of E(x).
             generator: the only source of randomness, or a list of one a chain.
+            noise: of noise in any case.
+
+        Returns:
+            Pixels in [-1, 1], shape (n, C, H, W), float32.
         """
         shape, starts = (n, *self.input_size), self.starts
-        if starts is not None:
-            return starts(shape, generator=generator, device=self.device, y=y)
-        return uniform_noise(shape, generator=generator, device=self.device, dtype=torch.float32)
+        if starts is None or noise:
+            return uniform_noise(shape, generator=generator, dtype=torch.float32)
+        return starts(shape, generator=generator, y=y)
 
     @property
     def starts(self) -> ClassGaussians | None:
@@ -322,17 +324,11 @@ class JEM(nn.Module):
         Raises:
             InputError: set or asked for, Gaussians of other images or classes than the model's.
         """
-        if self._starts is not None:
-            self._starts.check_fit(self.input_size, self.num_classes)
-        return self._starts
+        return self._fitting("starts", self._starts, ClassGaussians)
 
     @starts.setter
     def starts(self, starts: ClassGaussians | None) -> None:
-        if isinstance(starts, ClassGaussians):
-            starts.check_fit(self.input_size, self.num_classes)
-        elif starts is not None:
-            raise InputError(f"starts is a {type(starts).__name__}: give timm_jem.ClassGaussians, or None for noise")
-        self._starts = starts
+        self._starts = self._fitting("starts", starts, ClassGaussians)
 
     @property
     def chains(self) -> PublishedChains | None:
@@ -341,17 +337,19 @@ class JEM(nn.Module):
         Raises:
             InputError: set or asked for, chains of other images or classes than the model's.
         """
-        if self._chains is not None:
-            self._chains.check_fit(self.input_size, self.num_classes)  # the model may have another head by now
-        return self._chains
+        return self._fitting("chains", self._chains, PublishedChains)
 
     @chains.setter
     def chains(self, chains: PublishedChains | None) -> None:
-        if isinstance(chains, PublishedChains):
-            chains.check_fit(self.input_size, self.num_classes)
-        elif chains is not None:
-            raise InputError(f"chains is a {type(chains).__name__}: give timm_jem.PublishedChains, or None")
-        self._chains = chains
+        self._chains = self._fitting("chains", chains, PublishedChains)
+
+    def _fitting(self, name: str, value: Any, kind: type) -> Any:
+        """``value``, None or of a kind that fits the model, which may have another head than when it was set."""
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{name} is a {type(value).__name__}: give timm_jem.{kind.__name__}, or None")
+        if value is not None:
+            value.check_fit(self.input_size, self.num_classes)
+        return value
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, replay_buffer: bool = True) -> None:
         """Write a folder that :func:`timm_jem.from_pretrained` and plain timm read; or raise, and leave the folder as it was.

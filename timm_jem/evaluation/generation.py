@@ -237,7 +237,7 @@ def _views(
 ) -> Iterator[tuple[int, Tensor]]:
     config, device, done = jem.sgld, jem.mean.device, 0
     generators = chain_generators(draw_seeds(n, generator))  # as in jem.sample
-    u = (jem.fresh(n, y=y, generator=generators) if init is None else init).cpu()
+    u = jem.fresh(n, y=y, generator=generators) if init is None else init.cpu()
     last, size = config.denoise_steps, max(batch_size, FEWEST)  # as many as sgld takes at once, so that they round alike
     parts = [(slice(start, start + size), generators[start : start + size]) for start in range(0, n, size)]
     total = len(parts) * (len(lengths) * last + max(lengths, default=last) - last)

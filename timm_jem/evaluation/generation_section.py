@@ -99,7 +99,7 @@ def _starts(subject: Subject, config: EvaluationConfig) -> SampleSet:
     classes = torch.arange(config.samples) % subject.model.num_classes
     seeds = draw_seeds(config.samples, subject.generator())
     u = subject.model.fresh(config.samples, y=classes, generator=chain_generators(seeds))
-    return SampleSet("where these start", eight_bit(u).cpu(), classes, f"{_origin(subject.model)}, no SGLD step", config.seed)
+    return SampleSet("where these start", eight_bit(u), classes, f"{_origin(subject.model)}, no SGLD step", config.seed)
 
 
 def _origin(jem: JEM) -> str:

@@ -31,7 +31,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import as_path
-from timm_jem.gaussians import MAX_BYTES, STARTS_FILE
+from timm_jem.gaussians import MAX_STARTS_BYTES, STARTS_FILE
 from timm_jem.hub.card import CARD_FILE, is_generated
 from timm_jem.hub.published_chains import CHAINS_FILE, MAX_FILE_BYTES
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
@@ -87,7 +87,7 @@ def fetch(
         commit = folder.name
         hf_hub_download(filename=WEIGHTS_FILE, revision=commit, **options)
         if not (local_files_only or is_offline_mode()):
-            beside = {STARTS_FILE: MAX_BYTES + 2**20} | ({CHAINS_FILE: MAX_FILE_BYTES} if replay_buffer else {})
+            beside = {STARTS_FILE: MAX_STARTS_BYTES} | ({CHAINS_FILE: MAX_FILE_BYTES} if replay_buffer else {})
             for name, most in beside.items():
                 try:
                     size = get_hf_file_metadata(hf_hub_url(repo_id, name, revision=commit), token=token).size or 0
