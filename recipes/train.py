@@ -10,8 +10,10 @@ Without a data set and a config, recipes/configs/digits.yaml is used; otherwise 
 
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from timm_jem import InputError
@@ -19,8 +21,10 @@ from timm_jem.data import Splits, load_splits
 from timm_jem.data.identity import data_identity
 from timm_jem.hub.repository import make_repository
 from timm_jem.training import (
+    Batches,
     Checkpoints,
     DivergenceGuard,
+    Learner,
     Rollback,
     Run,
     Settings,
@@ -30,6 +34,7 @@ from timm_jem.training import (
 )
 from timm_jem.training.build import build_learner, build_stream, keep_source, workers_of
 from timm_jem.training.cadence import Cadence, stop_signals
+from timm_jem.training.classifier import classifier_settings
 from timm_jem.training.finish import finish
 from timm_jem.training.measure import measure
 from timm_jem.training.processes import is_sharded
@@ -45,53 +50,105 @@ DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 def main(argv: list[str]) -> None:
     told, command = parse_settings(argv, DIGITS_CONFIG)
     accelerator = open_accelerator(told.train)
-    world, sharded = accelerator.num_processes, is_sharded(accelerator)
 
     # Everything that can be wrong with the input is found before anything is written.
     folder = RunFolder.choose(told.output_dir, told.data.dataset, told.resume)
     (folder,) = broadcast_object_list([folder])
     splits = load_splits(told.data)
-    settings = check_plan(told, splits, world, sharded=sharded)
+    settings = planned(told, splits, accelerator)
     if settings.resume and (steps := folder.finished(settings.train.steps)) is not None:
         accelerator.print(f"{folder} is finished: {steps} steps, see {folder.summary_file}")
         accelerator.end_training()
         return
-    goes_on = settings.resume is not None and (
-        folder.checkpoint is not None or Checkpoints(folder.checkpoints, accelerator).newest()[0] is not None
-    )
-    learner = build_learner(settings, splits, accelerator, kept=folder.backbone if goes_on else None)
-    stream = build_stream(settings, splits, learner)
+    goes_on = settings.resume is not None and has_checkpoint(folder, accelerator)
+    first = None if goes_on else classifier_settings(told)
+    if first is not None:
+        planned(first, splits, accelerator)
+    built = build(settings, splits, accelerator, kept=folder.backbone if goes_on else None)
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)
     with folder.claimed(accelerator):
-        run = Run(
-            learner,
-            stream,
-            DivergenceGuard(settings.guard, accelerator, len(splits.class_names), learner.method.watched),
-            Checkpoints(folder.checkpoints, accelerator, keep=settings.train.keep_checkpoints),
-            grad_accum=settings.train.grad_accum,
-            seed=settings.train.seed,
-        )
         record = Record(folder, accelerator, settings, command, data_identity(splits))
-        if settings.resume:
-            resume(settings.resume, run, record)
-        if not goes_on and accelerator.is_main_process:
-            keep_source(settings, learner.jem, folder.backbone)
-        record.open(run.step)
-        with closing(record):  # an error is said below the progress bar, not above it
-            record.say(start_lines(told, settings, splits, run, folder))
-            if settings.model.starts_pretrained and not goes_on:
-                measure_start(settings, splits, run, record)
-            broke = train(settings, splits, run, record)
-            finish(settings, splits, run, record, broke)
+        if first is not None:
+            built = None  # its memory is the classifier's meanwhile
+            train_classifier(first, splits, record)
+            built = build(settings, splits, accelerator, classifier=folder.classifier.model)
+        perform(told, settings, splits, built, record, goes_on=goes_on)
         accelerator.end_training()
 
 
+def has_checkpoint(folder: RunFolder, accelerator: Accelerator) -> bool:
+    return folder.checkpoint is not None or Checkpoints(folder.checkpoints, accelerator).newest()[0] is not None
+
+
+def planned(told: Settings, splits: Splits, accelerator: Accelerator) -> Settings:
+    return check_plan(told, splits, accelerator.num_processes, sharded=is_sharded(accelerator))
+
+
+def build(settings: Settings, splits: Splits, accelerator: Accelerator, **source: Path | None) -> tuple[Learner, Batches]:
+    accelerator.free_memory()  # what it prepared before
+    learner = build_learner(settings, splits, accelerator, **source)
+    return learner, build_stream(settings, splits, learner)
+
+
+def train_classifier(told: Settings, splits: Splits, joint: Record) -> None:
+    """Cross-entropy alone, a run of its own inside of the joint one's folder; what is done of it is not done again."""
+    folder, accelerator = joint.folder.classifier, joint.accelerator
+    goes_on = has_checkpoint(folder, accelerator)
+    settings = planned(replace(told, resume="auto"), splits, accelerator)
+    built = build(settings, splits, accelerator, kept=folder.backbone if goes_on else None)
+    with folder.claimed(accelerator):
+        record = Record(folder, accelerator, settings, joint.command, joint.data)
+        perform(told, settings, splits, built, record, goes_on=goes_on, joint=joint)
+
+
+def perform(
+    told: Settings,
+    settings: Settings,
+    splits: Splits,
+    built: tuple[Learner, Batches],
+    record: Record,
+    *,
+    goes_on: bool,
+    joint: Record | None = None,
+) -> None:
+    """A run, from its newest checkpoint or its beginning to its end; ``joint`` is that of the run it is the first part of."""
+    learner, stream = built
+    folder, accelerator = record.folder, record.accelerator
+    run = Run(
+        learner,
+        stream,
+        DivergenceGuard(settings.guard, accelerator, len(splits.class_names), learner.method.watched),
+        Checkpoints(folder.checkpoints, accelerator, keep=settings.train.keep_checkpoints),
+        grad_accum=settings.train.grad_accum,
+        seed=settings.train.seed,
+    )
+    if settings.resume:
+        resume(settings.resume, run, record)
+        if folder.finished(settings.train.steps) is not None:
+            return stream.close()
+    if not goes_on and accelerator.is_main_process:
+        keep_source(settings, learner.jem, folder.backbone)
+    if joint is not None:
+        joint.write_settings()  # by which both go on
+    record.open(run.step)
+    with closing(record):  # an error is said below the progress bar, not above it
+        record.say(start_lines(told, settings, splits, run, folder))
+        if not goes_on and (settings.model.starts_pretrained or folder.classifier.model.is_dir()):
+            measure_start(settings, splits, run, record)
+        broke = train(settings, splits, run, record)
+        finish(settings, splits, run, record, broke)
+
+
 def resume(asked: str, run: Run, record: Record) -> None:
-    """Go on from the newest whole checkpoint, or the one that was asked for; "auto" starts where there is none."""
+    """Go on from the newest whole checkpoint, or the one that was asked for.
+
+    Without any, "auto" starts at the beginning; so does joint training where the classifier before it has been trained.
+    """
     folder = record.folder
+    starts = asked == "auto" or folder.classifier.model.is_dir()
     saved = run.resume(folder.checkpoint, record.load_state_dict)
-    if saved is None and (asked != "auto" or folder.summary_file.is_file()):
+    if saved is None and (not starts or folder.summary_file.is_file()):
         raise InputError(f"{folder} has no complete checkpoint to resume from: start again in another output_dir")
 
 
@@ -141,7 +198,7 @@ def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollb
                 run.snapshot()
             if due.stop:
                 record.close()
-                accelerator.print(f"{due.stop.name}: stopped at step {run.step}; go on with --resume {record.folder}")
+                accelerator.print(f"{due.stop.name}: stopped at step {run.step}; go on with --resume {record.folder.whole}")
                 accelerator.end_training()
                 sys.exit(128 + due.stop)
     return None

@@ -38,6 +38,28 @@ def test_gradient_in_closed_form():
     torch.testing.assert_close(logits_neg.grad, logits_neg.softmax(1) / 5)
 
 
+def test_softplus_lets_go_of_chains_that_are_left_behind():
+    """The linear contrast's gradient times 2σ(gap): the same where the gap is 0, none where chains are far above the data."""
+    for shift in (-30.0, -2.0, 0.0, 30.0):
+        gradients, gaps = [], []
+        for contrast in ("linear", "softplus"):
+            logits, y, logits_neg, y_neg = batch()
+            config = ObjectiveConfig(w_ce=0, w_x=0.7, w_xy=0.9, contrast=contrast)
+            terms = joint_loss(logits, y, logits_neg + shift, y_neg, config)
+            gaps.append((terms["gap"], terms["gap_xy"]))
+            gradients.append(torch.autograd.grad(terms["loss"], (logits, logits_neg)))
+        assert gaps[0] == gaps[1]
+        (of_data, of_chains), (soft, soft_chains) = gradients
+        slope, slope_xy = (2 * torch.sigmoid(gap) for gap in gaps[0])
+        logits, y, logits_neg, y_neg = batch()
+        expected = -0.7 * slope * logits.softmax(1) / 6 - 0.9 * slope_xy * F.one_hot(y, 4).double() / 6
+        torch.testing.assert_close(soft, expected)
+        torch.testing.assert_close(of_data, -0.7 * logits.softmax(1) / 6 - 0.9 * F.one_hot(y, 4).double() / 6)
+        expected = 0.7 * slope * logits_neg.softmax(1) / 5 + 0.9 * slope_xy * F.one_hot(y_neg, 4).double() / 5
+        torch.testing.assert_close(soft_chains, expected)
+        assert of_chains.abs().max() > 0.01
+
+
 def test_the_l2_term_takes_the_energies_that_are_trained():
     logits, y, logits_neg, y_neg = batch()
     of_x = joint_loss(logits, y, logits_neg, y_neg, ObjectiveConfig(energy_l2=1.0))["l2"]

@@ -7,7 +7,7 @@ import yaml
 
 from timm_jem import InputError
 from timm_jem.training import HubConfig, ModelConfig, Settings, TrainConfig, parse_settings
-from timm_jem.training.settings import differences
+from timm_jem.training.resume import differences
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 DIGITS = CONFIGS / "digits.yaml"
@@ -48,7 +48,7 @@ def test_a_runs_config_is_its_settings(flags):
     assert asdict(again) == asdict(settings)
     assert again == settings
     content = yaml.safe_load(settings.as_yaml())
-    assert list(content) == ["data", "model", "sgld", "train", "guard", "hub"]
+    assert list(content) == ["data", "model", "classifier", "sgld", "train", "guard", "hub"]
     assert "push_to" not in content["hub"]
     elsewhere, _ = parse_settings(["--config", "config.yaml", "--output_dir", "b"])
     assert elsewhere.output_dir == "b"

@@ -1,6 +1,7 @@
 """The joint objective of energy-based classifiers, on logits."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +22,31 @@ class ObjectiveConfig:
         w_ce: cross-entropy of the labelled images (paper: 1).
         w_x: likelihood of x under E(x) (paper: 1).
         w_xy: likelihood of (x, y) under E(x, y), with class-conditional chains (paper: 0).
+        contrast: of mean energies, data's minus chains', in the w_x and w_xy terms: linear (paper), or softplus, which lets
+            go of chains that are left behind: 2 · softplus(gap) has the linear one's slope where the gap is 0, 2σ(gap)
+            of it elsewhere, so that a gap far below 0 is pushed no further and the energies part no more.
         energy_l2: weight of the mean squared energy of data and chains, against drifting energies (paper: 0;
             Du & Mordatch, NeurIPS 2019, arXiv 1903.08689, section 3.2).
         label_smoothing: share of the cross-entropy's target that goes to all classes evenly, timm's and PyTorch's
             meaning (Szegedy et al., CVPR 2016, arXiv 1512.00567, section 7; JEM: 0).
 
     Raises:
-        InputError: a weight that is negative, not finite or above 10⁹, or a ``label_smoothing`` outside [0, 1).
+        InputError: a weight that is negative, not finite or above 10⁹, an unknown ``contrast``, or a ``label_smoothing``
+            outside [0, 1).
     """
 
     w_ce: float = 1.0
     w_x: float = 1.0
     w_xy: float = 0.0
+    contrast: Literal["linear", "softplus"] = "linear"
     energy_l2: float = 0.0
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            check_number(f"objective {field.name}", getattr(self, field.name), least=0, most=1e9)
+        for name in ("w_ce", "w_x", "w_xy", "energy_l2", "label_smoothing"):
+            check_number(f"objective {name}", getattr(self, name), least=0, most=1e9)
+        if self.contrast not in ("linear", "softplus"):
+            raise InputError(f"objective contrast is {quoted(self.contrast)}: give linear or softplus")
         if self.label_smoothing >= 1:
             raise InputError(f"objective label_smoothing is {quoted(self.label_smoothing)}: give a number below 1")
 
@@ -60,8 +68,8 @@ def joint_loss(
 ) -> dict[str, Tensor]:
     """Cross-entropy plus the contrastive estimate of maximum likelihood.
 
-    loss = w_ce · CE + w_x · (mean E(x_data) − mean E(x_neg)) + w_xy · (mean E(x_data, y) − mean E(x_neg, y_neg))
-           + energy_l2 · (mean E_data² + mean E_neg²)
+    loss = w_ce · CE + w_x · c(mean E(x_data) − mean E(x_neg)) + w_xy · c(mean E(x_data, y) − mean E(x_neg, y_neg))
+           + energy_l2 · (mean E_data² + mean E_neg²),    c(gap) = gap, or 2 · softplus(gap): ``contrast``
 
     The gradient of each difference is that of the negative log-likelihood: JEM (arXiv 1912.03263), eq. 2; its
     factorisation log p(x) + log p(y|x) is eq. 8. The L2 term takes the energies of the w_xy term where w_xy > 0, else E(x).
@@ -105,17 +113,21 @@ def joint_loss(
         terms |= {"energy_data": e_data.mean(), "energy_neg": e_neg.mean()}
         terms["gap"] = terms["energy_data"] - terms["energy_neg"]
         if config.w_x:
-            loss = loss + config.w_x * terms["gap"]
+            loss = loss + config.w_x * _contrast(terms["gap"], config)
         if config.w_xy:
             if y_neg is None:
                 raise InputError("objective w_xy is above 0 and y_neg is missing: give the chains' labels")
             e_data, e_neg = _energy_where_known(logits, y), _energy_where_known(logits_neg, y_neg)
             terms["gap_xy"] = e_data.mean() - e_neg.mean()
-            loss = loss + config.w_xy * terms["gap_xy"]
+            loss = loss + config.w_xy * _contrast(terms["gap_xy"], config)
         if config.energy_l2:
             terms["l2"] = e_data.square().mean() + e_neg.square().mean()
             loss = loss + config.energy_l2 * terms["l2"]
     return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+
+def _contrast(gap: Tensor, config: ObjectiveConfig) -> Tensor:
+    return gap if config.contrast == "linear" else 2 * F.softplus(gap)
 
 
 def _energy_where_known(logits: Tensor, y: Tensor) -> Tensor:

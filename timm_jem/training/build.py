@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
-from timm.models import group_modules, group_parameters
+from timm.models import group_modules, group_parameters, load_checkpoint
 from timm.models._hub import save_config_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -49,16 +49,25 @@ def workers_of(train: TrainConfig) -> int:
     return default_workers(local_processes()) if train.workers is None else train.workers
 
 
-def build_model(settings: Settings, splits: Splits, device: torch.device, *, kept: Path | None = None) -> JEM:
+def build_model(
+    settings: Settings,
+    splits: Splits,
+    device: torch.device,
+    *,
+    kept: Path | None = None,
+    classifier: Path | None = None,
+) -> JEM:
     """The joint energy model for the data, tried on two images.
 
     Args:
         settings, splits, device: the run's.
         kept: of a run that goes on: the folder where :func:`keep_source` may have left what its backbone was made from. No
             pretrained weights are loaded then, as its checkpoint has all of them.
+        classifier: a folder with the model whose weights to start from: the same backbone, trained by cross-entropy.
 
     Raises:
-        InputError: a backbone that can't be built, can't take such images, or does not look at all of their pixels.
+        InputError: a backbone that can't be built, can't take such images, or does not look at all of their pixels; a
+            classifier that is another.
     """
     model, name = settings.model, settings.model.name
     if kept is not None and (kept / CONFIG_FILE).is_file():
@@ -82,6 +91,11 @@ def build_model(settings: Settings, splits: Splits, device: torch.device, *, kep
         ).to(device)
     except SafetensorError as error:
         raise InputError(f"the weights of {name} can't be read ({one_line(error)}): get them again") from error
+    if classifier is not None:
+        try:
+            load_checkpoint(jem.backbone, str(classifier / WEIGHTS_FILE))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{classifier} has no weights of {name} ({one_line(error)}): start another run") from error
     foreign = _OF_WEIGHTS if model.starts_pretrained else _OF_WEIGHTS | _INHERITED
     jem.backbone.pretrained_cfg = {key: value for key, value in jem.backbone.pretrained_cfg.items() if key not in foreign}
     jem.data_config["crop_pct"] = 1.0  # trained on whole images
@@ -110,18 +124,25 @@ def keep_source(settings: Settings, jem: JEM, folder: Path) -> None:
             raise InputError(f"{settings.model.name} could not be saved for timm in the end ({one_line(error)})") from error
 
 
-def build_learner(settings: Settings, splits: Splits, accelerator: Accelerator, *, kept: Path | None = None) -> Learner:
+def build_learner(
+    settings: Settings,
+    splits: Splits,
+    accelerator: Accelerator,
+    *,
+    kept: Path | None = None,
+    classifier: Path | None = None,
+) -> Learner:
     """Model, optimiser, schedule, moving average and method, prepared for the processes there are.
 
     Args:
         settings, splits, accelerator: the run's.
-        kept: see :func:`build_model`.
+        kept, classifier: see :func:`build_model`.
 
     Raises:
         InputError: settings that timm refuses, or that leave nothing to train.
     """
     train, device, rank = settings.train, accelerator.device, accelerator.process_index
-    jem = build_model(settings, splits, device, kept=kept)
+    jem = build_model(settings, splits, device, kept=kept, classifier=classifier)
     if train.init == "gaussian" and train.objective.needs_chains:
         jem.starts = _class_gaussians(settings, splits)
     still = frozen_parts(jem.backbone, train.freeze)

@@ -17,6 +17,7 @@ from timm_jem.training.measure import in_batches, measure
 from timm_jem.training.publish import publishable, push
 from timm_jem.training.record import Record
 from timm_jem.training.run import Rollback, Run
+from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.settings import Settings
 
 __all__ = ["finish"]
@@ -52,6 +53,7 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
         "seconds": record.seconds,
         "seconds_per_step": record.seconds / max(run.step, 1),
         "rollbacks": run.rollbacks,
+        **_of_classifier(folder),
         "best": [{"val_accuracy": value, "model": f"best/step_{int(step):08d}"} for value, step in record.best],
     }
     jem = publishable(
@@ -67,22 +69,13 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
     if not accelerator.is_main_process:
         return
     _keep(run, record, lambda: jem.save_pretrained(folder.model))  # sampling may fail where training did not: for memory, say
-    summary |= _choose_length(settings, splits, jem)
-    record.samples(run.step, jem, "samples.png")
-    record.chains(run.step, run.learner.method.buffer)
-    _keep(run, record, lambda: jem.save_pretrained(folder.model))
+    if settings.train.objective.needs_chains:
+        summary |= _choose_length(settings, splits, jem)
+        record.samples(run.step, jem, "samples.png")
+        record.chains(run.step, run.learner.method.buffer)
+        _keep(run, record, lambda: jem.save_pretrained(folder.model))
     _keep(run, record, lambda: folder.write_json(folder.summary_file, summary))
-    objective = settings.train.objective
-    then = (
-        f"look at {folder.path / 'samples.png'}"
-        if objective.needs_chains
-        else f"p(x) was not trained, and samples are noise: --model.name {folder.path} starts a run that trains it"
-    )
-    rolled_back = f", rolled back {n} time{'s' * (n > 1)}" if (n := len(run.rollbacks)) else ""
-    print(
-        f"test accuracy {summary['test_accuracy']:.4f}, ECE {summary['test_ece']:.4f}, {record.seconds:.0f} s of training"
-        f"{rolled_back}; {then}"
-    )
+    print(_last_line(settings, record, summary))
     if broke is not None:
         raise InputError(f"training {explanation}; the last good model, of step {run.step}, is in {folder.model}")
     if settings.hub.push_to is not None:
@@ -100,10 +93,32 @@ def _keep(run: Run, record: Record, write: Callable[[], Any]) -> None:
         record.patiently(write)
     except InputError as error:
         steps = run.checkpoints.steps()
-        rest = (
-            f"the checkpoint of step {steps[-1]} is whole: go on with --resume {record.folder}" if steps else "nothing is saved"
-        )
+        goes_on = f"go on with --resume {record.folder.whole}"
+        rest = f"the checkpoint of step {steps[-1]} is whole: {goes_on}" if steps else "nothing is saved"
         raise InputError(f"{error}; {rest}") from error
+
+
+def _of_classifier(folder: RunFolder) -> dict[str, Any]:
+    """What the summary says of the classifier that joint training started from, where that is a part of the run."""
+    found = folder.classifier.summary()
+    told = ("val_accuracy", "val_ece", "test_accuracy", "test_ece", "steps", "seconds")
+    return {} if found is None else {"classifier": {key: found[key] for key in told if key in found}}
+
+
+def _last_line(settings: Settings, record: Record, summary: dict[str, Any]) -> str:
+    folder, rolled_back = record.folder, len(summary["rollbacks"])
+    if settings.train.objective.needs_chains:
+        then = f"look at {folder.path / 'samples.png'}"
+    elif folder.part_of is not None:
+        then = "its energies come next"
+    else:
+        then = f"p(x) was not trained: --model.name {folder.path} starts a run that trains it"
+    before = summary.get("classifier", {}).get("test_accuracy")
+    return (
+        f"test accuracy {summary['test_accuracy']:.4f}{'' if before is None else f' (the classifier before: {before:.4f})'}, "
+        f"ECE {summary['test_ece']:.4f}, {record.seconds:.0f} s of training"
+        f"{f', rolled back {rolled_back} time' + 's' * (rolled_back > 1) if rolled_back else ''}; {then}"
+    )
 
 
 def _explanation(broke: Rollback, run: Run, settings: Settings) -> str:

@@ -20,10 +20,10 @@ from timm_jem.evaluation import image_grid
 from timm_jem.hub.local_paths import without_local_paths
 from timm_jem.model import JEM
 from timm_jem.replay_buffer import ReplayBuffer
-from timm_jem.training.resume import refuse_changes
+from timm_jem.training.resume import differences, refuse_changes
 from timm_jem.training.run import Rollback
 from timm_jem.training.run_folder import RunFolder
-from timm_jem.training.settings import Settings, differences
+from timm_jem.training.settings import Settings
 
 __all__ = ["Record"]
 
@@ -70,7 +70,7 @@ class Record:
         if self.main:
             self.folder.tidy(int(step) for _, step in self.best)
             self.folder.summary_file.unlink(missing_ok=True)  # from here on, pictures may be of other weights than model/
-            self.folder.write_text(self.folder.config_file, f"# {self._machine()}\n{self.settings.as_yaml()}")
+            self.write_settings()
             self._metrics = self.folder.metrics_file.open("ab", buffering=0)
             self._metrics.truncate(min(self._metrics_bytes, self._metrics.tell()))  # what came later comes again
             self._metrics.seek(0, os.SEEK_END)
@@ -81,8 +81,14 @@ class Record:
                 config=_flat(without_local_paths(self.settings.sections())),  # which may be seen on the web
                 init_kwargs={"wandb": {"name": self.folder.path.name}, "trackio": {"name": self.folder.path.name}},
             )
-        self._bar = tqdm(total=self.settings.train.steps, initial=step, desc="training", unit="it")
+        desc = "training" if self.folder.part_of is None else "classifier"
+        self._bar = tqdm(total=self.settings.train.steps, initial=step, desc=desc, unit="it")
         self._since = time.perf_counter()
+
+    def write_settings(self) -> None:
+        """config.yaml, by which the run goes on; :meth:`open` does so as well."""
+        if self.main:
+            self.folder.write_text(self.folder.config_file, f"# {self._machine()}\n{self.settings.as_yaml()}")
 
     def advanced(self) -> None:
         """One more step is done."""

@@ -7,7 +7,7 @@ from typing import Any
 from timm_jem.errors import InputError
 from timm_jem.training.settings import Settings
 
-__all__ = ["AT_RESUME", "Refused", "refuse_changes"]
+__all__ = ["AT_RESUME", "Refused", "differences", "refuse_changes"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ _HELD_OUT = Refused("other images would be held out, and test images move into t
 _PIXELS = Refused("weights and chains are of images of that shape")
 _NETWORK = Refused("the weights are of that network")
 _CLASSES = Refused("every chain has a class, or none, for good")
+_CLASSIFIER = Refused("joint training has started from what it gave")
 _LABELS = Refused("the run has learned from those labels")
 
 # None: it takes effect. That data are the same wherever they are read from is seen from the images; timm_jem.data.identity.
@@ -58,6 +59,14 @@ AT_RESUME: dict[str, Refused | None] = {
     "model.drop_rate": None,
     "model.drop_path_rate": None,
     "model.kwargs": _NETWORK,
+    "classifier.steps": _CLASSIFIER,
+    "classifier.epochs": _CLASSIFIER,
+    "classifier.batch_size": _CLASSIFIER,
+    "classifier.opt": _CLASSIFIER,
+    "classifier.lr": _CLASSIFIER,
+    "classifier.weight_decay": _CLASSIFIER,
+    "classifier.ema_decay": _CLASSIFIER,
+    "classifier.noise": _CLASSIFIER,
     "sgld.num_steps": None,
     "sgld.step_size": None,
     "sgld.noise_std": None,
@@ -96,6 +105,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "train.objective.w_ce": None,
     "train.objective.w_x": None,
     "train.objective.w_xy": Refused(_CLASSES.why, _one_is_zero),
+    "train.objective.contrast": None,
     "train.objective.energy_l2": None,
     "train.objective.label_smoothing": None,
     "train.seed": Refused("weights, order and chains came of that one"),
@@ -154,6 +164,22 @@ def refuse_changes(saved: Mapping[str, Any], settings: Settings) -> None:
                 f"{name} is {new!r} now and was {old!r}, and a run that goes on can't change it ({rule.why}): leave it out, "
                 "or start another run"
             )
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """What settings have become, a line each."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{name} is {new!r} now and was {old!r}"]
+    lines = []
+    for key in dict.fromkeys([*new, *old]):
+        path = f"{name}.{key}".lstrip(".")
+        if key not in new:
+            lines.append(f"{path} was {old[key]!r} and is not set now")
+        elif key not in old:
+            lines.append(f"{path} is {new[key]!r} now and was not set")
+        else:
+            lines += differences(old[key], new[key], path)
+    return lines
 
 
 def _value(sections: Mapping[str, Any], name: str) -> Any:

@@ -26,7 +26,8 @@ _BEST = re.compile(r"step_\d{8}|\.step_\d{8}-[0-9a-f]{8}")
 
 
 class RunFolder:
-    """What a run has on disk: config.yaml, metrics.jsonl, summary.json, pictures, model/, best/ and checkpoints/.
+    """What a run has on disk: config.yaml, metrics.jsonl, summary.json, pictures, model/, best/ and checkpoints/; and in
+    classifier/ a run of the same kind, of the classifier that it started from.
 
     One process writes there, the one that has :meth:`claimed` it. Evaluation writes to evaluation/ alone, and publishing
     reads: they may do so meanwhile, since a model is replaced whole.
@@ -36,6 +37,7 @@ class RunFolder:
         checkpoint: the checkpoint of it that was asked for; None: the newest.
         numbered_by: the data set after which the folder is numbered, so that :meth:`claimed` may take another number.
         goes_on: a run is there already.
+        part_of: the folder of the run that this one is the first part of, where it is.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class RunFolder:
         *,
         numbered_by: str | None = None,
         goes_on: bool = False,
+        part_of: "RunFolder | None" = None,
     ) -> None:
         self.path, self.checkpoint, self.numbered_by, self.goes_on = as_path(path), checkpoint, numbered_by, goes_on
+        self.part_of = part_of
 
     def __str__(self) -> str:
         return str(self.path)
@@ -68,7 +72,7 @@ class RunFolder:
         if found is not None:
             if output_dir is not None and Path(output_dir).resolve() != found.path.resolve():
                 raise InputError(f"resume is {resume}, and a run goes on in its own folder: leave output_dir {output_dir} out")
-            if resume != "auto" and not found.checkpoints.is_dir():
+            if resume != "auto" and not (found.checkpoints.is_dir() or found.classifier.checkpoints.is_dir()):
                 raise InputError(f"{found} has no checkpoints: give a run's folder, such as runs/digits, or --resume auto")
             return found
         if output_dir is None:
@@ -120,6 +124,17 @@ class RunFolder:
         return self.path / "backbone"
 
     @property
+    def classifier(self) -> "RunFolder":
+        """Of the run that trains by cross-entropy alone first."""
+        path = self.path / "classifier"
+        return RunFolder(path, goes_on=path.is_dir(), part_of=self)
+
+    @property
+    def whole(self) -> "RunFolder":
+        """What to ``--resume``."""
+        return self.part_of or self
+
+    @property
     def model(self) -> Path:
         return self.path / "model"
 
@@ -157,7 +172,7 @@ class RunFolder:
                 if not self._has(caught.filename):
                     raise
                 raise InputError(
-                    f"{one_line(caught)}; what was written before is whole: fix this and go on with --resume {self}"
+                    f"{one_line(caught)}; what was written before is whole: fix this and go on with --resume {self.whole}"
                 ) from caught
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from timm_jem.sampling import SGLDConfig
 from timm_jem.training.guard import GuardConfig
 from timm_jem.training.run_folder import RunFolder
 
-__all__ = ["HubConfig", "ModelConfig", "Settings", "TrainConfig", "differences", "parse_settings"]
+__all__ = ["ClassifierConfig", "HubConfig", "ModelConfig", "Settings", "TrainConfig", "parse_settings"]
 
 
 @dataclass
@@ -197,6 +197,44 @@ class TrainConfig:
 
 
 @dataclass
+class ClassifierConfig:
+    """Cross-entropy alone, before joint training: energies then start from a network that knows the classes.
+
+    It is a run of its own in ``classifier/`` inside of the run's folder, with BatchNorm's statistics alive, that joint training
+    starts from when it is done. Weights that are trained already need none.
+
+    Attributes:
+        steps: optimiser steps; 0: none, joint training starts at once.
+        epochs: instead of steps: passes over the training images.
+        batch_size: images of a process in a step.
+        opt: a timm optimiser.
+        lr: its learning rate, which falls by half a cosine.
+        weight_decay: of the optimiser.
+        ema_decay: of the moving average of the weights that joint training starts from; 0: none.
+        noise: standard deviation of noise on the images, pixels.
+    """
+
+    steps: int = 0
+    epochs: float | None = None
+    batch_size: int = 128
+    opt: str = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    ema_decay: float = 0.995
+    noise: float = 0.03
+
+    def __post_init__(self) -> None:
+        check_whole("classifier steps", self.steps, 0)
+        check_whole("classifier batch_size", self.batch_size, 1)
+        check_number("classifier lr", self.lr, above=0)
+        if self.epochs is not None:
+            check_number("classifier epochs", self.epochs, above=0)
+        for name in ("weight_decay", "noise"):
+            check_number(f"classifier {name}", getattr(self, name), least=0)
+        check_number("classifier ema_decay", self.ema_decay, least=0, most=1)
+
+
+@dataclass
 class HubConfig:
     """Publishing. ``hf auth login`` first; recipes/push.py publishes a run already done.
 
@@ -221,7 +259,7 @@ class Settings:
     """A training run: what ``recipes/train.py`` takes.
 
     Attributes:
-        data, model, sgld, train, guard, hub: see their classes.
+        data, model, classifier, sgld, train, guard, hub: see their classes.
         output_dir: the run's folder; None: runs/<data set>, numbered.
         resume: a run's folder or one of its checkpoints: go on with it; "auto": go on with ``output_dir`` where it has a
             checkpoint, else start it; None: a new run.
@@ -232,6 +270,7 @@ class Settings:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     sgld: SGLDConfig = field(default_factory=SGLDConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -255,8 +294,8 @@ class Settings:
             raise InputError(
                 f"no train.sample_steps is longer than sgld.denoise_steps {self.sgld.denoise_steps}: give longer ones"
             )
-        if self.data.streaming and self.train.epochs is not None:
-            raise InputError("train.epochs needs to know how many images there are, and data.streaming doesn't: give steps")
+        if self.data.streaming and (self.train.epochs is not None or self.classifier.epochs is not None):
+            raise InputError("epochs need to know how many images there are, and data.streaming doesn't: give steps")
         if self.data.streaming and self.train.init == "gaussian":
             raise InputError("train.init gaussian is fitted to images at hand, and data.streaming has none: use noise")
 
@@ -267,7 +306,7 @@ class Settings:
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """What a model and its card tell of the settings, as JSON data."""
-        return {name: asdict(getattr(self, name)) for name in ("data", "model", "sgld", "train", "guard")}
+        return {name: asdict(getattr(self, name)) for name in ("data", "model", "classifier", "sgld", "train", "guard")}
 
     def as_yaml(self) -> str:
         """A file for ``--config`` that repeats the run, in a folder of its own and without publishing it."""
@@ -293,7 +332,7 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
         SystemExit: after ``--help``.
     """
     parser = make_parser("recipes/train.py", "Train a joint energy model.")
-    for name in ("data", "model", "sgld", "train", "guard", "hub"):
+    for name in ("data", "model", "classifier", "sgld", "train", "guard", "hub"):
         kind = Settings.__dataclass_fields__[name].type
         parser.add_argument(f"--{name}", type=kind, default=kind())
     parser.add_argument("--output_dir", type=str | None, default=None, help="default: runs/<data set>, numbered")
@@ -319,8 +358,9 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
     later = {flag.name for flag in flags[after:]}
     if "--model.name" in later:
         flags.insert(after, Flag("--model.kwargs", "{}"))
-    if "--train.steps" in later and "--train.epochs" not in later:
-        flags.insert(after, Flag("--train.epochs", "null"))
+    for section in ("train", "classifier"):
+        if f"--{section}.steps" in later and f"--{section}.epochs" not in later:
+            flags.insert(after, Flag(f"--{section}.epochs", "null"))
     found = parser.instantiate(parse_flags(parser, flags))
     return Settings(**{name: found[name] for name in Settings.__dataclass_fields__}), repeated
 
@@ -337,18 +377,3 @@ def _named(name: str) -> str:
     check_name(name)
     return name
 
-
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """What settings have become, a line each."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{name} is {new!r} now and was {old!r}"]
-    lines = []
-    for key in dict.fromkeys([*new, *old]):
-        path = f"{name}.{key}".lstrip(".")
-        if key not in new:
-            lines.append(f"{path} was {old[key]!r} and is not set now")
-        elif key not in old:
-            lines.append(f"{path} is {new[key]!r} now and was not set")
-        else:
-            lines += differences(old[key], new[key], path)
-    return lines

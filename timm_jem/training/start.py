@@ -27,8 +27,9 @@ def start_lines(told: Settings, settings: Settings, splits: Splits, run: Run, fo
     return "\n".join(
         [
             f"data      {settings.data.dataset}: {splits.summary()}",
-            f"model     {_model(settings, run)}",
-            f"training  {train.steps:,} steps of {together:,} images{epochs}, {train.warmup_steps:,} of them to warm up; "
+            f"model     {_model(settings, run, folder)}",
+            f"training  {train.steps:,} steps of {together:,} images{epochs}, {train.warmup_steps:,} of them to warm up"
+            f"{'' if train.objective.needs_chains else ', by cross-entropy alone'}; "
             f"{accelerator.device.type}, {processes}, {_precision(accelerator.mixed_precision)}",
             f"memory    {_memory(run)}",
             f"writes to {folder}",
@@ -37,10 +38,11 @@ def start_lines(told: Settings, settings: Settings, splits: Splits, run: Run, fo
     )
 
 
-def _model(settings: Settings, run: Run) -> str:
+def _model(settings: Settings, run: Run, folder: RunFolder) -> str:
     counts = [(p.numel(), p.requires_grad) for p in run.learner.jem.parameters()]
     frozen = sum(count for count, trained in counts if not trained)
     weights = ", from trained weights" if settings.model.starts_pretrained else ""
+    weights = f", from {folder.classifier.model}" if folder.classifier.model.is_dir() else weights
     still = f", of which {frozen:,} stay as they are" if frozen else ""
     return f"{settings.model.name}, {sum(count for count, _ in counts):,} parameters{still}{weights}"
 

@@ -1,0 +1,155 @@
+"""Cross-entropy alone, then joint training from what it gave, in one command."""
+
+import contextlib
+import json
+import shlex
+import shutil
+import signal
+
+import pytest
+import torch
+import train
+from safetensors.torch import load_file
+
+from timm_jem import InputError
+from timm_jem.training import Settings, TrainConfig
+from timm_jem.training.classifier import classifier_settings
+from timm_jem.training.settings import ClassifierConfig, ModelConfig
+
+FLAGS = shlex.split(
+    "--train.threads 1 --train.steps 4 --train.batch_size 16 --train.warmup_steps 0 --train.sample_steps [1] "
+    "--train.sample_count 2 --train.checkpoint_every 2 --train.keep_checkpoints 9 --sgld.num_steps 5 --classifier.steps 4 "
+    "--classifier.batch_size 32 --train.init gaussian --train.batch_norm frozen --train.log_every 1"
+)
+JOINT = ("checkpoints", "model", "metrics.jsonl", "summary.json", "samples.png", "buffer.png")
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def remove(folder, *names):
+    for name in names:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train.main([*FLAGS, "--output_dir", str(folder)])
+    return folder
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_both_are_runs(whole):
+    classifier = whole / "classifier"
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "model", "checkpoints"} == {path.name for path in classifier.iterdir()}
+    assert all("energy_data" not in line for line in lines(classifier))
+    assert all("energy_data" in line for line in lines(whole) if "loss" in line)
+    of_classifier = json.loads((classifier / "summary.json").read_text())
+    told = json.loads((whole / "summary.json").read_text())["classifier"]
+    assert told == {name: of_classifier[name] for name in told}
+    assert {"test_accuracy", "test_ece", "steps", "seconds"} <= set(told)
+    assert lines(whole)[0] == {"step": 0, **{name: told[name] for name in ("val_accuracy", "val_ece")}}
+
+
+def test_joint_training_starts_from_the_classifier(whole, tmp_path):
+    train.main([*FLAGS, "--train.lr", "1e-30", "--train.ema_decay", "0", "--output_dir", str(tmp_path / "run")])
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "run" / "classifier"))
+    assert same(weights(tmp_path / "run"), weights(whole / "classifier"))
+    assert not same(weights(whole), weights(whole / "classifier"))
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_that_ended_in_the_classifier_goes_on_to_the_bit(step, whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    remove(folder, *JOINT)
+    if step == 2:
+        remove(folder / "classifier", "summary.json", "model", "checkpoints/step_00000004")
+    train.main(["--resume", str(folder)])
+    assert same(weights(folder), weights(whole))
+    assert same(weights(folder / "classifier"), weights(whole / "classifier"))
+    for part in ("", "classifier"):
+        assert lines(folder / part) == lines(whole / part)
+
+
+def test_a_run_that_ended_in_joint_training_goes_on_to_the_bit(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    remove(folder, *JOINT[1:], "checkpoints/step_00000004", "classifier")  # which is not needed any more
+    (folder / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes())
+    train.main(["--resume", str(folder)])
+    assert same(weights(folder), weights(whole))
+
+
+def test_stopped_in_the_classifier(whole, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "stop_signals", lambda: contextlib.nullcontext([signal.SIGTERM]))
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*FLAGS, "--output_dir", str(folder)])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert f"SIGTERM: stopped at step 1; go on with --resume {folder}\n" in capsys.readouterr().out
+    train.main(["--resume", str(folder)])
+    assert same(weights(folder), weights(whole))
+
+
+def test_changes_at_the_border(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    remove(folder, *JOINT)
+    with pytest.raises(InputError, match=r"model\.kwargs is .* can't change it"):
+        train.main(["--resume", str(folder), "--model.kwargs", "{act_layer: relu}"])
+    assert "relu" not in (folder / "config.yaml").read_text()
+    train.main(["--resume", str(folder), "--train.steps", "2"])
+    with pytest.raises(InputError, match=r"classifier\.lr is 0\.5 .*joint training has started"):
+        train.main(["--resume", str(folder), "--train.steps", "3", "--classifier.lr", "0.5"])
+
+
+def test_what_joint_training_refuses_is_found_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags in ("--train.freeze [nowhere]", "--train.opt nothing", "--train.buffer_size 10", "--classifier.batch_size 5000"):
+        with pytest.raises(InputError):
+            train.main([*FLAGS, *shlex.split(flags)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_trained_weights_need_no_classifier(whole, tmp_path):
+    folder = tmp_path / "run"
+    train.main([*FLAGS, "--model.name", str(whole / "classifier"), "--output_dir", str(folder)])
+    assert not (folder / "classifier").exists()
+    assert same(weights(folder), weights(whole))
+
+
+def test_settings_of_the_classifier():
+    told = Settings(classifier=ClassifierConfig(steps=7, lr=0.1, noise=0.2), train=TrainConfig(freeze=["stem"], best_k=3))
+    of_classifier = classifier_settings(told)
+    train_config = of_classifier.train
+    assert (train_config.steps, train_config.lr, train_config.data_noise, train_config.freeze) == (7, 0.1, 0.2, [])
+    assert not train_config.objective.needs_chains
+    assert classifier_settings(of_classifier) is None
+    assert classifier_settings(Settings()) is None
+    assert classifier_settings(Settings(classifier=ClassifierConfig(epochs=0.5))).train.epochs == 0.5
+    pretrained = ModelConfig(name="resnet18", pretrained=True)
+    assert classifier_settings(Settings(model=pretrained, classifier=ClassifierConfig(steps=7))) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": -1}, {"steps": 1.5}, {"epochs": 0}, {"batch_size": 0}, {"lr": 0}, {"lr": float("nan")}, {"weight_decay": -1},
+     {"ema_decay": 2}, {"noise": -0.1}],
+)  # fmt: skip
+def test_wrong_values(wrong):
+    with pytest.raises(InputError, match=f"classifier {next(iter(wrong))}"):
+        ClassifierConfig(**wrong)

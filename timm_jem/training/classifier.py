@@ -1,0 +1,45 @@
+"""Cross-entropy alone, before joint training: what its run is told."""
+
+from dataclasses import replace
+
+from timm_jem.training.settings import ClassifierConfig, HubConfig, Settings
+
+__all__ = ["classifier_settings"]
+
+
+def classifier_settings(settings: Settings) -> Settings | None:
+    """The settings of the classifier's run, or None: joint training starts at once, as ``classifier`` says, or from weights
+    that are trained already.
+
+    Data, network, augmentation for the cross-entropy, guard and cadences are those of joint training.
+    """
+    told, train = settings.classifier, settings.train
+    if settings.model.starts_pretrained or not (told.steps or told.epochs):
+        return None
+    alone = replace(
+        train,
+        steps=told.steps or train.steps,
+        epochs=told.epochs,
+        batch_size=told.batch_size,
+        grad_accum=1,
+        ce_batch_size=None,
+        opt=told.opt,
+        lr=told.lr,
+        weight_decay=told.weight_decay,
+        opt_kwargs={},
+        freeze=[],
+        sched="cosine",
+        warmup_steps=None,
+        sched_kwargs={},
+        ema_decay=told.ema_decay,
+        data_noise=told.noise,
+        ce_noise=None,
+        conditional_chains=False,
+        init="noise",
+        batch_norm="eval",
+        objective=replace(train.objective, w_ce=1.0, w_x=0.0, w_xy=0.0, energy_l2=0.0),
+        sample_every=0,
+        best_k=0,
+        trackers=[],
+    )
+    return replace(settings, train=alone, classifier=ClassifierConfig(), hub=HubConfig())
