@@ -52,7 +52,9 @@ def lines(folder):
 
 def test_both_are_runs(whole):
     classifier = whole / "classifier"
-    assert {"config.yaml", "metrics.jsonl", "summary.json", "model", "checkpoints"} == {path.name for path in classifier.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "model", "checkpoints"} == {
+        path.name for path in classifier.iterdir()
+    }
     assert all("energy_data" not in line for line in lines(classifier))
     assert all("energy_data" in line for line in lines(whole) if "loss" in line)
     of_classifier = json.loads((classifier / "summary.json").read_text())

@@ -376,4 +376,3 @@ def _named(name: str) -> str:
         raise InputError(f"model.name is {name!r}, and there is no such folder: {remedy}")
     check_name(name)
     return name
-
