@@ -29,6 +29,7 @@ OTHER = {
     "sgld.num_steps": "3",
     "sgld.step_size": "2.0",
     "sgld.noise_std": "0.5",
+    "sgld.normalize_grad": "true",
     "sgld.grad_clamp": "1.0e-6",
     "sgld.pixel_clamp": "0.5",
     "train.steps": "5",

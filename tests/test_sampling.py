@@ -31,6 +31,18 @@ def test_a_step_by_hand():
     assert u.tolist() == [1.0, -1.0]  # pure
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_a_normalized_step_is_as_long_as_its_size(scale):
+    u, grad = torch.zeros(3, 1, 1, 2), scale * torch.tensor([[3.0, -4.0], [0.0, 5.0], [0.0, 0.0]]).view(3, 1, 1, 2)
+    config = SGLDConfig(step_size=0.1, normalize_grad=True)
+    # The root mean squares are 5/√2.
+    expected = -0.1 * math.sqrt(2) * torch.tensor([[0.6, -0.8], [0.0, 1.0], [0.0, 0.0]])
+    torch.testing.assert_close(sgld_step(u, grad, None, config).view(3, 2), expected)
+    broken = sgld_step(u, grad.index_fill(0, torch.tensor([1]), float("nan")), None, config).view(3, 2)
+    assert broken[1].isnan().all()
+    torch.testing.assert_close(broken[[0, 2]], expected[[0, 2]])
+
+
 @pytest.mark.parametrize(("step_size", "curvature"), [(1.0, 0.5), (0.1, 2.0), (1.0, 1.7)])
 def test_a_quadratic_energy_gives_the_variance_of_the_closed_form(step_size, curvature):
     config = SGLDConfig(step_size=step_size, noise_std=0.3)
@@ -319,6 +331,8 @@ def test_clamps_hold_along_the_chains():
         {"noise_std": -0.1},
         {"noise_std": float("inf")},
         {"grad_clamp": 0.0},
+        {"normalize_grad": 1},
+        {"normalize_grad": "yes"},
         {"pixel_clamp": float("nan")},
         {"sample_steps": 0},
         {"denoise_steps": -1},

@@ -54,6 +54,10 @@ class SGLDConfig:
         num_steps: steps K of a chain per training iteration (paper: 20); as all numbers of steps at most 100,000.
         step_size: factor of the energy's gradient (paper: 1); at most 10⁹.
         noise_std: standard deviation of a step's Gaussian noise, pixels (paper: 0.01); at most 2, their whole range.
+        normalize_grad: divide an image's gradient by its root mean square over the pixels, so that ``step_size`` is how far a
+            step goes, root mean square in pixels, whatever the energies' scale: the step of DAT (arXiv 2510.13872), whose
+            ℓ2 length is step_size · √(C·H·W). A fixed step size that fits the energies at first is too long for what
+            they become: chains then bounce, above where they started (paper: no).
         grad_clamp: elementwise bound of the gradient, or None (paper: none; JEM++, arXiv 2109.09032: 1).
         pixel_clamp: elementwise bound of the chain after each step, or None (paper: none; JEM++: 1).
         sample_steps: steps of a fresh chain in ``JEM.sample``, ``denoise_steps`` included; None: ``num_steps``.
@@ -68,6 +72,7 @@ class SGLDConfig:
     num_steps: int = 20
     step_size: float = 1.0
     noise_std: float = 0.01
+    normalize_grad: bool = False
     grad_clamp: float | None = None
     pixel_clamp: float | None = None
     sample_steps: int | None = None
@@ -80,6 +85,8 @@ class SGLDConfig:
         check_whole("sgld denoise_steps", self.denoise_steps, 0, MOST_STEPS)
         check_number("sgld step_size", self.step_size, above=0, most=_FAR)
         check_number("sgld noise_std", self.noise_std, least=0, most=2)
+        if not isinstance(self.normalize_grad, bool):
+            raise InputError(f"sgld normalize_grad is {quoted(self.normalize_grad)}: give true or false")
         for name in ("grad_clamp", "pixel_clamp"):
             if getattr(self, name) is not None:
                 check_number(f"sgld {name}", getattr(self, name), above=0, most=_FAR)
@@ -200,7 +207,7 @@ def _check_generators(generator: Generators, n: int) -> None:
 
 
 def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig) -> Tensor:
-    """One step of SGLD, ``u − step_size · grad + noise_std · noise``, with the clamps of ``config``; pure.
+    """One step of SGLD, ``u − step_size · grad + noise_std · noise``, normalised and clamped as ``config`` says; pure.
 
     Args:
         u: chains, pixels, shape (B, C, H, W).
@@ -220,6 +227,8 @@ def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig)
 
 
 def _step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig) -> Tensor:
+    if config.normalize_grad:
+        grad = _normalized(grad)
     if config.grad_clamp is not None:
         grad = grad.clamp(-config.grad_clamp, config.grad_clamp)
     u = torch.add(u, grad, alpha=-config.step_size)
@@ -228,6 +237,13 @@ def _step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig) -> 
     if config.pixel_clamp is not None:
         u = u.clamp_(-config.pixel_clamp, config.pixel_clamp)
     return u
+
+
+def _normalized(grad: Tensor) -> Tensor:
+    """Each image's gradient by its root mean square; one of zeros stays so."""
+    tiny, pixels = torch.finfo(grad.dtype).tiny, tuple(range(1, grad.ndim))
+    grad = grad / grad.abs().amax(pixels, keepdim=True).clamp(min=tiny)  # whose squares neither overflow nor vanish
+    return grad / grad.square().mean(pixels, keepdim=True).sqrt().clamp(min=tiny)
 
 
 def sgld(

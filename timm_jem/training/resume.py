@@ -70,6 +70,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "sgld.num_steps": None,
     "sgld.step_size": None,
     "sgld.noise_std": None,
+    "sgld.normalize_grad": None,
     "sgld.grad_clamp": None,
     "sgld.pixel_clamp": None,
     "sgld.sample_steps": None,
