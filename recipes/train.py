@@ -60,6 +60,9 @@ def main(argv: list[str]) -> None:
         folder.checkpoint is not None or Checkpoints(folder.checkpoints, accelerator).newest()[0] is not None
     )
     learner = build_learner(settings, splits, accelerator, kept=folder.backbone if goes_on else None)
+    accelerator = learner.accelerator
+    if told.train.mixed_precision == "auto":  # what repeats the run doesn't measure again
+        command += ["--train.mixed_precision", settings.train.mixed_precision]
     stream = build_stream(settings, splits, learner)
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)
