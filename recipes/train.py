@@ -44,6 +44,7 @@ DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
 def main(argv: list[str]) -> None:
     told, command = parse_settings(argv, DIGITS_CONFIG)
+    auto = told.train.mixed_precision == "auto"
     accelerator = open_accelerator(told.train)
     world, sharded = accelerator.num_processes, is_sharded(accelerator)
 
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
     )
     learner = build_learner(settings, splits, accelerator, kept=folder.backbone if goes_on else None)
     accelerator = learner.accelerator
-    if told.train.mixed_precision == "auto":  # what repeats the run doesn't measure again
+    if auto:  # what repeats the run doesn't measure again
         command += ["--train.mixed_precision", settings.train.mixed_precision]
     stream = build_stream(settings, splits, learner)
     if settings.hub.push_to is not None and accelerator.is_main_process:

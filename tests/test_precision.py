@@ -11,7 +11,7 @@ import pytest
 import torch
 import train
 import yaml
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from recipe_processes import FORKS
 
 import timm_jem
@@ -19,7 +19,7 @@ from timm_jem import InputError, ObjectiveConfig
 from timm_jem.data import DataConfig, Splits, load_splits
 from timm_jem.training import TrainConfig, check_plan, open_accelerator, parse_settings, precision
 from timm_jem.training.build import build_learner
-from timm_jem.training.precision import choose_precision, faster_precision
+from timm_jem.training.precision import faster_precision, measured_precision, precision_of
 
 SHORT = (
     "--data.dataset digits --model.name wrn_10_1 --train.threads 1 --train.steps 2 --train.batch_size 8 --train.warmup_steps 0 "
@@ -69,7 +69,7 @@ def test_measuring_leaves_no_trace(objective, monkeypatch):
     before = {name: value.clone() for name, value in jem.state_dict().items()}
     flags = [(module.training, [p.requires_grad for p in module.parameters()]) for module in jem.modules()]
     rng, threads = torch.get_rng_state(), torch.get_num_threads()
-    chosen, why = choose_precision(jem, TrainConfig(batch_size=4, objective=objective))
+    chosen, why = measured_precision(jem, TrainConfig(batch_size=4, objective=objective))
     assert chosen in ("no", "bf16")
     assert " times as fast as fp32 here, by passes of " in why
     assert torch.equal(torch.get_rng_state(), rng)
@@ -90,7 +90,7 @@ def test_what_is_timed_are_both_precisions_of_what_the_run_does(objective, monke
 
     jem.register_forward_hook(look)
     monkeypatch.setattr(precision, "SECONDS", 0.0)
-    choose_precision(jem, TrainConfig(batch_size=4, objective=objective))
+    measured_precision(jem, TrainConfig(batch_size=4, objective=objective))
     weights = not objective.needs_chains
     assert seen[:2] == [(torch.float32, weights, True)] * 2
     assert seen[2:] == [(torch.float32, weights, True), (torch.bfloat16, weights, True)] * (precision.ROUNDS + 1)
@@ -100,12 +100,12 @@ def test_the_images_that_are_timed_are_few_enough(timed, monkeypatch):
     seen = timed("bf16")
     for one_image, images in ((1e-9, 8), (precision.PASS_SECONDS / 3.5, 3), (1000.0, 1)):
         monkeypatch.setattr(precision, "_seconds", lambda *_, seconds=one_image, **__: seconds)
-        chosen, why = choose_precision(network(), TrainConfig(batch_size=8))
+        chosen, why = measured_precision(network(), TrainConfig(batch_size=8))
         assert seen[-1] == (images, 3, 8, 8)
         assert chosen == "bf16"
         assert why == f"it is 2.00 times as fast as fp32 here, by passes of {images} image{'s' * (images > 1)}"
     timed("no")
-    assert choose_precision(network(), TrainConfig())[1].startswith("bf16 is 0.50 times as fast as fp32 here")
+    assert measured_precision(network(), TrainConfig())[1].startswith("bf16 is 0.50 times as fast as fp32 here")
 
 
 def test_a_network_that_fails_in_bf16_trains_in_fp32():
@@ -118,17 +118,24 @@ def test_a_network_that_fails_in_bf16_trains_in_fp32():
     jem = network()
     jem.backbone.global_pool = torch.nn.Sequential(Fp32Only(), jem.backbone.global_pool)
     told = ("no", "bf16 fails with this network (pool not implemented for BFloat16)")
-    assert choose_precision(jem, TrainConfig(batch_size=2)) == told
+    assert measured_precision(jem, TrainConfig(batch_size=2)) == told
 
 
 @pytest.mark.parametrize(
     ("device", "has", "chosen"), [("cuda", True, "bf16"), ("cuda", False, "no"), ("mps", True, "no"), ("xpu", True, "no")]
 )
 def test_other_devices_are_asked(device, has, chosen, monkeypatch):
-    jem = network()
-    monkeypatch.setattr(type(jem), "device", torch.device(device))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has or including_emulation)
-    assert choose_precision(jem, TrainConfig())[0] == chosen
+    assert precision_of(torch.device(device))[0] == chosen
+
+
+def test_other_devices_are_asked_before_there_is_an_accelerator(monkeypatch, capsys):
+    """accelerate shards by the precision that it is made with."""
+    monkeypatch.setattr(PartialState(cpu=True), "device", torch.device("mps"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    config = TrainConfig(mixed_precision="auto")
+    assert open_accelerator(config).mixed_precision == config.mixed_precision == "no"
+    assert capsys.readouterr().out == "note: train.mixed_precision auto is no: bf16 is not measured on mps\n"
 
 
 @cache
@@ -142,7 +149,7 @@ def learner_of(flags: str):
     told, _ = parse_settings(shlex.split(f"{SHORT} {flags}"))
     accelerator = open_accelerator(told.train)
     settings = check_plan(told, splits(), accelerator.num_processes)
-    return told, settings, build_learner(settings, splits(), accelerator)
+    return settings, build_learner(settings, splits(), accelerator)
 
 
 @pytest.mark.parametrize(("faster", "launched"), [("bf16", None), ("bf16", "no"), ("no", "bf16"), ("no", "fp16")])
@@ -151,12 +158,11 @@ def test_a_run_with_auto_is_the_run_with_the_faster_one(faster, launched, timed,
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     timed(faster)
-    told, settings, learner = learner_of("--train.mixed_precision auto --model.drop_rate 0.5")
+    settings, learner = learner_of("--train.mixed_precision auto --model.drop_rate 0.5")
     assert f"note: train.mixed_precision auto is {faster}: " in capsys.readouterr().out
-    assert (told.train.mixed_precision, settings.train.mixed_precision) == ("auto", faster)
-    assert learner.accelerator.mixed_precision == faster
+    assert learner.accelerator.mixed_precision == settings.train.mixed_precision == faster
     rng = torch.get_rng_state()
-    _, _, other = learner_of(f"--train.mixed_precision {faster} --model.drop_rate 0.5")
+    _, other = learner_of(f"--train.mixed_precision {faster} --model.drop_rate 0.5")
     assert torch.equal(torch.get_rng_state(), rng)
     x = torch.rand(2, 1, 8, 8)
     with torch.no_grad():
@@ -217,7 +223,7 @@ def one_of_two(rank: int, port: int, folder: Path) -> None:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
     }  # fmt: skip
     precision._pass_seconds = lambda *_: FASTER["no" if rank else "bf16"]
-    _, settings, learner = learner_of("--train.mixed_precision auto")
+    settings, learner = learner_of("--train.mixed_precision auto")
     logits = learner.model(torch.rand(2, 1, 8, 8))
     learner.accelerator.backward(logits.sum())
     gradient = next(learner.model.parameters()).grad.sum().item()

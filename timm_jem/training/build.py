@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from timm.models import group_modules, group_parameters
@@ -33,8 +33,7 @@ from timm_jem.training.learner import Learner
 from timm_jem.training.measure import in_batches
 from timm_jem.training.memory import in_bytes, memory_of
 from timm_jem.training.method import MaximumLikelihood, Method
-from timm_jem.training.precision import choose_precision
-from timm_jem.training.processes import in_precision, local_processes
+from timm_jem.training.processes import in_measured_precision, local_processes
 from timm_jem.training.settings import Settings, TrainConfig
 from timm_jem.wrap import create_model
 
@@ -115,8 +114,8 @@ def build_learner(settings: Settings, splits: Splits, accelerator: Accelerator, 
     """Model, optimiser, schedule, moving average and method, prepared for the processes there are.
 
     Args:
-        settings, splits, accelerator: the run's. ``train.mixed_precision`` "auto" becomes what is faster, and the learner's
-            accelerator may then be another one.
+        settings, splits, accelerator: the run's. Where ``train.mixed_precision`` is "auto" still, the learner has another
+            accelerator; see :func:`timm_jem.training.processes.in_measured_precision`.
         kept: see :func:`build_model`.
 
     Raises:
@@ -137,10 +136,7 @@ def build_learner(settings: Settings, splits: Splits, accelerator: Accelerator, 
             "opt_kwargs"
         ) from error
     ema = ModelEmaV3(jem, decay=train.ema_decay, use_warmup=True) if train.ema_decay else None
-    if train.mixed_precision == "auto":
-        train.mixed_precision, why = broadcast_object_list([*choose_precision(jem, train)])
-        accelerator.print(f"note: train.mixed_precision auto is {train.mixed_precision}: {why}")
-        accelerator = in_precision(accelerator, train, train.mixed_precision)
+    accelerator = in_measured_precision(accelerator, train, jem)
     if train.compile is not None:
         jem.backbone.compile(mode=train.compile)
     prepared, optimizer = accelerator.prepare(jem, optimizer)

@@ -28,7 +28,7 @@ def check_plan(settings: Settings, splits: Splits, world: int, *, sharded: bool 
     Raises:
         InputError: what would fail, or mislead, later on.
     """
-    data, train = settings.data, replace(settings.train)
+    data, train = settings.data, settings.train
     num_classes, together = len(splits.class_names), train.batch_size * world
     if settings.model.num_classes not in (None, num_classes):
         raise InputError(

@@ -12,7 +12,7 @@ from timm_jem.modes import frozen, in_eval_mode
 from timm_jem.sampling import uniform_noise
 from timm_jem.training.settings import TrainConfig
 
-__all__ = ["choose_precision", "faster_precision"]
+__all__ = ["faster_precision", "measured_precision", "precision_of"]
 
 # A pass takes about so long in fp32, which is little where bf16 is emulated; small networks get more rounds.
 PASS_SECONDS = 0.02
@@ -25,24 +25,26 @@ def faster_precision(fp32: float, bf16: float) -> str:
     return "bf16" if fp32 >= CLEAR_GAIN * bf16 else "no"
 
 
-def choose_precision(jem: JEM, train: TrainConfig) -> tuple[str, str]:
-    """The precision for a run whose ``mixed_precision`` is "auto", and the reason in words.
+def precision_of(device: torch.device) -> tuple[str, str]:
+    """The precision for ``mixed_precision`` "auto" on a device other than a CPU, and the reason in words."""
+    if device.type != "cuda":
+        return "no", f"bf16 is not measured on {device.type}"
+    has = torch.cuda.is_bf16_supported(including_emulation=False)
+    return ("bf16", "this GPU computes in it") if has else ("no", "this GPU does not compute in bf16")
 
-    On CPUs the passes that a run makes most are timed, with its own network: forward and the gradient with respect to images,
-    or to weights where no chains run. What bf16 brings is as much the network's as the processor's: on a CPU with AVX-512
-    bf16 it makes a WRN-16-2 twice as fast, and a MobileNetV3 three times as slow. Modes, gradients, statistics and global
-    randomness stay as they are. On GPUs it is bf16 where they compute in it, and fp32 on other devices.
+
+def measured_precision(jem: JEM, train: TrainConfig) -> tuple[str, str]:
+    """The precision for ``mixed_precision`` "auto" on a CPU, and the reason in words.
+
+    What bf16 brings is as much the network's as the processor's: on a CPU with AVX-512 bf16 it makes a WRN-16-2 twice as
+    fast, and a MobileNetV3 three times as slow. So it is the run's own network whose passes are timed, those that it makes
+    most: forward and the gradient with respect to images, or to weights where no chains run. Modes, gradients, statistics and
+    global randomness stay as they are.
 
     Args:
         jem: the run's, as built, in eager mode.
         train: its settings.
     """
-    device = jem.device.type
-    if device == "cuda":
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "this GPU computes in it") if has else ("no", "this GPU does not compute in bf16")
-    if device != "cpu":
-        return "no", f"bf16 is not measured on {device}"
     u = uniform_noise((train.batch_size, *jem.input_size), generator=torch.Generator().manual_seed(0))
     x = jem.normalize(u).requires_grad_()
     chains = train.objective.needs_chains
