@@ -49,6 +49,7 @@ DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
 def main(argv: list[str]) -> None:
     told, command = parse_settings(argv, DIGITS_CONFIG)
+    auto = told.train.mixed_precision == "auto"
     accelerator = open_accelerator(told.train)
 
     # Everything that can be wrong with the input is found before anything is written.
@@ -61,10 +62,13 @@ def main(argv: list[str]) -> None:
         accelerator.end_training()
         return
     goes_on = settings.resume is not None and has_checkpoint(folder, accelerator)
-    first = None if goes_on else classifier_settings(told)
+    built = build(settings, splits, accelerator, kept=folder.backbone if goes_on else None)
+    accelerator = built[0].accelerator
+    if auto:  # what repeats the run doesn't measure again
+        command += ["--train.mixed_precision", settings.train.mixed_precision]
+    first = None if goes_on else classifier_settings(settings)
     if first is not None:
         planned(first, splits, accelerator)
-    built = build(settings, splits, accelerator, kept=folder.backbone if goes_on else None)
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)
     with folder.claimed(accelerator):

@@ -33,7 +33,7 @@ from timm_jem.training.learner import Learner
 from timm_jem.training.measure import in_batches
 from timm_jem.training.memory import in_bytes, memory_of
 from timm_jem.training.method import MaximumLikelihood, Method
-from timm_jem.training.processes import local_processes
+from timm_jem.training.processes import in_measured_precision, local_processes
 from timm_jem.training.settings import Settings, TrainConfig
 from timm_jem.wrap import create_model
 
@@ -135,7 +135,8 @@ def build_learner(
     """Model, optimiser, schedule, moving average and method, prepared for the processes there are.
 
     Args:
-        settings, splits, accelerator: the run's.
+        settings, splits, accelerator: the run's. Where ``train.mixed_precision`` is "auto" still, the learner has another
+            accelerator; see :func:`timm_jem.training.processes.in_measured_precision`.
         kept, classifier: see :func:`build_model`.
 
     Raises:
@@ -156,6 +157,7 @@ def build_learner(
             "opt_kwargs"
         ) from error
     ema = ModelEmaV3(jem, decay=train.ema_decay, use_warmup=True) if train.ema_decay else None
+    accelerator = in_measured_precision(accelerator, train, jem)
     if train.compile is not None:
         jem.backbone.compile(mode=train.compile)
     prepared, optimizer = accelerator.prepare(jem, optimizer)

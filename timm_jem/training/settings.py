@@ -95,7 +95,8 @@ class TrainConfig:
             SADA-JEM: batch statistics; what is sampled then is not the density that is scored).
         objective: weights of the loss; w_xy > 0 gives class-conditional chains.
         seed: of weights, order and chains.
-        mixed_precision: no or bf16; None: as accelerate launch says.
+        mixed_precision: no, bf16, or auto: the one of them that is faster with this network here, which is measured when the
+            run starts and stays with it; None: as accelerate launch says.
         channels_last: memory layout of convolutions.
         compile: torch.compile's mode for the backbone: default, reduce-overhead or max-autotune; None: not compiled.
         threads: CPU threads of a process; None: this machine's cores divided among its processes, where
@@ -179,10 +180,10 @@ class TrainConfig:
             check_number("train milestones", milestone, least=0, most=1)
         if not self.sample_steps or min(self.sample_steps) < 1:
             raise InputError("train sample_steps must be a list of whole numbers of at least 1")
-        if self.mixed_precision not in (None, "no", "bf16"):
+        if self.mixed_precision not in (None, "no", "bf16", "auto"):
             raise InputError(
-                f"train mixed_precision is {quoted(self.mixed_precision)}: give bf16 or no (the gradient scaler of fp16 does "
-                "not cover the chains' gradients, which underflow)"
+                f"train mixed_precision is {quoted(self.mixed_precision)}: give bf16, no or auto (the gradient scaler of fp16 "
+                "does not cover the chains' gradients, which underflow)"
             )
         for name in self.trackers:
             if name not in ("tensorboard", "trackio", "wandb"):
@@ -362,7 +363,14 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
         if f"--{section}.steps" in later and f"--{section}.epochs" not in later:
             flags.insert(after, Flag(f"--{section}.epochs", "null"))
     found = parser.instantiate(parse_flags(parser, flags))
-    return Settings(**{name: found[name] for name in Settings.__dataclass_fields__}), repeated
+    settings = Settings(**{name: found[name] for name in Settings.__dataclass_fields__})
+    if settings.train.mixed_precision == "auto":  # measured once in a run, however it is told to go on
+        own = RunFolder.find(settings.output_dir, settings.data.dataset, settings.resume)
+        if own is not None and own.config_file.is_file():
+            had = parse_flags(parser, [Flag("--config", str(own.config_file))])["train"]["mixed_precision"] or "auto"
+            settings.train = replace(settings.train, mixed_precision=had)
+            repeated += ["--train.mixed_precision", had]
+    return settings, repeated
 
 
 def _named(name: str) -> str:
