@@ -87,15 +87,25 @@ def test_the_fewest_components_explain_the_share_asked_for(explained):
     assert gaussians.scales.shape == (1, int((before < explained).sum()))
 
 
-def test_components_of_large_images_are_nearly_as_few_as_there_can_be():
-    images = spread_images(1000, 600)
+def leading(images: torch.Tensor) -> torch.Tensor:
     x = (images - images.mean(0)).flatten(1)
-    values = torch.linalg.eigvalsh(x.T @ x).flip(0)
-    gaussians = ClassGaussians.fit(images, explained=0.995)
-    fewest = int((values.cumsum(0) < 0.995 * values.sum()).sum()) + 1
-    assert 80 < fewest <= gaussians.scales.shape[1] <= 1.05 * fewest
-    shared = components(ClassGaussians.fit(images, rank=20)).square().sum()
-    assert shared > 0.99 * values[:20].sum() / len(images)
+    return torch.linalg.eigvalsh(x.T @ x / len(x)).flip(0)
+
+
+def test_components_of_large_images_are_nearly_as_few_as_there_can_be():
+    images = spread_images(800)
+    values = leading(images)
+    fewest = int((values.cumsum(0) < 0.99 * values.sum()).sum()) + 1
+    assert 40 < fewest <= ClassGaussians.fit(images).scales.shape[1] <= 1.05 * fewest
+    assert components(ClassGaussians.fit(images, rank=20)).square().sum() > 0.99 * values[:20].sum()
+
+
+def test_images_of_which_half_mirror_the_others_have_their_components():
+    """Sums of them, from which components are found, would be 0 but for their signs."""
+    images = torch.cat([half := spread_images(80), -half])
+    gaussians = ClassGaussians.fit(images, rank=16)
+    assert gaussians.scales.shape[1] + timm_jem.gaussians._BEYOND == len(half)
+    assert components(gaussians).square().sum() > 0.9 * leading(images)[:16].sum()
 
 
 def test_a_class_has_a_component_for_every_eight_images():
@@ -140,6 +150,18 @@ def test_uint8_is_pixels():
     assert torch.equal(a.means, b.means)
     assert torch.equal(a.factors, b.factors)
     assert torch.equal(a.residual_std, b.residual_std)
+
+
+def test_neither_gradients_nor_the_default_dtype_matter():
+    images = low_rank_images().float()
+    fitted, again = ClassGaussians.fit(images), ClassGaussians.fit(images.clone().requires_grad_())
+    u = fitted((5, *SHAPE), generator=torch.Generator().manual_seed(0))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(again((5, *SHAPE), generator=torch.Generator().manual_seed(0)), u)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not again.means.requires_grad
 
 
 def by_class() -> tuple[torch.Tensor, torch.Tensor]:

@@ -120,6 +120,7 @@ class ClassGaussians:
         return found
 
     @classmethod
+    @torch.no_grad()
     def fit(
         cls,
         images: Tensor,
@@ -219,8 +220,8 @@ class ClassGaussians:
             y = draw_classes(n, self.weights, generator=generator)
         else:
             y = y.to(home)
-        z = randn((n, self.scales.shape[1]), generator=generator, device=home) * self.scales[y]
-        u = randn((n, *fitted), generator=generator, device=home)
+        z = randn((n, self.scales.shape[1]), generator=generator, device=home, dtype=torch.float32) * self.scales[y]
+        u = randn((n, *fitted), generator=generator, device=home, dtype=torch.float32)
         for part, c, common in (_by_class if home.type == "cpu" else _by_chain)(self.factors, z, y):
             u[part] = (self.means[c] + common.view(-1, *fitted) + self.residual_std[c] * u[part]).clamp_(-1, 1)
         return u if device is None else u.to(device)
