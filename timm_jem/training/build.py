@@ -22,7 +22,7 @@ from timm_jem.data import Splits
 from timm_jem.data.loader import default_workers
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import replaced_file
-from timm_jem.gaussians import ClassGaussians
+from timm_jem.gaussians import FEWEST_IMAGES, ClassGaussians
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
 from timm_jem.model import JEM
 from timm_jem.modes import batch_norms, frozen
@@ -235,8 +235,8 @@ def frozen_parts(backbone: nn.Module, names: list[str]) -> list[nn.Module]:
 
 def _class_gaussians(settings: Settings, splits: Splits) -> ClassGaussians:
     """The Gaussians of the training images of each class: of all of them, where memory allows, or else evenly many."""
-    count = min(len(splits.train), int(settings.data.cache_gib * 2**30) // math.prod(splits.image_shape))
-    rows = torch.linspace(0, len(splits.train) - 1, max(count, 2)).long().tolist()
+    count = max(int(settings.data.cache_gib * 2**30) // math.prod(splits.image_shape), FEWEST_IMAGES)
+    rows = torch.linspace(0, len(splits.train) - 1, min(count, len(splits.train)), dtype=torch.float64).round().long().tolist()
     images = torch.cat([images for images, _ in in_batches(Subset(splits.train, rows), workers_of(settings.train))])
     return ClassGaussians.fit(images, splits.train.labels[rows], len(splits.class_names))
 
