@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, digits, load_splits
+from timm_jem.evaluation.ood import SCORES
 from timm_jem.evaluation.report import read_report
 from timm_jem.evaluation.subject import some
 from timm_jem.pixels import to_pixels
@@ -70,6 +71,7 @@ def test_one_command_gives_the_whole_report(run, evaluated):
         "Generation",
     }
     assert all(result.n > 0 and result.protocol for result in report.results)
+    assert {result.column for result in report.results if result.table == "AUROC"} == set(SCORES)
     text = (evaluated / "report.md").read_text()
     shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert {path.name for path in evaluated.glob("*.png")} == set(shown)

@@ -13,7 +13,7 @@ from timm_jem.data import DataConfig, load_splits
 from timm_jem.evaluation.ood import SCORES, auroc_interval, ood_metrics, ood_scores, typicality
 from timm_jem.pixels import to_pixels
 
-DENSITY, SOFTMAX, LOGIT, MASS, TYPICALITY = SCORES
+DENSITY, SOFTMAX, LOGIT, MASS, TYPICALITY, _ = SCORES
 
 
 def by_pairs(inside, outside):

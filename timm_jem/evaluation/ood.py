@@ -16,8 +16,8 @@ from timm_jem.pixels import to_pixels
 
 __all__ = ["SCORES", "auroc_interval", "ood_metrics", "ood_scores", "typicality"]
 
-SCORES = ("log p(x)", "max softmax", "max logit = log p(x, y*)", "approximate mass", "typicality")
-_DENSITY, _SOFTMAX, _LOGIT, _MASS, _ = SCORES
+SCORES = ("log p(x)", "max softmax", "max logit = log p(x, y*)", "approximate mass", "typicality", "feature distance")
+_DENSITY, _SOFTMAX, _LOGIT, _MASS, *_ = SCORES
 
 
 def ood_scores(
@@ -37,7 +37,8 @@ def ood_scores(
     - "approximate mass": −‖∇ log p‖₂ (JEM, section 5.3), the gradient with respect to pixels in [-1, 1], and not to model
       input, so that backbones of other normalisation compare. One backward more.
 
-    The fifth of :data:`SCORES` is made of the first: :func:`typicality`.
+    The fifth of :data:`SCORES` is made of the first: :func:`typicality`. The sixth needs features of images in distribution:
+    :class:`timm_jem.evaluation.feature_distance.ClassFeatures`.
 
     Args:
         jem: the model; in eval mode meanwhile, and left as it was.

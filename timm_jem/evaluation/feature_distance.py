@@ -1,0 +1,81 @@
+"""How far features of images are from those of the classes: a score of outliers that any classifier gives."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from timm_jem.errors import InputError
+from timm_jem.evaluation.labelled import labels, numbers
+
+__all__ = ["ClassFeatures"]
+
+
+@dataclass(frozen=True)
+class ClassFeatures:
+    """Gaussians of the classes' features with one covariance for all (Lee et al., NeurIPS 2018, arXiv 1807.03888, section 2.1).
+
+    Attributes:
+        means: float64, shape (K, D), of the K classes that had images.
+        precision: inverse of the covariance, float64, shape (D, D).
+    """
+
+    means: Tensor
+    precision: Tensor
+
+    @classmethod
+    def fit(cls, features: Tensor, y: Tensor) -> "ClassFeatures":
+        """Fit to images in distribution; held-out ones, since a network's features of those it was trained on are too good.
+
+        The covariance is scikit-learn's Ledoit-Wolf estimate, which has an inverse however few the images are.
+
+        Args:
+            features: shape (N, D).
+            y: labels, int64, shape (N,); images of unknown class, below 0, are left out.
+
+        Raises:
+            InputError: features of another shape or not finite, or fewer than two images with a label.
+        """
+        from sklearn.covariance import LedoitWolf
+
+        features = _features(features)
+        y = labels(y, len(features))
+        features, y = features[y >= 0], y[y >= 0]
+        if len(y) < 2:
+            raise InputError(f"{len(y)} images with a label are too few for the features of classes: give at least two")
+        if not features.isfinite().all():
+            raise InputError("features of images in distribution are not finite: the model is broken")
+        classes, y = y.unique(return_inverse=True)
+        means = torch.stack([features[y == c].mean(0) for c in range(len(classes))])
+        covariance = LedoitWolf(assume_centered=True).fit((features - means[y]).numpy())
+        return cls(means, torch.from_numpy(covariance.precision_))
+
+    def score(self, features: Tensor) -> Tensor:
+        """−(Mahalanobis distance)² to the nearest class mean (eq. 2 there): higher = more like the classes.
+
+        Args:
+            features: shape (N, D).
+
+        Returns:
+            float64, shape (N,), on the CPU; what is not finite stays so.
+
+        Raises:
+            InputError: features of another shape.
+        """
+        features = _features(features)
+        if features.shape[1] != self.means.shape[1]:
+            raise InputError(
+                f"features have {features.shape[1]} dimensions and the classes' {self.means.shape[1]}: give the same"
+            )
+        nearest = features.new_full((len(features),), -torch.inf)
+        for mean in self.means:  # not all at once: a thousand classes of two thousand dimensions
+            difference = features - mean
+            nearest = torch.maximum(nearest, -((difference @ self.precision) * difference).sum(1))
+        return nearest
+
+
+def _features(features: Tensor) -> Tensor:
+    features = numbers(features, "features").double()
+    if features.ndim != 2 or not features.shape[1]:
+        raise InputError(f"features have shape {tuple(features.shape)}: give (N, D)")
+    return features
