@@ -205,9 +205,9 @@ def patches(n, side, channels=3):
     return torch.stack([photo[:, a : a + side, b : b + side] for a, b in zip(rows, columns, strict=True)])
 
 
-@pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 32), (3, 64)])
+@pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 32), (1, 64)])
 def test_noise_and_blur_are_seen_in_the_pyramid_and_not_in_thumbnails(channels, side):
-    real, fake = patches(900, side, channels).split([600, 300])
+    real, fake = patches(2000, side, channels).split([1500, 500])
     noisy = fake + 0.1 * torch.randn(fake.shape, generator=seeded(1))
     blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(fake, (1, 1, 1, 1), mode="replicate"), 3, 1)
     for changed in (noisy, blurred):
@@ -223,18 +223,25 @@ def test_up_to_8x8_the_pyramid_is_the_thumbnails_bit_for_bit(size):
     assert torch.equal(pyramid(u), thumbnails(u))
 
 
-def test_even_detail_is_as_large_in_the_pyramid_as_in_the_pixels():
+def test_the_pyramid_of_known_images():
     board = 1 - 2.0 * (torch.arange(32)[:, None] + torch.arange(32)).remainder(2)
     wide = board[:16, :16].repeat_interleave(2, 0).repeat_interleave(2, 1)
     u = torch.stack([0.5 * board, 0.25 * wide, torch.full((32, 32), 0.3), torch.full((32, 32), 7.0)])[:, None]
     # 64 thumbnails, then four quarters of what 32×32 has beyond 16×16, and of that beyond 8×8.
     expected = torch.zeros(4, 72)
-    expected[0, 64:68], expected[1, 68:], expected[2:, :64] = 4 * 0.5, 4 * 0.25, torch.tensor([[0.3], [1.0]])
-    torch.testing.assert_close(pyramid(u), expected)
-    # Of the same length as the pixels, where a thumbnail's is as long as √16 of these.
-    torch.testing.assert_close(4 * pyramid(u).norm(dim=1), u.clamp(-1, 1).flatten(1).norm(dim=1))
+    expected[0, 64:68], expected[1, 68:], expected[2:, :64] = 4 * 0.5 / 0.67597, 4 * 0.25 / 0.67597, torch.tensor([[0.3], [1]])
+    torch.testing.assert_close(pyramid(u), expected, atol=1e-6, rtol=1e-5)
     assert pyramid(torch.zeros(2, 3, 64, 48)).shape == (2, 3 * (64 + 3 * 4))
     assert pyramid(torch.full((1, 1, 28, 28), torch.nan)).isnan().all()
+
+
+def test_normal_noise_is_as_large_in_the_pyramid_as_in_the_pixels():
+    u = 0.1 * torch.randn(500, 1, 32, 32, generator=seeded())
+    of_thumbnails, of_detail = pyramid(u).square().split([64, 8], 1)
+    # A thumbnail's pixel is of 16, of whose variance it has one 16th, and the levels have 3/4 and 3/16.
+    assert of_thumbnails.sum(1).mean() == pytest.approx(64 * 0.01 / 16, rel=0.02)
+    assert of_detail[:, :4].sum(1).mean() == pytest.approx(64 * 0.01 * 3 / 4, rel=0.02)
+    assert of_detail[:, 4:].sum(1).mean() == pytest.approx(64 * 0.01 * 3 / 16, rel=0.02)
 
 
 def test_chains_seen_at_a_length_are_those_that_sample_draws():
@@ -338,11 +345,11 @@ def test_chains_that_run_away_are_never_the_best():
 
 
 def test_infinite_chains_are_not_taken_for_white_ones():
-    config = timm_jem.SGLDConfig(step_size=1e20, noise_std=0.0, denoise_steps=0, pixel_clamp=None)
+    config = timm_jem.SGLDConfig(step_size=1e9, noise_std=0.0)
     jem = timm_jem.JEM(Well(), data_config={"input_size": (1, 2, 2), "mean": (0.5,), "std": (0.5,)}, sgld=config)
-    ((_, u),) = chains_by_length(jem, [2], n=20, generator=seeded())
-    assert u.isinf().all()
     real, y = torch.rand(30, 1, 2, 2, generator=seeded(1)) * 2 - 1, torch.zeros(20, dtype=torch.long)
-    best, distances = best_num_steps(jem, real, y, [1, 2], generator=seeded())
+    ((_, u),) = chains_by_length(jem, [5], y=y, generator=seeded())
+    assert u.isinf().all()
+    best, distances = best_num_steps(jem, real, y, [1, 5], generator=seeded())
     assert best == 1
-    assert math.isnan(distances[2])
+    assert math.isnan(distances[5])

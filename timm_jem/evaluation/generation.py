@@ -26,6 +26,9 @@ __all__ = [
     "within_class_distance",
 ]
 
+# (E|z|^½)² of standard normal z.
+_OF_NORMAL = math.sqrt(2) * math.gamma(0.75) ** 2 / math.pi
+
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of the Gaussians that fit two sets of features (Heusel et al., NeurIPS 2017, eq. 6).
@@ -82,10 +85,11 @@ def pyramid(u: Tensor) -> Tensor:
 
     In thumbnails noise averages out, and blurred images are as good as sharp ones. The detail is a Laplacian pyramid's (Burt
     and Adelson, 1983): sides are halved by averaging until they are 8, and each level is what an image differs by from the
-    next smaller one. Its strength is taken in each quarter of the image, as (mean |d|^½)², and weighed as in the ℓ2 distance
-    of the pixels: detail that is equally strong everywhere moves an image as far, in units of a thumbnail's pixel. Not the
-    root mean square, because noise adds to edges in quadrature, and so is hidden by them: the mean of roots is mostly of the
-    flat parts, where noise is what one sees. Images up to 8×8 have no such detail: theirs are their thumbnails, bit for bit.
+    next smaller one. Its strength is taken in each quarter of the image, as the standard deviation of normal noise that has
+    the same mean of |d|^½, and weighed as in the ℓ2 distance of pixels, in units of a thumbnail's pixel. Not as its own
+    standard deviation, because noise adds to edges in quadrature, and so is hidden by them: the mean of roots is mostly of
+    the flat parts, where noise is what one sees. Images up to 8×8 have no such detail: theirs are their thumbnails, bit for
+    bit.
 
     Raises:
         InputError: no floats of that shape.
@@ -93,7 +97,7 @@ def pyramid(u: Tensor) -> Tensor:
     features = [thumbnails(u)]
     u, size = u.clamp(-1, 1), list(u.shape[-2:])
     last, quarters = [min(side, 8) for side in size], [min(side, 2) for side in size]
-    weight = math.sqrt(math.prod(last) / math.prod(quarters))
+    weight = math.sqrt(math.prod(last) / math.prod(quarters)) / _OF_NORMAL
     while size != last:
         size = [max(end, (side + 1) // 2) for side, end in zip(size, last, strict=True)]
         smaller = F.adaptive_avg_pool2d(u, size)

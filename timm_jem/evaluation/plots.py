@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,14 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _DPI = 120
 # Where values are further apart than this factor, a linear axis hides the small ones.
 _LOG_FROM = 30
-# What is drawn against the length of chains, by its name among the curves of a report, and what its axis says.
+# What is drawn against the length of chains, by its name among the curves of a report: the axis, and what to know of it.
 AGAINST_LENGTH = {
-    "quality against length": "Fréchet distance{features}\n(lower is better)",
-    "read as asked against length": "share read as asked\n(higher is better)",
-    "distance within a class against length": "distance within a class,\nrelative to real images'",
+    "quality against length": ("Fréchet distance", "In {features}; lower is better"),
+    "read as asked against length": ("share read as asked", "By an independent classifier; higher is better"),
+    "distance within a class against length": (
+        "distance within a class",
+        "Relative to real images'; noise raises it",
+    ),
 }
 
 
@@ -226,7 +230,7 @@ def accuracy_curves(
 def quality_curves(
     panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]],
     *,
-    features: str = "",
+    features: str = "the features of each report",
     floors: Mapping[str, float] | None = None,
     marks: Mapping[str, int] | None = None,
 ) -> Figure:
@@ -267,9 +271,11 @@ def quality_curves(
             axis.text(0.5, 0.4, "NaN at every length", color="grey", ha="center", transform=axis.transAxes)
         if np.isfinite(floor := floors.get(measure, np.nan)):
             axis.axhline(floor, color="grey", linestyle="--", linewidth=1, label="real test images")
-        axis.set_ylabel(AGAINST_LENGTH[measure].format(features=features and f", {features}"))
+        ylabel, title = AGAINST_LENGTH[measure]
+        axis.set_ylabel(ylabel)
+        axis.set_title(fill(title.format(features=features), 80), loc="left", fontsize=9)
         _scale(axis, measure, np.append(drawn, floor))
-    axes[0, 0].set_title("Fresh chains against their length")
+    figure.suptitle("Fresh chains against their length")
     axes[-1, 0].set(xlabel="SGLD steps (log scale)", xscale="log")
     ticks: list[int] = []
     for step in sorted({step for curves in panels.values() for steps, _ in curves.values() for step in steps}):
@@ -287,7 +293,7 @@ def _scale(axis: Any, measure: str, values: np.ndarray) -> None:
     """The vertical axis: of shares 0 to 1, of distances from 0 on, or logarithmic where these vary much."""
     values = values[np.isfinite(values)]
     if measure == "read as asked against length":
-        axis.set_ylim(0, 1)
+        axis.set_ylim(0, 1.04)  # clear of the points at 1
     elif len(values) and values.min() > 0 and values.max() > _LOG_FROM * values.min():
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
