@@ -229,7 +229,11 @@ def test_the_pyramid_of_known_images():
     u = torch.stack([0.5 * board, 0.25 * wide, torch.full((32, 32), 0.3), torch.full((32, 32), 7.0)])[:, None]
     # 64 thumbnails, then four quarters of what 32×32 has beyond 16×16, and of that beyond 8×8.
     expected = torch.zeros(4, 72)
-    expected[0, 64:68], expected[1, 68:], expected[2:, :64] = 4 * 0.5 / 0.67597, 4 * 0.25 / 0.67597, torch.tensor([[0.3], [1]])
+    expected[0, 64:68], expected[1, 68:], expected[2:, :64] = (
+        4 * 0.5 / 0.675978,
+        4 * 0.25 / 0.675978,
+        torch.tensor([[0.3], [1]]),
+    )
     torch.testing.assert_close(pyramid(u), expected, atol=1e-6, rtol=1e-5)
     assert pyramid(torch.zeros(2, 3, 64, 48)).shape == (2, 3 * (64 + 3 * 4))
     assert pyramid(torch.full((1, 1, 28, 28), torch.nan)).isnan().all()
@@ -241,7 +245,9 @@ def test_normal_noise_is_as_large_in_the_pyramid_as_in_the_pixels():
     # A thumbnail's pixel is of 16, of whose variance it has one 16th, and the levels have 3/4 and 3/16.
     assert of_thumbnails.sum(1).mean() == pytest.approx(64 * 0.01 / 16, rel=0.02)
     assert of_detail[:, :4].sum(1).mean() == pytest.approx(64 * 0.01 * 3 / 4, rel=0.02)
-    assert of_detail[:, 4:].sum(1).mean() == pytest.approx(64 * 0.01 * 3 / 16, rel=0.02)
+    assert of_detail[:, 4:].sum(1).mean() == pytest.approx(
+        64 * 0.01 * 3 / 16, rel=0.05
+    )  # of few pixels a quarter: their mean varies
 
 
 def test_chains_seen_at_a_length_are_those_that_sample_draws():

@@ -118,6 +118,7 @@ OTHERS = {
     "classes that no image has": lambda jem: distal_adversarials(jem, Y + 1),
     "batches of nothing": lambda jem: in_batches(IMAGES, Y, 0),
     "flat thumbnails": lambda jem: thumbnails(PIXELS.flatten(1)),
+    "thumbnails of no rows": lambda jem: thumbnails(PIXELS[:, :, :0]),
     "a flat pyramid": lambda jem: pyramid(PIXELS.flatten(1)),
     "huge features": lambda jem: sample_quality(torch.randn(9, 3).double() * 1e150, torch.randn(9, 3)),
     "an extractor of no name": lambda jem: load_extractor(None, input_size=(1, 8, 8)),

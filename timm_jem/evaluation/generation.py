@@ -74,7 +74,7 @@ def thumbnails(u: Tensor) -> Tensor:
     Raises:
         InputError: no floats of that shape.
     """
-    if not isinstance(u, Tensor) or u.ndim != 4 or not u.is_floating_point():
+    if not isinstance(u, Tensor) or u.ndim != 4 or 0 in u.shape[1:] or not u.is_floating_point():
         raise InputError("thumbnails are made of pixels: give a tensor of floats, (N, C, H, W), in [-1, 1]")
     size = [min(side, 8) for side in u.shape[-2:]]
     return F.adaptive_avg_pool2d(u.clamp(-1, 1), size).flatten(1)
