@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 import timm_jem
 from timm_jem import InputError
 from timm_jem.evaluation import extractors
-from timm_jem.evaluation.extractors import classifier_extractor, extract, load_extractor
-from timm_jem.evaluation.generation import thumbnails
+from timm_jem.evaluation.extractors import classifier_extractor, extract, load_extractor, load_extractors
+from timm_jem.evaluation.generation import pyramid, thumbnails
 from timm_jem.pixels import to_pixels
 
 
@@ -47,6 +47,20 @@ def test_thumbnails():
     blocks = x.reshape(5, 3, 8, 4, 8, 4).double().mean((3, 5)).flatten(1) / 127.5 - 1
     torch.testing.assert_close(extract(extractor, x), blocks, atol=1e-6, rtol=0)
     assert load_extractor("thumbnails", input_size=(1, 4, 6)).name == "4×6 thumbnails (24 dimensions)"
+
+
+def test_pyramid():
+    x = images(5, 3, 32, 32)
+    extractor = load_extractor("pyramid", input_size=(3, 32, 32))
+    assert extractor.name == "8×8 thumbnails and the strength of finer detail (216 dimensions)"
+    assert torch.equal(extract(extractor, x), pyramid(to_pixels(x)).double())
+    assert "(64 dimensions)" in load_extractor("pyramid", input_size=(1, 8, 8)).name
+
+
+@pytest.mark.parametrize(("size", "name"), [((3, 8, 8), "raw pixels"), ((1, 28, 28), "8×8 thumbnails (64 dimensions)")])
+def test_auto_is_what_it_was(size, name):
+    (extractor,) = load_extractors(["auto"], input_size=size)
+    assert extractor.name.startswith(name)
 
 
 def test_only_8_bit_images_have_features():

@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_sample_image
 
 import timm_jem
 from timm_jem import InputError, uniform_noise
@@ -13,8 +14,10 @@ from timm_jem.evaluation.generation import (
     frechet_distance,
     inception_score,
     nearest_neighbours,
+    pyramid,
     sample_quality,
     thumbnails,
+    within_class_distance,
 )
 from timm_jem.modes import frozen
 from timm_jem.pixels import eight_bit, to_pixels
@@ -166,6 +169,87 @@ def test_nearest_neighbours_refuse_other_images():
         nearest_neighbours(images, images, k=3)
 
 
+def test_distance_within_classes_of_known_cases():
+    flat = torch.tensor([0, 0, 51, 255, 255, 102, 7], dtype=torch.uint8)[:, None, None, None].expand(7, 3, 2, 2)
+    y = torch.tensor([4, 4, 4, 2, 2, 9, -1])
+    # Class 4: √12 · (0 + 0.2 + 0.2) / 3; class 2: copies; class 9 is one image, and nobody knows what the last is.
+    expected = math.sqrt(12) * 0.4 / 3 / 2
+    assert within_class_distance(flat, y) == pytest.approx(expected, rel=1e-12)
+    assert within_class_distance(flat.repeat(1, 1, 9, 9), y) == pytest.approx(9 * expected, rel=1e-12)
+    assert within_class_distance(flat[3:5].repeat(40, 1, 1, 1), torch.zeros(80, dtype=torch.long)) == 0
+    for none in (torch.arange(7), torch.full((7,), -1)):
+        assert math.isnan(within_class_distance(flat, none))
+
+
+def test_distance_within_classes_equals_numpy_in_parts_of_any_size():
+    images, y = torch.randint(256, (90, 3, 4, 4), generator=seeded(), dtype=torch.uint8), torch.arange(90) % 4
+    x, means = images.flatten(1).numpy().astype(float) / 255, []
+    for label in range(4):
+        apart = np.sqrt(((x[y == label][:, None] - x[y == label][None]) ** 2).sum(-1))
+        means.append(apart[np.triu_indices(len(apart), 1)].mean())
+    for size in (1, 7, 22, 23, 256):
+        assert within_class_distance(images, y, batch_size=size) == pytest.approx(np.mean(means), rel=1e-12)
+
+
+def test_collapse_shrinks_the_distance_within_classes_and_noise_hides_it_as_documented():
+    images, y = torch.randint(100, 150, (200, 1, 16, 16), generator=seeded(), dtype=torch.uint8), torch.arange(200) % 2
+    assert within_class_distance(images[:10].repeat(20, 1, 1, 1), y) < 0.9 * within_class_distance(images, y)
+    noisy = (images.double() + 20 * torch.randn(images.shape, generator=seeded(1))).round().to(torch.uint8)
+    squared = within_class_distance(images, y) ** 2 + 2 * 256 * (20 / 255) ** 2
+    assert within_class_distance(noisy, y) == pytest.approx(math.sqrt(squared), rel=0.02)
+
+
+def patches(n, side, channels=3):
+    photo = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)[:channels] / 127.5 - 1
+    rows, columns = (torch.randint(size - side, (n,), generator=seeded(side)).tolist() for size in photo.shape[1:])
+    return torch.stack([photo[:, a : a + side, b : b + side] for a, b in zip(rows, columns, strict=True)])
+
+
+@pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 32), (1, 64)])
+def test_noise_and_blur_are_seen_in_the_pyramid_and_not_in_thumbnails(channels, side):
+    real, fake = patches(2000, side, channels).split([1500, 500])
+    noisy = fake + 0.1 * torch.randn(fake.shape, generator=seeded(1))
+    blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(fake, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    for changed in (noisy, blurred):
+        before, after = (frechet_distance(thumbnails(u), thumbnails(real)) for u in (fake, changed))
+        assert after == pytest.approx(before, rel=0.1)
+        before, after = (frechet_distance(pyramid(u), pyramid(real)) for u in (fake, changed))
+        assert after > 1.25 * before
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8), (3, 8, 8), (1, 4, 6), (2, 1, 8)])
+def test_up_to_8x8_the_pyramid_is_the_thumbnails_bit_for_bit(size):
+    u = torch.randn(5, *size, generator=seeded())
+    assert torch.equal(pyramid(u), thumbnails(u))
+
+
+def test_the_pyramid_of_known_images():
+    board = 1 - 2.0 * (torch.arange(32)[:, None] + torch.arange(32)).remainder(2)
+    wide = board[:16, :16].repeat_interleave(2, 0).repeat_interleave(2, 1)
+    u = torch.stack([0.5 * board, 0.25 * wide, torch.full((32, 32), 0.3), torch.full((32, 32), 7.0)])[:, None]
+    # 64 thumbnails, then four quarters of what 32×32 has beyond 16×16, and of that beyond 8×8.
+    expected = torch.zeros(4, 72)
+    expected[0, 64:68], expected[1, 68:], expected[2:, :64] = (
+        4 * 0.5 / 0.675978,
+        4 * 0.25 / 0.675978,
+        torch.tensor([[0.3], [1]]),
+    )
+    torch.testing.assert_close(pyramid(u), expected, atol=1e-6, rtol=1e-5)
+    assert pyramid(torch.zeros(2, 3, 64, 48)).shape == (2, 3 * (64 + 3 * 4))
+    assert pyramid(torch.full((1, 1, 28, 28), torch.nan)).isnan().all()
+
+
+def test_normal_noise_is_as_large_in_the_pyramid_as_in_the_pixels():
+    u = 0.1 * torch.randn(500, 1, 32, 32, generator=seeded())
+    of_thumbnails, of_detail = pyramid(u).square().split([64, 8], 1)
+    # A thumbnail's pixel is of 16, of whose variance it has one 16th, and the levels have 3/4 and 3/16.
+    assert of_thumbnails.sum(1).mean() == pytest.approx(64 * 0.01 / 16, rel=0.02)
+    assert of_detail[:, :4].sum(1).mean() == pytest.approx(64 * 0.01 * 3 / 4, rel=0.02)
+    assert of_detail[:, 4:].sum(1).mean() == pytest.approx(
+        64 * 0.01 * 3 / 16, rel=0.05
+    )  # of few pixels a quarter: their mean varies
+
+
 def test_chains_seen_at_a_length_are_those_that_sample_draws():
     jem, y = model(noise_std=0.0), torch.arange(6)
     lengths = [9, 3, 5]
@@ -264,3 +348,14 @@ def test_chains_that_run_away_are_never_the_best():
     assert best == 1
     assert math.isnan(distances[9])
     assert math.isfinite(distances[1])
+
+
+def test_infinite_chains_are_not_taken_for_white_ones():
+    config = timm_jem.SGLDConfig(step_size=1e9, noise_std=0.0)
+    jem = timm_jem.JEM(Well(), data_config={"input_size": (1, 2, 2), "mean": (0.5,), "std": (0.5,)}, sgld=config)
+    real, y = torch.rand(30, 1, 2, 2, generator=seeded(1)) * 2 - 1, torch.zeros(20, dtype=torch.long)
+    ((_, u),) = chains_by_length(jem, [5], y=y, generator=seeded())
+    assert u.isinf().all()
+    best, distances = best_num_steps(jem, real, y, [1, 5], generator=seeded())
+    assert best == 1
+    assert math.isnan(distances[5])

@@ -12,7 +12,15 @@ from timm_jem.evaluation.attacks import PGDConfig, margin, pgd, pixel_classifier
 from timm_jem.evaluation.calibration import reliability
 from timm_jem.evaluation.classification import accuracy, in_batches, predict
 from timm_jem.evaluation.extractors import extract, load_extractor
-from timm_jem.evaluation.generation import best_num_steps, chains_by_length, nearest_neighbours, sample_quality, thumbnails
+from timm_jem.evaluation.generation import (
+    best_num_steps,
+    chains_by_length,
+    nearest_neighbours,
+    pyramid,
+    sample_quality,
+    thumbnails,
+    within_class_distance,
+)
 from timm_jem.evaluation.illustrations import counterfactuals, distal_adversarials, interpolation_paths
 from timm_jem.evaluation.judges import fit_judge
 from timm_jem.evaluation.ood import ood_metrics, ood_scores
@@ -47,6 +55,7 @@ OF_LABELS = {
     "fit_judge": lambda jem, y: fit_judge(IMAGES, y),
     "judge.accuracy": lambda jem, y: fit_judge(IMAGES, Y).accuracy(IMAGES, y),
     "counterfactuals": lambda jem, y: counterfactuals(jem, PIXELS, y, steps=1),
+    "within_class_distance": lambda jem, y: within_class_distance(IMAGES, y),
 }
 BAD_LABELS = {
     "short": Y[:3],
@@ -68,6 +77,7 @@ OF_IMAGES = {
     "judge.predict": lambda jem, x: fit_judge(IMAGES, Y).predict(x),
     "interpolations": lambda jem, x: interpolations(x, Y, 4, seeded()),
     "nearest_neighbours": lambda jem, x: nearest_neighbours(x, IMAGES),
+    "within_class_distance": lambda jem, x: within_class_distance(x, Y),
 }
 BAD_IMAGES = {
     "floats": UNIT,
@@ -108,6 +118,8 @@ OTHERS = {
     "classes that no image has": lambda jem: distal_adversarials(jem, Y + 1),
     "batches of nothing": lambda jem: in_batches(IMAGES, Y, 0),
     "flat thumbnails": lambda jem: thumbnails(PIXELS.flatten(1)),
+    "thumbnails of no rows": lambda jem: thumbnails(PIXELS[:, :, :0]),
+    "a flat pyramid": lambda jem: pyramid(PIXELS.flatten(1)),
     "huge features": lambda jem: sample_quality(torch.randn(9, 3).double() * 1e150, torch.randn(9, 3)),
     "an extractor of no name": lambda jem: load_extractor(None, input_size=(1, 8, 8)),
     "one radius": lambda jem: robust_correct(pixel_classifier(jem), UNIT, Y, PGDConfig(), 0.1, generator=None),

@@ -10,6 +10,7 @@ from PIL import Image
 from timm_jem import InputError
 from timm_jem.evaluation import plots
 from timm_jem.evaluation.plots import (
+    AGAINST_LENGTH,
     accuracy_curves,
     auroc_table,
     quality_curves,
@@ -26,6 +27,7 @@ BINS = {
 }
 CURVE = ([0.0, 2 / 255, 8 / 255], [0.9, 0.6, 0.2], [0.8, 0.5, 0.1], [0.95, 0.7, 0.3])
 LENGTHS = ([10, 20, 40, 70, 80, 160], [9.0, 5.0, 4.0, 3.0, 3.2, 6.0])
+QUALITY, READ, APART = AGAINST_LENGTH
 rng = np.random.default_rng(0)
 SCORES = {
     "log p(x)": {"test": rng.normal(-3000, 1, 1000), "noise": rng.normal(-3003, 1, 500)},
@@ -38,7 +40,10 @@ FIGURES = {
         {"noise": {"log p(x)": 0.25, "max softmax": 1.0}, "svhn": {"log p(x)": 0.5, "max softmax": 0.7}}
     ),
     "accuracy": lambda: accuracy_curves({"a": CURVE, "b": CURVE}, "linf", "title"),
-    "quality": lambda: quality_curves({"a": LENGTHS, "b": LENGTHS}, "distance", floor=0.3, marks={"a": 70}),
+    "quality": lambda: quality_curves({QUALITY: {"a": LENGTHS, "b": LENGTHS}}, floors={QUALITY: 0.3}, marks={"a": 70}),
+    "all against length": lambda: quality_curves(
+        {measure: {"a": LENGTHS, "b": LENGTHS} for measure in AGAINST_LENGTH}, features="raw pixels (64 dimensions)"
+    ),
 }
 
 
@@ -71,7 +76,7 @@ def test_axes_say_what_they_are(name):
     for axis in figure.axes:
         assert axis.get_ylabel()
     assert all(axis.get_xlabel() for axis in figure.axes[-1:])
-    assert any(axis.get_title() for axis in figure.axes)
+    assert any(axis.get_title(loc=side) for axis in figure.axes for side in ("center", "left"))
 
 
 def test_no_pyplot_state():
@@ -178,8 +183,10 @@ def test_accuracy_curves_have_their_units():
 
 
 def test_quality_curves_mark_the_models_own_length():
-    figure = quality_curves({"jem": LENGTHS, "other": LENGTHS}, "Fréchet distance, pixels", floor=2.0, marks={"jem": 70})
+    curves = {"jem": LENGTHS, "other": LENGTHS}
+    figure = quality_curves({QUALITY: curves}, features="pixels", floors={QUALITY: 2.0}, marks={"jem": 70})
     (axis,) = figure.axes
+    assert (axis.get_ylabel(), axis.get_title(loc="left")) == ("Fréchet distance", "In pixels; lower is better")
     assert axis.get_xscale() == "log"
     assert axis.get_yscale() == "linear"
     assert axis.get_ylim()[0] == 0
@@ -194,12 +201,31 @@ def test_quality_curves_mark_the_models_own_length():
 
 
 def test_quality_between_lengths_and_of_chains_that_ran_away():
-    (axis,) = quality_curves({"jem": ([10, 1000], [1.0, 3.0])}, "distance", marks={"jem": 100}).axes
+    (axis,) = quality_curves({QUALITY: {"jem": ([10, 1000], [1.0, 3.0])}}, marks={"jem": 100}).axes
     assert np.allclose(axis.lines[1].get_xydata(), [[100, 2.0]])
-    figure = quality_curves({"jem": ([10, 20, 40], [4.0, 1e6, 1e7])}, "distance", floor=0.3)
-    assert figure.axes[0].get_yscale() == "log"
-    assert "log scale" in figure.axes[0].get_ylabel()
-    assert texts(quality_curves({"jem": ([10, 20], [4.0, math.nan])}, "distance", floor=0.3))
+    for values in ([4.0, 1e6, 1e7], [4.0, 1e6, math.nan]):
+        figure = quality_curves({QUALITY: {"jem": ([10, 20, 40], values)}}, floors={QUALITY: 0.3})
+        assert figure.axes[0].get_yscale() == "log"
+        assert "log scale" in figure.axes[0].get_ylabel()
+        assert np.array_equal(line(figure.axes[0], "jem").get_ydata(), values, equal_nan=True)
+    figure = quality_curves({QUALITY: {"jem": ([10, 20], [4.0, math.nan])}, APART: {"jem": ([10, 20], [math.nan] * 2)}})
+    assert texts(figure).count("NaN at every length") == 1
+
+
+def test_each_measure_against_length_has_a_panel_and_each_model_one_style():
+    shares, ratios = ([10, 20, 40], [0.01, 0.5, 1.0]), ([10, 20, 40], [1.8, 1.1, 0.9])
+    panels = {QUALITY: {"old": LENGTHS, "new": LENGTHS}, READ: {"new": shares}, APART: {"new": ratios}}
+    figure = quality_curves(panels, floors={READ: 0.97, APART: 1.0}, marks={"new": 20})
+    quality, read, apart = figure.axes
+    assert [axis.get_ylabel() for axis in figure.axes] == [
+        "Fréchet distance", "share read as asked", "distance within a class",
+    ]  # fmt: skip
+    assert len({line(axis, "new").get_color() for axis in figure.axes} | {line(quality, "old").get_color()}) == 2
+    assert read.get_ylim() == (0, 1.04)  # a share, though it varies much
+    assert (read.get_yscale(), apart.get_ylim()[0]) == ("linear", 0)
+    assert set(line(apart, "real test images").get_ydata()) == {1.0}
+    assert len({axis.get_xlim() for axis in figure.axes}) == 1
+    assert len(figure.legends[0].get_texts()) == 3  # old, new, real test images: once each
 
 
 @pytest.mark.parametrize(
@@ -210,7 +236,9 @@ def test_quality_between_lengths_and_of_chains_that_ran_away():
         (lambda: auroc_table({"a": {"x": 0.5}, "b": {"y": 0.5}}), "same ones"),
         (lambda: accuracy_curves({}, "linf", ""), "nothing to draw"),
         (lambda: accuracy_curves({"a": CURVE}, "l1", ""), "linf or l2"),
-        (lambda: quality_curves({"a": LENGTHS}, "", marks={"b": 3}), "no curve"),
+        (lambda: quality_curves({QUALITY: {"a": LENGTHS}}, marks={"b": 3}), "no curve"),
+        (lambda: quality_curves({"a": {"a": LENGTHS}}), "measures against length"),
+        (lambda: quality_curves({QUALITY: {}}), "nothing to draw"),
         (lambda: score_histograms({"s": {"a": np.ones(3)}}, "b"), "no set b"),
         (lambda: score_histograms({"s": {"a": np.array([1.0, math.nan])}}, "a"), "not finite"),
         (lambda: score_histograms({"s": {"a": np.array([])}}, "a"), "empty"),

@@ -146,6 +146,7 @@ IN_SECTION = {
         {"reliability": {"as it is": {"confidence": [0.1], "accuracy": ["x"], "share": [1.0], "ece": 0.1}}},
         {"reliability": {"as it is": {"confidence": [0.1], "accuracy": [0.1, 0.2], "share": [1.0], "ece": 0.1}}},
         {"quality against length": {"fresh chains": [[1], [1], [1]]}},
+        {"read as asked against length": {"fresh chains": [[1], [1], [1], [1]]}},
         {"accuracy under PGD, linf": {"PGD": [[0.1], [1], [1], ["a"]]}},
         {"accuracy under PGD, linf": {"PGD": 3}},
     ],

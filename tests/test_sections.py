@@ -1,6 +1,7 @@
 """The report of an evaluation while it is made: sections that fail, stop, or take the place of earlier ones."""
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -21,14 +22,17 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.data.identity import data_identity
-from timm_jem.evaluation import pictures_section, settings, subject
+from timm_jem.evaluation import generation_section, pictures_section, settings, subject
+from timm_jem.evaluation.comparison import overlays
 from timm_jem.evaluation.extractors import load_extractors
+from timm_jem.evaluation.generation import frechet_distance, within_class_distance
 from timm_jem.evaluation.pictures_section import _pairs
-from timm_jem.evaluation.report import Measured, read_report
+from timm_jem.evaluation.report import Measured, Report, read_report
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
 from timm_jem.evaluation.subject import load_model, load_subject
 from timm_jem.files import left_aside
+from timm_jem.pixels import to_pixels
 
 ON_DIGITS = {"config": {"data": {"dataset": "digits"}}}
 
@@ -336,6 +340,61 @@ def test_the_network_never_sees_more_than_batch_size_images(model, loaded, tmp_p
     evaluate.MEASURES[name][1](whole, config, Section(found, tmp_path))
     assert found.results or found.pictures
     assert max(seen) <= 5
+
+
+@pytest.mark.parametrize("ran_away", [False, True])
+def test_chains_are_seen_to_be_near_legible_diverse_and_level(model, loaded, tmp_path, monkeypatch, ran_away):
+    splits, judges, found = load_splits(DataConfig()), [], Measured("Generation")
+    train, test, test_y = splits.train.images, splits.test.images[:40], splits.test.labels[:40]
+    rows = torch.cat([torch.nonzero(splits.train.labels == label).flatten()[:4] for label in range(10)]).reshape(10, 4)
+    real, copies = train[rows.T.flatten()], train[rows[:, 0].repeat(4)]  # of the classes 0 to 9 in turn
+    last = torch.where(torch.arange(40) == 7, torch.inf, 0.5)[:, None, None, None].expand(40, 1, 8, 8)
+
+    def chains(jem, lengths, *, y, **_):
+        assert (lengths, y.tolist()) == ([2, 4, 8], [i % 10 for i in range(40)])
+        yield from ((2, to_pixels(real)), (4, to_pixels(copies)), (8, last if ran_away else to_pixels(255 - real)))
+
+    def fit(*given, **more):
+        judges.append(fit_judge(*given, **more))
+        return judges[-1]
+
+    fit_judge = generation_section.fit_judge
+    monkeypatch.setattr(generation_section, "fit_judge", fit)
+    monkeypatch.setattr(generation_section, "chains_by_length", chains)
+    whole = replace(loaded, model=load_model(str(model)), train=train, train_y=splits.train.labels, test=test, test_y=test_y)
+    whole.model.sgld = replace(whole.model.sgld, num_steps=2, denoise_steps=0)
+    whole.extractors = load_extractors(["auto"], input_size=(1, 8, 8))
+    config = EvaluationConfig(samples=20, curve_samples=40, longest_chain=8)
+    generation_section.generation_section(whole, config, Section(found, tmp_path))
+    (judge,) = judges  # one for all tables
+    values = {(result.table.split(", in ")[0], result.row, result.column): result.value for result in found.results}
+
+    apart = within_class_distance(real, torch.arange(40) % 10) / within_class_distance(test, test_y)
+    table = "Distance within a class against chain length"
+    assert [values[table, row, ""] for row in ("2 steps", "4 steps")] == [pytest.approx(apart), 0]
+    assert 0.7 < apart < 1.3
+    assert values["Distance within a class", "real test images", "relative to real images"] == 1
+    fresh = values["Distance within a class", "fresh chains, 2 steps", "distance"]
+    of_20 = within_class_distance(test[:20], test_y[:20])
+    assert values["Distance within a class", "fresh chains, 2 steps", "relative to real images"] == fresh / of_20
+    assert values["Distance within a class", "real test images", "distance"] == of_20
+
+    read = values["Read as asked against chain length", "2 steps", ""]
+    assert read == judge.accuracy(real, torch.arange(40) % 10) == 1
+    frechet = [values["Fréchet distance against chain length", f"{n} steps", ""] for n in (2, 4, 8)]
+    assert frechet[0] == frechet_distance(to_pixels(real).flatten(1), to_pixels(train).flatten(1))
+    level = values["Fréchet distance against chain length", "longest / best", ""]
+    at_last = [value for (name, row, _), value in values.items() if "against chain length" in name and row == "8 steps"]
+    assert len(at_last) == 3
+    if ran_away:
+        assert all(map(math.isnan, [*at_last, level]))
+    else:
+        assert level == frechet[2] / frechet[0] > 2
+        assert at_last[2] == pytest.approx(apart)  # inverted images are as far apart
+
+    (picture, _) = overlays({"a": [Report({"name": "a"}, [found])], "b": [Report({"name": "b"}, [found])]})["chain_length.png"]
+    assert [len(axis.lines) for axis in picture.axes] == [2, 2, 2]
+    assert (tmp_path / "chain_length.png").is_file()
 
 
 def test_vits_come_to_the_end(vit, tmp_path):

@@ -10,7 +10,7 @@ Reports: ``settings`` says what to measure, ``subject`` loads it, and each ``*_s
 
 from timm_jem.evaluation.calibration import expected_calibration_error
 from timm_jem.evaluation.classification import accuracy, predict
-from timm_jem.evaluation.generation import best_num_steps, frechet_distance, thumbnails
+from timm_jem.evaluation.generation import best_num_steps, frechet_distance, pyramid, thumbnails
 from timm_jem.evaluation.pictures import image_grid
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "frechet_distance",
     "image_grid",
     "predict",
+    "pyramid",
     "thumbnails",
 ]

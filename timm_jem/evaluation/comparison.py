@@ -170,7 +170,8 @@ def overlays(reports: dict[str, list[Report]]) -> dict[str, tuple[Any, str]]:
     if bins := of_runs("reliability", "as it is"):
         caption = "Accuracy against confidence, before temperature scaling."
         pictures["reliability.png"] = plots.reliability_diagram(bins), caption
-    if quality := of_runs("quality against length", "fresh chains"):
-        picture = plots.quality_curves(quality, "Fréchet distance to training images")
-        pictures["chain_length.png"] = picture, "Fréchet distance of fresh chains against their length."
+    panels = {measure: curves for measure in plots.AGAINST_LENGTH if (curves := of_runs(measure, "fresh chains"))}
+    if panels:
+        caption = "Fresh chains against their length: near training images, read as asked, and diverse?"
+        pictures["chain_length.png"] = plots.quality_curves(panels), caption
     return pictures

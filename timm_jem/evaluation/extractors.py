@@ -16,7 +16,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from timm_jem.errors import InputError, check_whole, how_to_install, one_line, quoted
-from timm_jem.evaluation.generation import thumbnails
+from timm_jem.evaluation.generation import pyramid, thumbnails
 from timm_jem.evaluation.labelled import eight_bit_images
 from timm_jem.model import JEM
 from timm_jem.models.names import BUILD_ERRORS, check_name
@@ -27,6 +27,7 @@ __all__ = ["Extractor", "classifier_extractor", "extract", "load_extractor", "lo
 
 # Covariances of more dimensions than a few thousand can't be estimated from as many images as there are.
 _MAX_PIXELS = 3072
+_KINDS = "give pixels, thumbnails, pyramid, inception, inception:FILE or timm:NAME"
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ def load_extractor(spec: str, *, input_size: tuple[int, int, int], device: torch
 
     Args:
         spec: "pixels": the pixels themselves in [-1, 1], for images of 3,072 numbers at most. "thumbnails": pixels averaged
-            to 8×8. "inception": FID's network (Heusel et al., NeurIPS 2017), as torch-fidelity has it, downloaded;
-            "inception:FILE": its weights in a .pth or .safetensors file. "timm:NAME": the pooled features of a pretrained
-            timm model, on images resized (bicubic, antialiased) and normalised as it was trained; a NAME of
-            "local-dir:FOLDER" or "hf-hub:REPOSITORY" is as timm takes it.
+            to 8×8. "pyramid": these and the strength of finer detail, which sees noise and blur. "inception": FID's network
+            (Heusel et al., NeurIPS 2017), as torch-fidelity has it, downloaded; "inception:FILE": its weights in a .pth or
+            .safetensors file. "timm:NAME": the pooled features of a pretrained timm model, on images resized (bicubic,
+            antialiased) and normalised as it was trained; a NAME of "local-dir:FOLDER" or "hf-hub:REPOSITORY" is as timm
+            takes it.
         input_size: (C, H, W) of the images. Grey ones are repeated to three channels.
         device: where it runs.
 
@@ -61,7 +63,7 @@ def load_extractor(spec: str, *, input_size: tuple[int, int, int], device: torch
             can't be had or are another network's; torch-fidelity is missing.
     """
     if not isinstance(spec, str):
-        raise InputError(f"extractor is {quoted(spec)}: give pixels, thumbnails, inception, inception:FILE or timm:NAME")
+        raise InputError(f"extractor is {quoted(spec)}: {_KINDS}")
     kind, _, rest = spec.partition(":")
     if spec == "pixels":
         dimensions = math.prod(input_size)
@@ -72,6 +74,11 @@ def load_extractor(spec: str, *, input_size: tuple[int, int, int], device: torch
         height, width = (min(side, 8) for side in input_size[1:])
         name = f"{height}×{width} thumbnails ({input_size[0] * height * width} dimensions)"
         return Extractor(name, lambda images: thumbnails(to_pixels(images)))
+    if spec == "pyramid":
+        dimensions = pyramid(torch.zeros(1, *input_size)).shape[1]
+        height, width = (min(side, 8) for side in input_size[1:])
+        name = f"{height}×{width} thumbnails and the strength of finer detail ({dimensions} dimensions)"
+        return Extractor(name, lambda images: pyramid(to_pixels(images)))
     if spec == "inception" or (kind == "inception" and rest):
         _check_channels(spec, input_size[0], 3)
         network, name = _inception(Path(rest) if rest else None)
@@ -99,7 +106,7 @@ def load_extractor(spec: str, *, input_size: tuple[int, int, int], device: torch
             return model((x - mean) / std)
 
         return Extractor(f"timm {rest}", features)
-    raise InputError(f"extractor is {quoted(spec)}: give pixels, thumbnails, inception, inception:FILE or timm:NAME")
+    raise InputError(f"extractor is {quoted(spec)}: {_KINDS}")
 
 
 def load_extractors(
@@ -111,7 +118,7 @@ def load_extractors(
         InputError: no specs, or as :func:`load_extractor`.
     """
     if not specs:
-        raise InputError("extractors is empty: give auto, pixels, thumbnails, inception or timm:NAME")
+        raise InputError("extractors is empty: give auto, pixels, thumbnails, pyramid, inception or timm:NAME")
     auto = "pixels" if math.prod(input_size) <= 192 else "thumbnails"
     return [load_extractor(auto if spec == "auto" else spec, input_size=input_size, device=device) for spec in specs]
 

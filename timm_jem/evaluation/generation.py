@@ -20,9 +20,14 @@ __all__ = [
     "frechet_distance",
     "inception_score",
     "nearest_neighbours",
+    "pyramid",
     "sample_quality",
     "thumbnails",
+    "within_class_distance",
 ]
+
+# (E|z|^½)² of standard normal z.
+_OF_NORMAL = math.sqrt(2) * math.gamma(0.75) ** 2 / math.pi
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -69,10 +74,37 @@ def thumbnails(u: Tensor) -> Tensor:
     Raises:
         InputError: no floats of that shape.
     """
-    if not isinstance(u, Tensor) or u.ndim != 4 or not u.is_floating_point():
+    if not isinstance(u, Tensor) or u.ndim != 4 or 0 in u.shape[1:] or not u.is_floating_point():
         raise InputError("thumbnails are made of pixels: give a tensor of floats, (N, C, H, W), in [-1, 1]")
     size = [min(side, 8) for side in u.shape[-2:]]
     return F.adaptive_avg_pool2d(u.clamp(-1, 1), size).flatten(1)
+
+
+def pyramid(u: Tensor) -> Tensor:
+    """:func:`thumbnails`, and how strong the detail is that these drop: (N, C, H, W) to (N, C · (64 + 4 a level) or less).
+
+    In thumbnails noise averages out, and blurred images are as good as sharp ones. The detail is a Laplacian pyramid's (Burt
+    and Adelson, 1983): sides are halved by averaging until they are 8, and each level is what an image differs by from the
+    next smaller one. Its strength is taken in each quarter of the image, as the standard deviation of normal noise that has
+    the same mean of |d|^½, and weighed as in the ℓ2 distance of pixels, in units of a thumbnail's pixel. Not as its own
+    standard deviation, because noise adds to edges in quadrature, and so is hidden by them: the mean of roots is mostly of
+    the flat parts, where noise is what one sees. Images up to 8×8 have no such detail: theirs are their thumbnails, bit for
+    bit.
+
+    Raises:
+        InputError: no floats of that shape.
+    """
+    features = [thumbnails(u)]
+    u, size = u.clamp(-1, 1), list(u.shape[-2:])
+    last, quarters = [min(side, 8) for side in size], [min(side, 2) for side in size]
+    weight = math.sqrt(math.prod(last) / math.prod(quarters)) / _OF_NORMAL
+    while size != last:
+        size = [max(end, (side + 1) // 2) for side, end in zip(size, last, strict=True)]
+        smaller = F.adaptive_avg_pool2d(u, size)
+        detail = u - F.interpolate(smaller, u.shape[-2:], mode="nearest-exact")
+        features.append(weight * F.adaptive_avg_pool2d(detail.abs().sqrt(), quarters).square().flatten(1))
+        u = smaller
+    return torch.cat(features, 1)
 
 
 def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, float]:
@@ -183,6 +215,38 @@ def nearest_neighbours(images: Tensor, train: Tensor, k: int = 1, *, batch_size:
     return torch.cat([values for values, _ in best]) / 255, torch.cat([rows for _, rows in best])
 
 
+def within_class_distance(images: Tensor, y: Tensor, *, batch_size: int = 256) -> float:
+    """Mean ℓ2 distance between two images of the same class, pixels in [0, 1]: over pairs, then over classes.
+
+    Samples whose distance is far below that of real images have collapsed to few images a class. It can't tell variety from
+    noise: independent noise of standard deviation s in each of D numbers makes d² + 2Ds² of a squared distance d². So noise
+    raises it, beyond real images', too, and can hide a collapse: believe it only of samples that a classifier reads as asked
+    and whose precision is high.
+
+    Args:
+        images: uint8, shape (N, C, H, W).
+        y: their classes, shape (N,). Images of unknown class, below 0, and classes of one image are left out.
+        batch_size: images compared at once with as many.
+
+    Returns:
+        The distance; NaN where no class has two images.
+
+    Raises:
+        InputError: images that are not 8-bit, or classes that don't fit.
+    """
+    y = labels(y, len(eight_bit_images(images, "images to compare")), what="classes of images")
+    check_whole("batch_size", batch_size, 1)
+    means = []
+    for label, n in zip(*y[y >= 0].unique(return_counts=True), strict=True):
+        parts, total = images[y == label].flatten(1).split(batch_size), 0.0
+        for i, a in enumerate(parts):
+            for b in parts[i:]:  # whole numbers in float64, as in nearest_neighbours: copies are 0 apart
+                distances = torch.cdist(a.double(), b.double())
+                total += (distances.triu(1) if a is b else distances).sum().item()
+        means += [total / (n.item() * (n.item() - 1) / 2) / 255] if n > 1 else []
+    return math.fsum(means) / len(means) if means else math.nan
+
+
 def chains_by_length(
     jem: JEM,
     lengths: Sequence[int],
@@ -263,8 +327,9 @@ def best_num_steps(
 ) -> tuple[int, dict[int, float]]:
     """The length of fresh chains whose images are nearest to ``real`` ones.
 
-    Near by the Fréchet distance of thumbnails: no extractor, and for images up to 8×8 the pixels themselves. Each
-    candidate's last ``jem.sgld.denoise_steps`` steps are noise-free, as in ``jem.sample``.
+    Near by the Fréchet distance in the features of :func:`pyramid`, which need no network, see noise and blur, and of images
+    up to 8×8 are the pixels themselves. Each candidate's last ``jem.sgld.denoise_steps`` steps are noise-free, as in
+    ``jem.sample``.
 
     Args:
         jem: the model; its flags are left as they were.
@@ -287,7 +352,8 @@ def best_num_steps(
         raise InputError(f"images to be near to are no pixels: give floats, (N, {', '.join(map(str, jem.input_size))})")
     if len(real) < 2 or not real.isfinite().all():
         raise InputError(f"images to be near to are {len(real)}, or not finite: give at least two, in [-1, 1]")
-    real = thumbnails(real.cpu())
     chains = chains_by_length(jem, candidates, y=y, generator=generator, batch_size=batch_size)
-    distances = {steps: frechet_distance(thumbnails(u), real) for steps, u in chains}
+    real = torch.cat([pyramid(part) for part in real.cpu().split(batch_size)])
+    # Features are of pixels cut to [-1, 1], in which infinite ones would look like others.
+    distances = {steps: frechet_distance(pyramid(u), real) if u.isfinite().all() else math.nan for steps, u in chains}
     return min(distances, key=lambda steps: (math.isnan(distances[steps]), distances[steps], steps)), distances

@@ -1,6 +1,7 @@
 """How close drawn images are to real ones, as a section of a report."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from timm_jem.evaluation.generation import (
     inception_score,
     nearest_neighbours,
     sample_quality,
+    within_class_distance,
 )
 from timm_jem.evaluation.judges import fit_judge
 from timm_jem.evaluation.pictures import image_grid
-from timm_jem.evaluation.plots import quality_curves
+from timm_jem.evaluation.plots import AGAINST_LENGTH, quality_curves
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import EvaluationConfig
 from timm_jem.evaluation.subject import Subject
@@ -28,6 +30,8 @@ from timm_jem.pixels import eight_bit, to_pixels
 from timm_jem.sampling import chain_generators, draw_seeds
 
 __all__ = ["SampleSet", "generation_section"]
+
+Reader = Callable[[Tensor], Tensor]  # from 8-bit images to classes
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class SampleSet:
 
 
 def generation_section(subject: Subject, config: EvaluationConfig, section: Section) -> None:
-    """Fresh chains, published ones and real images: distances, what a judge reads, quality by length, and neighbours.
+    """Fresh chains, published ones and real images: distances, what a judge reads, variety, all by length, and neighbours.
 
     Raises:
         InputError: fresh chains are not finite.
@@ -69,8 +73,13 @@ def generation_section(subject: Subject, config: EvaluationConfig, section: Sect
     test, test_y = subject.test[: config.samples], subject.test_y[: config.samples]
     sets.append(SampleSet("real test images", test, test_y, "what real images score", config.seed))
     real = [_quality(config, section, extractor, subject.train, sets) for extractor in subject.extractors]
-    _judged(subject, config, section, sets)
-    _lengths(subject, config, section, real[0])
+    name, read = _judge(subject, config)
+    for samples in (samples for samples in sets if samples.asked is not None):
+        more = {"seed": samples.seed, "split": subject.split}
+        table, right = "Read as asked by an independent classifier", read(samples.images) == samples.asked
+        section.share(table, samples.name, right, f"{samples.how}; by {name}", **more)
+    _variety(config, section, sets)
+    _lengths(subject, config, section, real[0], name, read)
     _neighbours(subject, config, section, fresh.images)
     _samples(subject, section, fresh)
 
@@ -129,48 +138,88 @@ def _quality(config: EvaluationConfig, section: Section, extractor: Extractor, t
     return real
 
 
-def _judged(subject: Subject, config: EvaluationConfig, section: Section, sets: list[SampleSet]) -> None:
-    """What an independent classifier reads in the samples."""
+def _judge(subject: Subject, config: EvaluationConfig) -> tuple[str, Reader]:
+    """An independent classifier: what it is, and how it reads."""
     if subject.judge is None:
         known = subject.train_y >= 0
         judge = fit_judge(subject.train[known], subject.train_y[known], seed=config.seed)
-        name, read = judge.name, judge.predict
-    else:
-        name = Path(config.judge).name
+        return judge.name, judge.predict
 
-        def read(images: Tensor) -> Tensor:
-            nothing = torch.full((len(images),), -1)
-            return predict(subject.judge, in_batches(images, nothing, config.batch_size), desc="judging")[0].argmax(1)
+    def read(images: Tensor) -> Tensor:
+        nothing = torch.full((len(images),), -1)
+        return predict(subject.judge, in_batches(images, nothing, config.batch_size), desc="judging")[0].argmax(1)
 
-    for samples in sets:
-        if samples.asked is not None:
-            right = read(samples.images) == samples.asked
-            more = {"seed": samples.seed, "split": subject.split}
-            table = "Read as asked by an independent classifier"
-            section.share(table, samples.name, right, f"{samples.how}; by {name}", **more)
+    return Path(config.judge).name, read
 
 
-def _lengths(subject: Subject, config: EvaluationConfig, section: Section, real: Tensor) -> None:
-    """Distance to ``real``, training images' features, against SGLD steps, far beyond the length chains were made for."""
+def _variety(config: EvaluationConfig, section: Section, sets: list[SampleSet]) -> None:
+    """How far images of a class are from each other; the last of the sets are real images."""
+    compared = [samples for samples in sets if samples.asked is not None]
+    distances = [within_class_distance(samples.images, samples.asked, batch_size=config.batch_size) for samples in compared]
+    way = (
+        "mean ℓ2 distance between two images of a class, in [0, 1] pixels, mean over classes; relative to real test images': "
+        "1: as diverse, far below 1: few images again and again, above 1: noise, which can also hide that, or unlike the class"
+    )
+    for samples, distance in zip(compared, distances, strict=True):
+        for column, value in {"distance": distance, "relative to real images": _ratio(distance, distances[-1])}.items():
+            section.add("Distance within a class", samples.name, value, len(samples.images), way, column, seed=samples.seed)
+
+
+def _ratio(value: float, of: float) -> float:
+    """Infinite or NaN where ``of`` is 0."""
+    return (torch.tensor(value, dtype=torch.float64) / of).item()
+
+
+def _lengths(subject: Subject, config: EvaluationConfig, section: Section, real: Tensor, name: str, read: Reader) -> None:
+    """Fresh chains against SGLD steps, far beyond the length that they were made for: near, legible, diverse, and level?
+
+    Args:
+        subject, config, section: of the report.
+        real: features of training images.
+        name, read: of the judge.
+    """
     jem, count, extractor = subject.model, config.curve_samples, subject.extractors[0]
     own, k = jem.sgld.sample_steps or jem.sgld.num_steps, jem.sgld.num_steps
     candidates = {k, own} | {k * 2**i for i in range(20)} | {config.longest_chain}
     steps = sorted(n for n in candidates if jem.sgld.denoise_steps < n <= max(config.longest_chain, own))
     classes = torch.arange(count) % jem.num_classes
-    options = {"generator": subject.generator(1), "batch_size": config.batch_size}
-    found = {}
-    for n, u in chains_by_length(jem, steps, y=classes, **options):
-        finite = bool(u.isfinite().all())
-        features = extract(extractor, eight_bit(u), batch_size=config.batch_size) if finite else None
-        found[n] = frechet_distance(features, real) if finite else math.nan  # chains that ran away
-    floor = frechet_distance(extract(extractor, subject.test[:count], batch_size=config.batch_size), real)
-    table = f"Fréchet distance against chain length, in {extractor.name}"
-    how = f"the same class-conditional chains from {_origin(jem)} seen at each length, against training images"
-    for n, value in found.items():
-        section.add(table, f"{n} steps", value, count, how, seed=config.seed, split="train")
-    section.curves["quality against length"] = curve = {"fresh chains": (list(found), list(found.values()))}
-    picture = quality_curves(curve, f"Fréchet distance, {extractor.name}", floor=floor, marks={"fresh chains": own})
-    caption = f"{count} chains seen at growing lengths; the mark is the length that the model uses ({own} steps)."
+
+    def seen(images: Tensor, asked: Tensor) -> tuple[float, Tensor, float]:
+        features = extract(extractor, images, batch_size=config.batch_size)
+        apart = within_class_distance(images, asked, batch_size=config.batch_size)
+        return frechet_distance(features, real), read(images) == asked, apart
+
+    real_frechet, real_right, real_apart = seen(subject.test[:count], subject.test_y[:count])
+    how = f"the same class-conditional chains from {_origin(jem)} seen at each length"
+    told = {
+        f"Fréchet distance against chain length, in {extractor.name}": (f"{how}, against training images", "train"),
+        "Read as asked against chain length": (f"{how}; by {name}", subject.split),
+        "Distance within a class against chain length": (f"{how}; relative to real test images'", subject.split),
+    }
+    ways = {table: {"protocol": way, "seed": config.seed, "split": split} for table, (way, split) in told.items()}
+    nearness, legibility, variety = ways
+    curves: list[list[float]] = [[], [], []]
+    for n, u in chains_by_length(jem, steps, y=classes, generator=subject.generator(1), batch_size=config.batch_size):
+        row = f"{n} steps"
+        if u.isfinite().all():
+            frechet, right, apart = seen(eight_bit(u), classes)
+            results = [
+                section.add(nearness, row, frechet, count, **ways[nearness]),
+                section.share(legibility, row, right, **ways[legibility]),
+                section.add(variety, row, _ratio(apart, real_apart), count, **ways[variety]),
+            ]
+        else:  # chains that ran away
+            results = [section.add(table, row, math.nan, count, **way) for table, way in ways.items()]
+        for values, result in zip(curves, results, strict=True):
+            values.append(result.value)
+    best = min((value for value in curves[0] if not math.isnan(value)), default=math.nan)
+    way = f"the distance at {steps[-1]} steps divided by the smallest of all lengths; 1: level, above: longer chains get worse"
+    section.add(nearness, "longest / best", _ratio(curves[0][-1], best), count, **{**ways[nearness], "protocol": way})
+    panels = {measure: {"fresh chains": (steps, values)} for measure, values in zip(AGAINST_LENGTH, curves, strict=True)}
+    section.curves.update(panels)
+    floors = dict(zip(AGAINST_LENGTH, (real_frechet, real_right.double().mean().item(), 1.0), strict=True))
+    picture = quality_curves(panels, features=extractor.name, floors=floors, marks={"fresh chains": own})
+    caption = f"{count} chains seen at growing lengths; the ring is the length that the model uses ({own} steps)."
     section.picture("chain_length.png", picture, caption)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,30 @@ try:
 except ImportError:  # told by the first figure, so that whatever draws can be imported without it
     Figure = None
 
-__all__ = ["accuracy_curves", "auroc_table", "quality_curves", "reliability_diagram", "save_figure", "score_histograms"]
+__all__ = [
+    "AGAINST_LENGTH",
+    "accuracy_curves",
+    "auroc_table",
+    "quality_curves",
+    "reliability_diagram",
+    "save_figure",
+    "score_histograms",
+]
 
 # Okabe & Ito's, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _DPI = 120
 # Where values are further apart than this factor, a linear axis hides the small ones.
 _LOG_FROM = 30
+# What is drawn against the length of chains, by its name among the curves of a report: the axis, and what to know of it.
+AGAINST_LENGTH = {
+    "quality against length": ("Fréchet distance", "In {features}; lower is better"),
+    "read as asked against length": ("share read as asked", "By an independent classifier; higher is better"),
+    "distance within a class against length": (
+        "distance within a class",
+        "Relative to real images'; noise raises it",
+    ),
+}
 
 
 def _style(i: int) -> dict[str, str]:
@@ -210,57 +228,80 @@ def accuracy_curves(
 
 
 def quality_curves(
-    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
-    ylabel: str,
+    panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]],
     *,
-    floor: float | None = None,
+    features: str = "the features of each report",
+    floors: Mapping[str, float] | None = None,
     marks: Mapping[str, int] | None = None,
 ) -> Figure:
-    """A distance of samples against the number of SGLD steps, which is logarithmic; so is the distance where it varies much.
+    """What became of samples against the number of SGLD steps, which is logarithmic: a panel for each measure.
+
+    So is a distance where it varies much. Chains that ran away, NaN, have no point.
 
     Args:
-        curves: by name: numbers of steps, in increasing order, and distances, lower = better.
-        ylabel: the distance, and in which features.
-        floor: the distance of real images, or None.
-        marks: by name, the length that the model itself uses: a ring on its curve.
+        panels: by measure, one of :data:`AGAINST_LENGTH`, and name: numbers of steps, in increasing order, and values.
+        features: in which the Fréchet distance is.
+        floors: by measure, the value of real images.
+        marks: by name, the length that the model itself uses: a ring on its curves.
 
     Raises:
-        InputError: nothing to draw, or a mark of no curve.
+        InputError: nothing to draw, another measure, or a mark of no curve.
     """
-    _check_some("quality", curves)
-    marks = dict(marks or {})
-    if lost := [name for name in marks if name not in curves]:
-        raise InputError(f"marks of {', '.join(lost)}, which have no curve: give those of {', '.join(curves)}")
-    figure, axis = _figure(5.8, 4.2)
-    for i, (name, (steps, values)) in enumerate(curves.items()):
-        label = name if name not in marks else f"{name} (ring: the model's own {marks[name]:,} steps)"
-        axis.plot(steps, values, marker="o", markersize=4, **_style(i), label=label)
-        if name in marks:
-            at = np.interp(np.log(marks[name]), np.log(steps), values)
-            ring = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8}
-            axis.plot([marks[name]], [at], color=_style(i)["color"], linestyle="none", **ring)
-    if floor is not None:
-        axis.axhline(floor, color="grey", linestyle="--", linewidth=1, label="real test images")
-    axis.set_xscale("log")
+    _check_some("quality", panels)
+    for curves in panels.values():
+        _check_some("quality", curves)
+    floors, marks = dict(floors or {}), dict(marks or {})
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))  # of one style in all panels
+    if lost := [name for name in marks if name not in names]:
+        raise InputError(f"marks of {', '.join(lost)}, which have no curve: give those of {', '.join(names)}")
+    if lost := [measure for measure in panels if measure not in AGAINST_LENGTH]:
+        raise InputError(f"measures against length are {', '.join(AGAINST_LENGTH)}, and not {', '.join(map(quoted, lost))}")
+    figure, axes = _figure(5.8, 1.7 + 2.5 * len(panels), len(panels), squeeze=False, sharex=True)
+    for axis, (measure, curves) in zip(axes.flat, panels.items(), strict=True):
+        for name, (steps, values) in curves.items():
+            style = _style(names.index(name))
+            label = name if name not in marks else f"{name} (ring: the model's own {marks[name]:,} steps)"
+            axis.plot(steps, values, marker="o", markersize=4, **style, label=label)
+            if name in marks:
+                at = np.interp(np.log(marks[name]), np.log(steps), values)
+                ring = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8}
+                axis.plot([marks[name]], [at], color=style["color"], linestyle="none", **ring)
+        drawn = np.concatenate([np.asarray(values, dtype=float) for _, values in curves.values()])
+        if not np.isfinite(drawn).any():
+            axis.text(0.5, 0.4, "NaN at every length", color="grey", ha="center", transform=axis.transAxes)
+        if np.isfinite(floor := floors.get(measure, np.nan)):
+            axis.axhline(floor, color="grey", linestyle="--", linewidth=1, label="real test images")
+        ylabel, title = AGAINST_LENGTH[measure]
+        axis.set_ylabel(ylabel)
+        axis.set_title(fill(title.format(features=features), 80), loc="left", fontsize=9)
+        _scale(axis, measure, np.append(drawn, floor))
+    figure.suptitle("Fresh chains against their length")
+    axes[-1, 0].set(xlabel="SGLD steps (log scale)", xscale="log")
     ticks: list[int] = []
-    for step in sorted({step for steps, _ in curves.values() for step in steps}):
+    for step in sorted({step for curves in panels.values() for steps, _ in curves.values() for step in steps}):
         if not ticks or step >= 1.3 * ticks[-1]:
             ticks.append(step)
-    axis.set_xticks(ticks, [f"{step:,}" for step in ticks], rotation=60 if len(ticks) > 6 else 0)
-    drawn = np.concatenate([np.asarray(values, dtype=float) for _, values in curves.values()])
-    drawn = np.append(drawn, [] if floor is None else floor)
-    if (drawn > 0).all() and drawn.max() > _LOG_FROM * drawn.min():
+    axes[-1, 0].set_xticks(ticks, [f"{step:,}" for step in ticks], rotation=60 if len(ticks) > 6 else 0)
+    for axis in axes.flat:
+        axis.tick_params(which="minor", bottom=False, labelbottom=False)
+    shown = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown, loc="outside lower center", frameon=False)
+    return figure
+
+
+def _scale(axis: Any, measure: str, values: np.ndarray) -> None:
+    """The vertical axis: of shares 0 to 1, of distances from 0 on, or logarithmic where these vary much."""
+    values = values[np.isfinite(values)]
+    if measure == "read as asked against length":
+        axis.set_ylim(0, 1.04)  # clear of the points at 1
+    elif len(values) and values.min() > 0 and values.max() > _LOG_FROM * values.min():
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.yaxis.set_minor_formatter(NullFormatter())
-        ylabel += " (log scale)"
-    elif not (drawn < 0).any():
+        axis.set_ylabel(f"{axis.get_ylabel()} (log scale)")
+    elif not (values < 0).any():
         axis.set_ylim(bottom=0)
-    axis.tick_params(which="minor", bottom=False, labelbottom=False)
-    axis.set(xlabel="SGLD steps (log scale)", ylabel=ylabel, title="Fresh chains against their length (lower is better)")
-    figure.legend(loc="outside lower center", frameon=False)
-    return figure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:

@@ -300,7 +300,7 @@ def _check_curves(name: str, curves: dict[str, Any]) -> None:
             lists = [curve[key] for key in ("confidence", "accuracy", "share")]
             alike = fits(curve["ece"], float)
         else:
-            lists, alike = list(curve), len(curve) == (2 if name == "quality against length" else 4)
+            lists, alike = list(curve), len(curve) == (2 if name.endswith(" against length") else 4)
         if not alike or not fits(lists, list[list[float]]) or len({len(values) for values in lists}) != 1 or not lists[0]:
             raise TypeError(f"the curves of {name!r:.80} are none")
 

@@ -86,8 +86,9 @@ class EvaluationConfig:
         judge: an independent classifier (as MODEL) that reads the samples; None: a support vector machine on pixels.
         ood: out-of-distribution sets: interpolation, uniform and constant need no download; others are Hub names,
             folders or .parquet files, which ?split=NAME, ?image_column=NAME or several, joined by &, may follow.
-        extractors: features for distances of samples: pixels, thumbnails, inception (FID's; inception:PATH where there
-            is no network), timm:NAME; auto: pixels up to 8×8, thumbnails above.
+        extractors: features for distances of samples: pixels, thumbnails, pyramid (thumbnails and the strength of finer
+            detail), inception (FID's; inception:PATH where there is no network), timm:NAME; auto: pixels up to 8×8,
+            thumbnails above.
         test_images: how many test images, at most, for accuracy and calibration.
         ood_images: how many images of each set, at most.
         attack_images: how many test images to attack, at most.
