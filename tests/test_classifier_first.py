@@ -121,8 +121,13 @@ def test_changes_at_the_border(whole, tmp_path):
 
 def test_what_joint_training_refuses_is_found_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for flags in ("--train.freeze [nowhere]", "--train.opt nothing", "--train.buffer_size 10", "--classifier.batch_size 5000"):
-        with pytest.raises(InputError):
+    for flags, message in (
+        ("--train.freeze [nowhere]", "train.freeze"),
+        ("--train.opt nothing", "train.opt"),
+        ("--train.buffer_size 10", "train.buffer_size"),
+        ("--classifier.batch_size 5000", "classifier.batch_size"),
+    ):
+        with pytest.raises(InputError, match=message):
             train.main([*FLAGS, *shlex.split(flags)])
     assert not list(tmp_path.iterdir())
 

@@ -124,8 +124,9 @@ def data_sets(folder: Path) -> None:
     """What the commands name: a Hub data set's stand-in and folders of images, small."""
     rows = digits().select(range(60))
     colour = rows.map(lambda row: {"image": row["image"].convert("RGB").resize((16, 16))})
-    for name, size in (("cifar10", None), ("imagenet", 32), ("textures", None)):
-        (folder / name).mkdir()
+    sets = (("cifar10", None), ("imagenet", 32), ("textures", None), ("zalando-datasets/fashion_mnist", None))
+    for name, size in sets:
+        (folder / name).mkdir(parents=True)
         of_size = colour if size is None else colour.map(lambda row: {"image": row["image"].resize((32, 32))})
         for split in ("train", "test"):
             of_size.rename_column("image", "img").to_parquet(folder / name / f"{split}-0.parquet")
@@ -143,7 +144,8 @@ def test_training_commands_run(hub, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     data_sets(tmp_path)
     small = "--model.name wrn_10_1" if "wrn_28_10" in command or "cifar10_jem" in command else ""
-    small += " --classifier.steps 1" if "own_data" in command else ""
+    first = " --classifier.steps 1 --classifier.batch_size 4"
+    small += first if "own_data" in command or "fashion_mnist" in command else ""
     build = timm.create_model
     monkeypatch.setattr(
         wrap_module.timm, "create_model", lambda name=None, **rest: build(**without_download({"model_name": name} | rest))

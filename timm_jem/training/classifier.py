@@ -14,7 +14,7 @@ def classifier_settings(settings: Settings) -> Settings | None:
     Data, network, augmentation for the cross-entropy, guard and cadences are those of joint training.
     """
     told, train = settings.classifier, settings.train
-    if settings.model.starts_pretrained or not (told.steps or told.epochs):
+    if not settings.trains_classifier:
         return None
     alone = replace(
         train,

@@ -34,8 +34,12 @@ def check_plan(settings: Settings, splits: Splits, world: int, *, sharded: bool 
         raise InputError(
             f"model.num_classes is {settings.model.num_classes} and {data.dataset} has {num_classes} classes: leave it out"
         )
-    if not data.streaming and len(splits.train) < together:
-        raise InputError(f"train.batch_size of all processes is {together} with {len(splits.train)} training images: lower it")
+    for section in ("train", "classifier") if settings.trains_classifier else ("train",):
+        of_all = getattr(settings, section).batch_size * world
+        if not data.streaming and len(splits.train) < of_all:
+            raise InputError(
+                f"{section}.batch_size of all processes is {of_all} with {len(splits.train)} training images: lower it"
+            )
     if len(splits.val) < 2:
         raise InputError(f"{len(splits.val)} validation images are too few to choose anything by: raise data.val_fraction")
     if train.buffer_size is None or train.objective.needs_chains:

@@ -300,6 +300,11 @@ class Settings:
         if self.data.streaming and self.train.init == "gaussian":
             raise InputError("train.init gaussian is fitted to images at hand, and data.streaming has none: use noise")
 
+    @property
+    def trains_classifier(self) -> bool:
+        """Whether a classifier comes first."""
+        return not self.model.starts_pretrained and bool(self.classifier.steps or self.classifier.epochs)
+
     def lengths(self, num_steps: int | None = None) -> list[int]:
         """The lengths of fresh chains to try: ``train.sample_steps`` times K, which is ``num_steps`` or ``sgld.num_steps``."""
         lengths = [n * (num_steps or self.sgld.num_steps) for n in self.train.sample_steps]
