@@ -102,7 +102,8 @@ def _of_classifier(folder: RunFolder) -> dict[str, Any]:
     """What the summary says of the classifier that joint training started from, where that is a part of the run."""
     found = folder.classifier.summary()
     told = ("val_accuracy", "val_ece", "test_accuracy", "test_ece", "steps", "seconds")
-    return {} if found is None else {"classifier": {key: found[key] for key in told if key in found}}
+    numbers = {key: found[key] for key in told if isinstance(found.get(key), (int, float))} if found else {}
+    return {"classifier": numbers} if numbers else {}
 
 
 def _last_line(settings: Settings, record: Record, summary: dict[str, Any]) -> str:
