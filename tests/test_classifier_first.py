@@ -130,7 +130,7 @@ def test_what_joint_training_refuses_is_found_first(tmp_path, monkeypatch):
 
 
 def command(folder):
-    return json.loads((folder / "model" / "config.json").read_text())["jem"]["provenance"]["command"]
+    return json.loads((folder / "model" / "config.json").read_text())["timm_jem"]["provenance"]["command"]
 
 
 @pytest.mark.parametrize("lost", ["checkpoints", "model"])
@@ -158,6 +158,13 @@ def test_a_classifier_whose_weights_are_cut_is_made_again(whole, tmp_path):
     (folder / "classifier" / "model" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(InputError, match=r"no weights of wrn_10_1 .*: remove it, and --resume makes it again"):
         train.main(["--resume", str(folder)])
+
+
+def test_a_classifier_that_diverges(tmp_path, capsys):
+    wild = "--classifier.opt sgd --classifier.lr 1e30 --guard.check_every 1 --guard.max_rollbacks 0"
+    with pytest.raises(InputError, match=r"gave up .* lower classifier\.lr"):
+        train.main([*FLAGS, *shlex.split(wild), "--output_dir", str(tmp_path / "run")])
+    assert "no energies follow" in capsys.readouterr().out
 
 
 def test_what_is_no_number_is_not_told_of_the_classifier(tmp_path):
