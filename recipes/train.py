@@ -62,7 +62,15 @@ def main(argv: list[str]) -> None:
         accelerator.end_training()
         return
     goes_on = settings.resume is not None and has_checkpoint(folder, accelerator)
-    built = build(settings, splits, accelerator, kept=folder.backbone if goes_on else None)
+    kept = folder.backbone if goes_on else None
+    if not goes_on and folder.classifier.path.is_dir():
+        if classifier_settings(settings) is None:
+            raise InputError(
+                f"{folder} starts from its classifier, and now classifier.steps is 0, or the weights are others: leave these "
+                "out, or start another run"
+            )
+        kept = folder.classifier.backbone
+    built = build(settings, splits, accelerator, kept=kept)
     accelerator = built[0].accelerator
     if auto:  # what repeats the run doesn't measure again
         command += ["--train.mixed_precision", settings.train.mixed_precision]
@@ -76,7 +84,8 @@ def main(argv: list[str]) -> None:
         if first is not None:
             built = None  # its memory is the classifier's meanwhile
             train_classifier(first, splits, record)
-            built = build(settings, splits, accelerator, classifier=folder.classifier.model)
+            before = folder.classifier
+            built = build(settings, splits, accelerator, kept=before.backbone, classifier=before.model)
         perform(told, settings, splits, built, record, goes_on=goes_on)
         accelerator.end_training()
 
@@ -100,10 +109,14 @@ def train_classifier(told: Settings, splits: Splits, joint: Record) -> None:
     folder, accelerator = joint.folder.classifier, joint.accelerator
     goes_on = has_checkpoint(folder, accelerator)
     settings = planned(replace(told, resume="auto"), splits, accelerator)
-    built = build(settings, splits, accelerator, kept=folder.backbone if goes_on else None)
+    built = build(settings, splits, accelerator, kept=folder.backbone)
+    if not joint.folder.config_file.is_file():  # without it, a folder that holds another is none of a run
+        joint.write_settings()
     with folder.claimed(accelerator):
         record = Record(folder, accelerator, settings, joint.command, joint.data)
         perform(told, settings, splits, built, record, goes_on=goes_on, joint=joint)
+        joint.command = record.command  # with what the run was told before it was stopped
+        accelerator.wait_for_everyone()  # the main process is saving what all start from
 
 
 def perform(
@@ -127,10 +140,8 @@ def perform(
         grad_accum=settings.train.grad_accum,
         seed=settings.train.seed,
     )
-    if settings.resume:
-        resume(settings.resume, run, record)
-        if folder.finished(settings.train.steps) is not None:
-            return stream.close()
+    if settings.resume and resume(settings.resume, run, record):
+        return stream.close()
     if not goes_on and accelerator.is_main_process:
         keep_source(settings, learner.jem, folder.backbone)
     if joint is not None:
@@ -144,16 +155,18 @@ def perform(
         finish(settings, splits, run, record, broke)
 
 
-def resume(asked: str, run: Run, record: Record) -> None:
-    """Go on from the newest whole checkpoint, or the one that was asked for.
+def resume(asked: str, run: Run, record: Record) -> bool:
+    """Go on from the newest whole checkpoint, or the one that was asked for; whether all is done, and the model there.
 
     Without any, "auto" starts at the beginning; so does joint training where the classifier before it has been trained.
     """
     folder = record.folder
     starts = asked == "auto" or folder.classifier.model.is_dir()
+    done = folder.finished(record.settings.train.steps) is not None and folder.model.is_dir()
     saved = run.resume(folder.checkpoint, record.load_state_dict)
-    if saved is None and (not starts or folder.summary_file.is_file()):
+    if saved is None and not done and (not starts or folder.summary_file.is_file()):
         raise InputError(f"{folder} has no complete checkpoint to resume from: start again in another output_dir")
+    return done
 
 
 def measure_start(settings: Settings, splits: Splits, run: Run, record: Record) -> None:

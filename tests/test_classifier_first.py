@@ -9,11 +9,13 @@ import signal
 import pytest
 import torch
 import train
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from timm_jem import InputError
-from timm_jem.training import Settings, TrainConfig
+from timm_jem.training import Settings, TrainConfig, finish
 from timm_jem.training.classifier import classifier_settings
+from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.settings import ClassifierConfig, ModelConfig
 
 FLAGS = shlex.split(
@@ -130,6 +132,100 @@ def test_what_joint_training_refuses_is_found_first(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=message):
             train.main([*FLAGS, *shlex.split(flags)])
     assert not list(tmp_path.iterdir())
+
+
+def command(folder):
+    return json.loads((folder / "model" / "config.json").read_text())["timm_jem"]["provenance"]["command"]
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "model"])
+def test_a_classifier_that_is_done_needs_no_more_than_its_model_or_checkpoints(lost, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    remove(folder, *JOINT)
+    remove(folder / "classifier", lost)
+    train.main(["--resume", str(folder)])
+    assert same(weights(folder), weights(whole))
+
+
+def test_the_card_of_a_run_that_ended_in_the_classifier_repeats_it(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    remove(folder, *JOINT)
+    train.main(["--resume", str(folder), "--train.steps", "2"])
+    assert command(folder) == f"{command(whole)} --train.steps 2"
+
+
+def test_a_classifier_whose_weights_are_cut_is_made_again(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    remove(folder, *JOINT)
+    (folder / "classifier" / "model" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"no weights of wrn_10_1 .*: remove it, and --resume makes it again"):
+        train.main(["--resume", str(folder)])
+
+
+def test_a_classifier_that_diverges(tmp_path, capsys):
+    wild = "--classifier.opt sgd --classifier.lr 1e30 --guard.check_every 1 --guard.max_rollbacks 0"
+    with pytest.raises(InputError, match=r"gave up .* lower classifier\.lr"):
+        train.main([*FLAGS, *shlex.split(wild), "--output_dir", str(tmp_path / "run")])
+    assert "no energies follow" in capsys.readouterr().out
+
+
+def test_what_is_no_number_is_not_told_of_the_classifier(tmp_path):
+    folder = RunFolder(tmp_path)
+    for told, expected in (({"steps": 4, "val_ece": "x"}, {"classifier": {"steps": 4}}), ({"test_accuracy": None}, {})):
+        folder.classifier.path.mkdir(exist_ok=True)
+        folder.classifier.summary_file.write_text(json.dumps(told))
+        assert finish._of_classifier(folder) == expected
+
+
+@pytest.mark.parametrize("flags", ["--classifier.steps 0", "--model.name resnet10t --model.pretrained true"])
+def test_joint_training_does_not_forget_its_classifier(flags, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    remove(folder, *JOINT)
+    with pytest.raises(InputError, match="starts from its classifier"):
+        train.main(["--resume", str(folder), *shlex.split(flags)])
+    assert not (folder / "metrics.jsonl").exists()
+
+
+def test_killed_before_the_first_step_of_the_classifier(tmp_path, monkeypatch):
+    folder, flags = tmp_path / "run", [*FLAGS, "--resume", "auto", "--output_dir", str(tmp_path / "run")]
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "perform", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(flags)
+    assert (folder / "classifier").is_dir()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "perform", killed)
+        with pytest.raises(KeyboardInterrupt):  # and no error that the folder is another's
+            train.main(flags)
+
+
+def test_all_processes_wait_for_the_classifiers_model(tmp_path, monkeypatch):
+    order, finish, build, wait = [], train.finish, train.build, Accelerator.wait_for_everyone
+    monkeypatch.setattr(train, "finish", lambda *args: (finish(*args), order.append("finish")))
+    monkeypatch.setattr(train, "build", lambda *args, **kwargs: (order.append("build"), build(*args, **kwargs))[1])
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda self: (order.append("wait"), wait(self)))
+    train.main([*FLAGS, "--train.steps", "1", "--classifier.steps", "1", "--output_dir", str(tmp_path / "run")])
+    first = order.index("finish")
+    assert order[first : order.index("build", first)].count("wait") == 1
+
+
+def test_a_source_that_is_gone_when_joint_training_starts(whole, tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(whole / "model", source)
+    train.main([*FLAGS, "--model.name", str(source), "--model.pretrained", "false", "--output_dir", str(folder)])
+    there = weights(folder)
+    remove(folder, *JOINT, "backbone")
+    remove(tmp_path, "source")
+    train.main(["--resume", str(folder)])
+    assert same(weights(folder), there)
 
 
 def test_trained_weights_need_no_classifier(whole, tmp_path):

@@ -95,7 +95,9 @@ def build_model(
         try:
             load_checkpoint(jem.backbone, str(classifier / WEIGHTS_FILE))
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{classifier} has no weights of {name} ({one_line(error)}): start another run") from error
+            raise InputError(
+                f"{classifier} has no weights of {model.name} ({one_line(error)}): remove it, and --resume makes it again"
+            ) from error
     foreign = _OF_WEIGHTS if model.starts_pretrained else _OF_WEIGHTS | _INHERITED
     jem.backbone.pretrained_cfg = {key: value for key, value in jem.backbone.pretrained_cfg.items() if key not in foreign}
     jem.data_config["crop_pct"] = 1.0  # trained on whole images

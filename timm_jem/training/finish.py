@@ -39,7 +39,8 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
     accelerator, folder = run.learner.accelerator, record.folder
     record.close()
     run.stream.close()
-    workers, explanation = workers_of(settings.train), None if broke is None else _explanation(broke, run, settings)
+    rate = "train.lr" if folder.part_of is None else "classifier.lr"
+    workers, explanation = workers_of(settings.train), None if broke is None else _explanation(broke, run, settings, rate)
     jem = run.learner.published().eval()
     figures = {
         **measure(jem, splits.val, "val", accelerator, workers=workers),
@@ -102,7 +103,8 @@ def _of_classifier(folder: RunFolder) -> dict[str, Any]:
     """What the summary says of the classifier that joint training started from, where that is a part of the run."""
     found = folder.classifier.summary()
     told = ("val_accuracy", "val_ece", "test_accuracy", "test_ece", "steps", "seconds")
-    return {} if found is None else {"classifier": {key: found[key] for key in told if key in found}}
+    numbers = {key: found[key] for key in told if isinstance(found.get(key), (int, float))} if found else {}
+    return {"classifier": numbers} if numbers else {}
 
 
 def _last_line(settings: Settings, record: Record, summary: dict[str, Any]) -> str:
@@ -110,7 +112,7 @@ def _last_line(settings: Settings, record: Record, summary: dict[str, Any]) -> s
     if settings.train.objective.needs_chains:
         then = f"look at {folder.path / 'samples.png'}"
     elif folder.part_of is not None:
-        then = "its energies come next"
+        then = "its energies come next" if summary["outcome"] == "finished" else "no energies follow"
     else:
         then = f"p(x) was not trained: --model.name {folder.path} starts a run that trains it"
     before = summary.get("classifier", {}).get("test_accuracy")
@@ -121,9 +123,9 @@ def _last_line(settings: Settings, record: Record, summary: dict[str, Any]) -> s
     )
 
 
-def _explanation(broke: Rollback, run: Run, settings: Settings) -> str:
+def _explanation(broke: Rollback, run: Run, settings: Settings, rate: str = "train.lr") -> str:
     times = f"{len(run.rollbacks)} rollback{'s' * (len(run.rollbacks) != 1)}"
-    advice = "lower train.lr, or take a smooth activation"
+    advice = f"lower {rate}, or take a smooth activation"
     if settings.train.objective.needs_chains:
         advice = (
             "lower train.lr or sgld.noise_std, raise train.objective.energy_l2 or sgld.num_steps, or take a smooth activation"

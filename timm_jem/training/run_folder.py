@@ -72,7 +72,8 @@ class RunFolder:
         if found is not None:
             if output_dir is not None and Path(output_dir).resolve() != found.path.resolve():
                 raise InputError(f"resume is {resume}, and a run goes on in its own folder: leave output_dir {output_dir} out")
-            if resume != "auto" and not (found.checkpoints.is_dir() or found.classifier.checkpoints.is_dir()):
+            starts = (found.checkpoints, found.classifier.checkpoints, found.classifier.model)
+            if resume != "auto" and not any(folder.is_dir() for folder in starts):
                 raise InputError(f"{found} has no checkpoints: give a run's folder, such as runs/digits, or --resume auto")
             return found
         if output_dir is None:
