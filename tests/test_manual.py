@@ -138,6 +138,15 @@ def data_sets(folder: Path) -> None:
     shutil.copytree(ROOT / "recipes", folder / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
 
 
+@pytest.fixture
+def precision_of_its_own():
+    """The process's accelerators share their precision, and a preset may have measured another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("precision_of_its_own")
 @pytest.mark.parametrize("command", commands("recipes/train.py"))
 def test_training_commands_run(hub, tmp_path, monkeypatch, command):
     """The first is launched as a shell would; the others, which differ in their flags alone, run in this process."""
