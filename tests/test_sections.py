@@ -10,6 +10,7 @@ import signal
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
 import pytest
@@ -442,3 +443,13 @@ def test_images_held_out_in_training_are_known_by_themselves_wherever_they_lie(m
     jem.provenance = {"data": trained_on}
     assert warnings(False) == []
     assert len(warnings(True, replace(data, split_seed=1))) == 1
+
+
+def test_chains_of_the_buffer_are_of_all_classes():
+    y = torch.arange(5).repeat_interleave(40)  # as a buffer's slots are
+    jem = SimpleNamespace(chains=timm_jem.PublishedChains(y.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2), y))
+    of = SimpleNamespace(model=jem, generator=lambda offset: torch.Generator().manual_seed(offset))
+    drawn = generation_section._buffered(of, EvaluationConfig(samples=40))
+    assert drawn.asked.bincount(minlength=5).min() >= 4
+    assert torch.equal(drawn.images[:, 0, 0, 0].long(), drawn.asked)
+    assert len(generation_section._buffered(of, EvaluationConfig(samples=500)).images) == 200

@@ -65,11 +65,8 @@ def generation_section(subject: Subject, config: EvaluationConfig, section: Sect
     sets = [fresh]
     if subject.model.starts is not None:
         sets.append(_starts(subject, config))
-    if (chains := subject.model.chains) is not None:
-        labels = None if chains.labels is None else chains.labels[: config.samples]
-        buffered = chains.images[: config.samples]
-        how = "chains of the training's replay buffer, not fresh samples"
-        sets.append(SampleSet("replay buffer", buffered, labels, how, None))
+    if subject.model.chains is not None:
+        sets.append(_buffered(subject, config))
     test, test_y = subject.test[: config.samples], subject.test_y[: config.samples]
     sets.append(SampleSet("real test images", test, test_y, "what real images score", config.seed))
     real = [_quality(config, section, extractor, subject.train, sets) for extractor in subject.extractors]
@@ -109,6 +106,15 @@ def _starts(subject: Subject, config: EvaluationConfig) -> SampleSet:
     seeds = draw_seeds(config.samples, subject.generator())
     u = subject.model.fresh(config.samples, y=classes, generator=chain_generators(seeds))
     return SampleSet("where these start", eight_bit(u), classes, f"{_origin(subject.model)}, no SGLD step", config.seed)
+
+
+def _buffered(subject: Subject, config: EvaluationConfig) -> SampleSet:
+    """Published chains, at random: a buffer's slots are class by class, and the first of them would be of a few."""
+    chains = subject.model.chains
+    rows = torch.randperm(len(chains), generator=subject.generator(2))[: config.samples]
+    labels = None if chains.labels is None else chains.labels[rows]
+    how = "chains of the training's replay buffer, not fresh samples"
+    return SampleSet("replay buffer", chains.images[rows], labels, how, config.seed)
 
 
 def _origin(jem: JEM) -> str:
