@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     goes_on = settings.resume is not None and has_checkpoint(folder, accelerator)
     kept = folder.backbone if goes_on else None
     if not goes_on and folder.classifier.path.is_dir():
-        if classifier_settings(settings) is None:
+        if not settings.trains_classifier:
             raise InputError(
                 f"{folder} starts from its classifier, and now classifier.steps is 0, or the weights are others: leave these "
                 "out, or start another run"

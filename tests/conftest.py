@@ -14,6 +14,7 @@ os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HOME.name, HF_TOKEN=TOKEN, HF_HUB
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 
 # Seconds for PyArrow's threads to end where a stream is left before its end; those of a few rows are quick.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.2
@@ -25,6 +26,14 @@ def threads_as_before():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def precision_of_its_own():
+    """A process's accelerators share their precision: for tests that choose one, or let it be measured."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -40,6 +40,14 @@ def remove(folder, *names):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def at_the_border(whole, tmp_path):
+    """A copy of a run that ended when its classifier was done."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    remove(folder, *JOINT)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing interrupted."""
@@ -76,9 +84,7 @@ def test_joint_training_starts_from_the_classifier(whole, tmp_path):
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_run_that_ended_in_the_classifier_goes_on_to_the_bit(step, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    remove(folder, *JOINT)
+    folder = at_the_border(whole, tmp_path)
     if step == 2:
         remove(folder / "classifier", "summary.json", "model", "checkpoints/step_00000004")
     train.main(["--resume", str(folder)])
@@ -110,9 +116,7 @@ def test_stopped_in_the_classifier(whole, tmp_path, monkeypatch, capsys):
 
 
 def test_changes_at_the_border(whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    remove(folder, *JOINT)
+    folder = at_the_border(whole, tmp_path)
     with pytest.raises(InputError, match=r"model\.kwargs is .* can't change it"):
         train.main(["--resume", str(folder), "--model.kwargs", "{act_layer: relu}"])
     assert "relu" not in (folder / "config.yaml").read_text()
@@ -140,26 +144,20 @@ def command(folder):
 
 @pytest.mark.parametrize("lost", ["checkpoints", "model"])
 def test_a_classifier_that_is_done_needs_no_more_than_its_model_or_checkpoints(lost, whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    remove(folder, *JOINT)
+    folder = at_the_border(whole, tmp_path)
     remove(folder / "classifier", lost)
     train.main(["--resume", str(folder)])
     assert same(weights(folder), weights(whole))
 
 
 def test_the_card_of_a_run_that_ended_in_the_classifier_repeats_it(whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    remove(folder, *JOINT)
+    folder = at_the_border(whole, tmp_path)
     train.main(["--resume", str(folder), "--train.steps", "2"])
     assert command(folder) == f"{command(whole)} --train.steps 2"
 
 
 def test_a_classifier_whose_weights_are_cut_is_made_again(whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    remove(folder, *JOINT)
+    folder = at_the_border(whole, tmp_path)
     (folder / "classifier" / "model" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(InputError, match=r"no weights of wrn_10_1 .*: remove it, and --resume makes it again"):
         train.main(["--resume", str(folder)])
@@ -182,9 +180,7 @@ def test_what_is_no_number_is_not_told_of_the_classifier(tmp_path):
 
 @pytest.mark.parametrize("flags", ["--classifier.steps 0", "--model.name resnet10t --model.pretrained true"])
 def test_joint_training_does_not_forget_its_classifier(flags, whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    remove(folder, *JOINT)
+    folder = at_the_border(whole, tmp_path)
     with pytest.raises(InputError, match="starts from its classifier"):
         train.main(["--resume", str(folder), *shlex.split(flags)])
     assert not (folder / "metrics.jsonl").exists()

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 
 import timm_jem
 from timm_jem import InputError
@@ -25,6 +24,8 @@ from timm_jem.training.measure import in_batches
 from timm_jem.training.record import Record
 from timm_jem.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("precision_of_its_own")
+
 SHORT = (
     "--data.dataset digits --model.name wrn_10_1 --train.threads 1 --train.steps 2 --train.batch_size 8 "
     "--train.buffer_size 200 --train.sample_steps [1,2] --train.sample_count 20 --sgld.num_steps 2 --sgld.denoise_steps 1 "
@@ -35,14 +36,6 @@ SHORT = (
 @pytest.fixture(scope="module")
 def splits():
     return load_splits(DataConfig())
-
-
-@pytest.fixture(autouse=True)
-def precision_of_its_own():
-    """The process's accelerators share their precision."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def trained(folder: Path, splits, flags: str = ""):

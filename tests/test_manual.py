@@ -15,7 +15,6 @@ import stability
 import timm
 import torch
 import train
-from accelerate.state import AcceleratorState
 from recipe_processes import ROOT, launch
 
 import timm_jem
@@ -138,14 +137,6 @@ def data_sets(folder: Path) -> None:
     shutil.copytree(ROOT / "recipes", folder / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
 
 
-@pytest.fixture
-def precision_of_its_own():
-    """The process's accelerators share their precision, and a preset may have measured another."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.usefixtures("precision_of_its_own")
 @pytest.mark.parametrize("command", commands("recipes/train.py"))
 def test_training_commands_run(hub, tmp_path, monkeypatch, command):
@@ -220,12 +211,9 @@ def test_stability_commands_run(tmp_path, monkeypatch, command):
         assert settings.resume == "auto"
 
 
+@pytest.mark.usefixtures("precision_of_its_own")
 @pytest.mark.parametrize("command", commands("recipes/benchmark.py"))
 def test_benchmark_commands_run(capsys, command):
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process's accelerators share their precision
     small = "--model wrn_10_1 --image_size 8 --batch_size 2 --num_steps 2 --rounds 1 --score_images 4"
-    try:
-        benchmark.main([*shlex.split(command)[2:], *shlex.split(small)])
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    benchmark.main([*shlex.split(command)[2:], *shlex.split(small)])
     assert re.search(r"^overhead \d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)

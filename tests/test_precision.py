@@ -21,20 +21,14 @@ from timm_jem.training import TrainConfig, check_plan, open_accelerator, parse_s
 from timm_jem.training.build import build_learner
 from timm_jem.training.precision import faster_precision, measured_precision, precision_of
 
+pytestmark = pytest.mark.usefixtures("precision_of_its_own")
+
 SHORT = (
     "--data.dataset digits --model.name wrn_10_1 --train.threads 1 --train.steps 2 --train.batch_size 8 --train.warmup_steps 0 "
     "--train.buffer_size 200 --train.sample_steps [1] --train.sample_count 4 --sgld.num_steps 2 --sgld.denoise_steps 1 "
     "--train.checkpoint_every 1"
 )
 FASTER = {"no": (1.0, 2.0), "bf16": (2.0, 1.0)}
-
-
-@pytest.fixture(autouse=True)
-def precision_of_its_own():
-    """The process's accelerators share their precision."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

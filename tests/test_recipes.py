@@ -18,7 +18,6 @@ import timm
 import torch
 import train
 import yaml
-from accelerate.state import AcceleratorState
 from datasets import Image
 from PIL import Image as PILImage
 from recipe_processes import ROOT, launch
@@ -292,14 +291,11 @@ def test_every_option_at_once(tmp_path, monkeypatch):
     assert "samples" in events.Tags()["images"]
 
 
+@pytest.mark.usefixtures("precision_of_its_own")
 def test_bf16(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--train.steps 2 --train.batch_size 4 --sgld.num_steps 1 --sgld.denoise_steps 0 --train.sample_count 4"
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process's accelerators share their precision
-    try:
-        train.main(shlex.split(f"{SHORT} {flags} --train.mixed_precision bf16 --output_dir run"))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    train.main(shlex.split(f"{SHORT} {flags} --train.mixed_precision bf16 --output_dir run"))
     jem = timm_jem.from_pretrained("run/model")
     assert jem.provenance["mixed_precision"] == "bf16"
     assert jem.dtype == torch.float32  # the weights are; only the passes are not

@@ -7,13 +7,14 @@ from functools import cache
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.training import Checkpoints, DivergenceGuard, Run, Settings, parse_settings
 from timm_jem.training.build import build_learner, build_stream
 from timm_jem.training.resume import AT_RESUME, refuse_changes
+
+pytestmark = pytest.mark.usefixtures("precision_of_its_own")
 
 BASE = shlex.split(
     "--data.dataset digits --model.name wrn_10_1 --train.threads 1 --train.steps 4 --train.batch_size 8 --train.ema_decay 0.5 "
@@ -221,14 +222,6 @@ def saved(splits, tmp_path_factory):
     weights = [parameter.detach().clone() for parameter in run.learner.jem.parameters()]
     assert all(map(torch.equal, weights, goes_on(told(), splits, folder)))
     return folder, weights
-
-
-@pytest.fixture(autouse=True)
-def precision_of_its_own():
-    """The process's accelerators share their precision."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("name", CHANGES_WEIGHTS)
