@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
 from timm_jem import InputError
 from timm_jem.command_line import Arguments, make_parser, parse_flags, read_flags
@@ -81,6 +82,16 @@ def test_a_switch_alone_is_on():
     assert parsed("--train.flip", "false").train.flip is False
     assert parsed("--data.flip").data.flip is True
     assert "--train.lr has no value" in refused("--train.lr")
+
+
+@pytest.mark.parametrize("how", ["", "=skip_default"])
+def test_settings_are_printed_as_a_file_for_config(how, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parsed("--train.steps", "3", f"--print_config{how}")
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["train"]["steps"] == 3
+    assert ("flip" in printed["train"]) is not bool(how)
 
 
 @pytest.mark.parametrize("argv", [["--output_dir=~/x"], ["--output_dir", "~/x"]])

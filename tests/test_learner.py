@@ -76,7 +76,7 @@ def as_one_of_two(rank: int, port: int) -> slice:
 
 def half_of_the_training(rank: int, port: int, folder: str, shard: bool) -> None:
     share = as_one_of_two(rank, port)
-    learner = make(share, shard=shard)
+    learner = make(share, shard=shard, step_cosine=0.5)
     train(learner, STEPS // 2, share)
     snapshot = copy_tree(learner.state_dict())
     train(learner, 2, share)
@@ -104,7 +104,7 @@ def test_two_processes_train_as_one_does(tmp_path, shard):
     for part in ("model", "ema"):
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
     assert not torch.equal(first["buffer"]["chains"], second["buffer"]["chains"])
-    alone = make()
+    alone = make(step_cosine=0.5)
     start = copy_tree(alone.jem.state_dict())
     train(alone, STEPS)
     for name, parameter in alone.jem.state_dict().items():
@@ -247,6 +247,26 @@ def test_remedies_change_the_next_steps():
     train(learner, 1)
     assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.25 * 1.5e-3)
     assert learner.remedy == Remedy(lr=0.25, num_steps=1.5, step_size=0.1, energy_l2=1.0)
+
+
+def test_the_step_size_that_training_came_to_is_kept_and_published():
+    learner = make(step_cosine=0.5)
+    assert learner.published().sgld.step_size == 1.0
+    train(learner, 3)
+    saved, scale = copy_tree(learner.state_dict()), learner.method.step_size.scale
+    assert learner.published().sgld.step_size == pytest.approx(float(scale))
+    assert float(scale) != 1
+    train(learner, 2)
+    again = make(step_cosine=0.5)
+    again.load_state_dict(saved)
+    train(again, 2)
+    assert torch.equal(again.method.step_size.scale, learner.method.step_size.scale)
+    assert torch.equal(again.method.buffer.chains, learner.method.buffer.chains)
+    fixed = make()
+    fixed.load_state_dict(saved)
+    train(fixed, 1)
+    assert torch.equal(fixed.method.step_size.scale, scale)  # where nothing adapts any more, it stays
+    assert learner.method.heeds == ("num_steps", "energy_l2")
 
 
 def test_the_gradients_norm_is_what_tells_of_a_broken_gradient():

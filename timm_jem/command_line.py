@@ -52,7 +52,7 @@ def read_flags(parser: ArgumentParser, argv: Sequence[str]) -> list[Flag]:
         if name not in options and _kind(options, name.rpartition(".")[0]) is not dict:
             raise InputError(f"{name} is no setting{_meant(name, options)}; {parser.prog} --help lists them")
         if kind == "alone":
-            flags.append(Flag(name, None, (word,)))
+            flags.append(Flag(name, value if given else None, (word,)))
             continue
         words, switch = [word], bool in (kind, *get_args(kind))
         if not given:
@@ -166,7 +166,8 @@ def _options(parser: ArgumentParser) -> dict[str, Any]:
     for name, action in actions.items():
         kind = getattr(action, "_typehint", None)
         section = kind is None and any(other.startswith(f"{name}.") for other in actions)
-        kinds[name] = "section" if section else "alone" if action.nargs in (0, "?") else kind
+        alone = action.nargs in (0, "?") or name == "--print_config"  # which may be given what to leave out
+        kinds[name] = "section" if section else "alone" if alone else kind
         for part in get_args(kind) if get_origin(kind) is UnionType else ():
             if is_dataclass(part) and not name.endswith(".help"):  # a section that need not be there
                 kinds |= {name: "section", **{f"{name}.{field.name}": field.type for field in fields(part)}}

@@ -226,11 +226,13 @@ def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig)
     return _step(u, grad, noise, config)
 
 
-def _step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig) -> Tensor:
+def _step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig, scale: Tensor | None = None) -> Tensor:
     if config.normalize_grad:
         grad = _normalized(grad)
     if config.grad_clamp is not None:
         grad = grad.clamp(-config.grad_clamp, config.grad_clamp)
+    if scale is not None:
+        grad = grad * scale
     u = torch.add(u, grad, alpha=-config.step_size)
     if noise is not None:
         u = u.add_(noise, alpha=config.noise_std)
@@ -256,6 +258,8 @@ def sgld(
     num_steps: int | None = None,
     denoise_steps: int = 0,
     batch_size: int | None = None,
+    step_scale: Tensor | None = None,
+    on_gradient: Callable[[Tensor, Tensor], None] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Run SGLD chains. No graph outlives a step, no parameter gets a gradient, and nothing waits for the device.
@@ -275,6 +279,8 @@ def sgld(
         denoise_steps: how many of the last steps are without noise.
         batch_size: chains per gradient evaluation, at least four: fewer are filled up by repeating the last, since the
             matrix products of so few images round differently. None: all at once, just as they are.
+        step_scale: a factor of ``config.step_size`` on the chains' device, shape (); None: 1.
+        on_gradient: called with (chains, ∇E), both of shape (B, C, H, W), before each step.
         on_step: called with (steps done, chains) after each step.
 
     Returns:
@@ -308,7 +314,10 @@ def sgld(
         noises = _noises(u, num_steps - denoise_steps if config.noise_std > 0 else 0, generator)
         for step in range(num_steps):
             noise = next(noises, None)
-            u = _step(u, _gradient(energy_fn, u, y, batch_size), noise, config)
+            grad = _gradient(energy_fn, u, y, batch_size)
+            if on_gradient is not None:
+                on_gradient(u, grad)
+            u = _step(u, grad, noise, config, step_scale)
             if on_step is not None:
                 on_step(step + 1, u)
     return u

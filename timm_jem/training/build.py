@@ -200,6 +200,7 @@ def build_method(settings: Settings, splits: Splits, jem: JEM, generator: torch.
         class_frequencies=splits.class_frequencies if train.needs_classes else None,
         ramp_from=train.ramp_from,
         ramp_steps=train.ramp_steps,
+        step_cosine=train.step_cosine,
     )
 
 

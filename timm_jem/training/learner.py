@@ -79,10 +79,11 @@ class Learner:
     def published(self) -> JEM:
         """The model to evaluate, draw from and save, on the live weights: the moving average, where there is one.
 
-        It computes in the precision in which it is saved, and samples by the settings that remedies left.
+        It computes in the precision in which it is saved, and samples by the settings that remedies and the method left.
         """
         jem = self._as_saved if self.ema is None else self.ema.module
-        jem.sgld = self.remedy.chains(self._sgld)
+        adapted = getattr(self.method, "adapted", lambda sgld: sgld)
+        jem.sgld = adapted(self.remedy.chains(self._sgld))
         return jem
 
     def iterate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.sampling import SGLDConfig, draw_classes, sgld
 from timm_jem.training.batches import Batch
 from timm_jem.training.remedy import Remedy
+from timm_jem.training.step_size import StepSize
 
 __all__ = ["Drawn", "MaximumLikelihood", "Method"]
 
@@ -50,7 +51,8 @@ class Method(Protocol):
         buffer: persistent chains, which the learner saves, reseeds and deals out; None: there are none.
 
     It may also have ``heeds``, names of those parts of a :class:`timm_jem.training.Remedy` that reach it, so that a run
-    changes, and tells of, no others.
+    changes, and tells of, no others; and ``adapted``, which puts what training found into the settings by which the model
+    draws.
     """
 
     watched: Sequence[str]
@@ -104,6 +106,7 @@ class MaximumLikelihood:
         batch_norm: "eval", "frozen" or "train"; see above.
         class_frequencies: p(y) of images without a label, up to a factor, shape (num_classes,); None: uniform.
         ramp_from, ramp_steps: K goes from ``ramp_from`` to ``sgld.num_steps`` over so many steps; 0 steps: no ramp.
+        step_cosine: what :class:`StepSize` aims at; None: the step size stays.
 
     Raises:
         InputError: no buffer, or ``w_xy`` > 0 and one without classes; an unknown ``batch_norm``; class frequencies of wrong
@@ -124,6 +127,7 @@ class MaximumLikelihood:
         class_frequencies: Tensor | None = None,
         ramp_from: int = 1,
         ramp_steps: int = 0,
+        step_cosine: float | None = None,
     ) -> None:
         if batch_norm not in ("eval", "frozen", "train"):
             raise InputError(f"batch_norm is {quoted(batch_norm)}: give eval, frozen or train")
@@ -143,18 +147,22 @@ class MaximumLikelihood:
         self.jem, self.buffer, self.sgld, self.objective = jem, buffer, sgld, objective
         self.batch_norm, self.class_frequencies = batch_norm, class_frequencies
         self.ramp_from, self.ramp_steps = ramp_from, ramp_steps
+        self.step_size = StepSize(step_cosine, sgld.pixel_clamp)
 
     @property
     def heeds(self) -> tuple[str, ...]:
-        """Cross-entropy alone has neither chains nor energies."""
-        return ("num_steps", "step_size", "energy_l2") if self.objective.needs_chains else ()
+        """Cross-entropy alone has neither chains nor energies, and a step size that adapts would grow back."""
+        if not self.objective.needs_chains:
+            return ()
+        return ("num_steps", "energy_l2") if self.step_size.adapts else ("num_steps", "step_size", "energy_l2")
 
     def draw(self, model: nn.Module, batch: Batch, *, step: int, remedy: Remedy, generator: torch.Generator) -> Drawn:
         """Draw chains, move them by SGLD, and put them back.
 
         Returns:
-            The chains, of class −1 as a negative of x alone for an image without a label, and, pixels: ``chain_rms``
-            (their root mean square), ``chain_moved`` (root mean square of their displacement in this iteration),
+            The chains, of class −1 as a negative of x alone for an image without a label, and, pixels: ``step_size``, where
+            it adapts, ``chain_rms`` (their root mean square), ``chain_moved`` (root mean square of their displacement in
+            this iteration),
             ``chain_spread`` (mean over pixels of the standard deviation over chains, where there are several), and with
             a ``pixel_clamp`` ``chain_saturated`` (share of values at 0.999 of the clamp or beyond, less the same share of
             the images without noise).
@@ -171,11 +179,20 @@ class MaximumLikelihood:
             getattr(model, "no_sync", contextlib.nullcontext)(),
         ):
             u_neg = sgld(
-                lambda u, *labels: energy(model(self.jem.normalize(u)), *labels), start, config, y=y_chain, generator=generator
+                lambda u, *labels: energy(model(self.jem.normalize(u)), *labels),
+                start,
+                config,
+                y=y_chain,
+                generator=generator,
+                step_scale=self.step_size.scale,
+                on_gradient=self.step_size.see if self.step_size.adapts else None,
             )
         self.buffer.put(slots, u_neg)
         clean = batch.u if batch.clean is None else batch.clean
-        return Drawn(batch, u_neg, y, _chain_terms(start, u_neg, clean, config.pixel_clamp))
+        terms = _chain_terms(start, u_neg, clean, config.pixel_clamp)
+        if self.step_size.adapts:
+            terms["step_size"] = self.step_size.adapt() * config.step_size
+        return Drawn(batch, u_neg, y, terms)
 
     def loss(self, model: nn.Module, drawn: Drawn, *, remedy: Remedy) -> dict[str, Tensor]:
         """Terms of :func:`timm_jem.joint_loss`, of which ``loss`` has the graph."""
@@ -196,12 +213,18 @@ class MaximumLikelihood:
             config = replace(config, num_steps=num_steps)
         return remedy.chains(config)
 
+    def adapted(self, sgld: SGLDConfig) -> SGLDConfig:
+        """``sgld`` with the step size that training came to."""
+        scale = self.step_size.scale
+        return sgld if scale is None else replace(sgld, step_size=sgld.step_size * float(scale))
+
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: all that persists are the chains."""
-        return {}
+        """The step size, where it has adapted; what else persists are the chains."""
+        return self.step_size.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Go on with the step size of ``state``."""
+        self.step_size.load_state_dict(state, self.jem.device)
 
     def _logits(self, model: nn.Module, parts: list[Tensor]) -> list[Tensor]:
         mixing = batch_norms(model)

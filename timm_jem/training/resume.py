@@ -102,6 +102,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "train.conditional_chains": _CLASSES,
     "train.ramp_from": None,
     "train.ramp_steps": None,
+    "train.step_cosine": None,
     "train.batch_norm": None,
     "train.objective.w_ce": None,
     "train.objective.w_x": None,

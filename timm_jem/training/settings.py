@@ -91,6 +91,8 @@ class TrainConfig:
         conditional_chains: chains of p(y) p(x|y) as negatives of E(x) as well; with objective w_xy they are anyway.
         ramp_from: sgld.num_steps of the first optimiser step, where ramp_steps is not 0.
         ramp_steps: optimiser steps in which sgld.num_steps is reached from there; 0: at once.
+        step_cosine: sgld.step_size adapts, so that the gradients of a step and of the next one have this cosine on average, and
+            is that of the model in the end; 0 would be as far as the energy falls along the gradient. None: it stays.
         batch_norm: BatchNorm while chains move: eval (running statistics), frozen (in the loss, too), or train (JEM++,
             SADA-JEM: batch statistics; what is sampled then is not the density that is scored).
         objective: weights of the loss; w_xy > 0 gives class-conditional chains.
@@ -141,6 +143,7 @@ class TrainConfig:
     conditional_chains: bool = False
     ramp_from: int = 1
     ramp_steps: int = 0
+    step_cosine: float | None = None
     batch_norm: Literal["eval", "frozen", "train"] = "eval"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     seed: int = 0
@@ -176,6 +179,8 @@ class TrainConfig:
         if self.epochs is not None:
             check_number("train epochs", self.epochs, above=0)
         check_number("train ema_decay", self.ema_decay, least=0, most=1)
+        if self.step_cosine is not None:
+            check_number("train step_cosine", self.step_cosine, least=-0.9, most=0.9)
         for milestone in self.milestones:
             check_number("train milestones", milestone, least=0, most=1)
         if not self.sample_steps or min(self.sample_steps) < 1:
@@ -291,6 +296,8 @@ class Settings:
             )
         if not (self.train.objective.w_ce or self.train.objective.needs_chains):
             raise InputError("train.objective w_ce, w_x and w_xy are all 0, and nothing would be learnt: raise one")
+        if self.train.step_cosine is not None and self.sgld.num_steps == 1:
+            raise InputError("train.step_cosine compares the gradients of two steps, and sgld.num_steps is 1: raise it")
         if not self.lengths():
             raise InputError(
                 f"no train.sample_steps is longer than sgld.denoise_steps {self.sgld.denoise_steps}: give longer ones"
