@@ -8,9 +8,8 @@ from sklearn.datasets import load_sample_image
 
 import timm_jem
 from timm_jem import InputError, uniform_noise
+from timm_jem.evaluation.chain_length import best_num_steps, chains_by_length
 from timm_jem.evaluation.generation import (
-    best_num_steps,
-    chains_by_length,
     frechet_distance,
     inception_score,
     nearest_neighbours,

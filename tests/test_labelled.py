@@ -10,11 +10,10 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.evaluation.attacks import PGDConfig, margin, pgd, pixel_classifier
 from timm_jem.evaluation.calibration import reliability
+from timm_jem.evaluation.chain_length import best_num_steps, chains_by_length
 from timm_jem.evaluation.classification import accuracy, in_batches, predict
 from timm_jem.evaluation.extractors import extract, load_extractor
 from timm_jem.evaluation.generation import (
-    best_num_steps,
-    chains_by_length,
     nearest_neighbours,
     pyramid,
     sample_quality,

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import timm_jem
 from timm_jem import ClassGaussians, InputError, SGLDConfig
 from timm_jem.data import digits
-from timm_jem.evaluation.generation import chains_by_length
+from timm_jem.evaluation.chain_length import chains_by_length
 from timm_jem.gaussians import STARTS_FILE
 from timm_jem.hub.card import model_card
 from timm_jem.hub.provenance import Provenance

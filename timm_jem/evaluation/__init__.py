@@ -9,8 +9,9 @@ Reports: ``settings`` says what to measure, ``subject`` loads it, and each ``*_s
 """
 
 from timm_jem.evaluation.calibration import expected_calibration_error
+from timm_jem.evaluation.chain_length import best_num_steps
 from timm_jem.evaluation.classification import accuracy, predict
-from timm_jem.evaluation.generation import best_num_steps, frechet_distance, pyramid, thumbnails
+from timm_jem.evaluation.generation import frechet_distance, pyramid, thumbnails
 from timm_jem.evaluation.pictures import image_grid
 
 __all__ = [

@@ -1,7 +1,6 @@
-"""How close drawn images are to real ones, and how long chains should be for that."""
+"""How close drawn images are to real ones."""
 
 import math
-from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +9,8 @@ from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole, how_to_install
 from timm_jem.evaluation.labelled import eight_bit_images, labels, numbers
-from timm_jem.model import JEM
-from timm_jem.modes import frozen
-from timm_jem.sampling import FEWEST, chain_generators, draw_seeds, sgld
 
 __all__ = [
-    "best_num_steps",
-    "chains_by_length",
     "frechet_distance",
     "inception_score",
     "nearest_neighbours",
@@ -245,115 +239,3 @@ def within_class_distance(images: Tensor, y: Tensor, *, batch_size: int = 256) -
                 total += (distances.triu(1) if a is b else distances).sum().item()
         means += [total / (n.item() * (n.item() - 1) / 2) / 255] if n > 1 else []
     return math.fsum(means) / len(means) if means else math.nan
-
-
-def chains_by_length(
-    jem: JEM,
-    lengths: Sequence[int],
-    *,
-    y: Tensor | None = None,
-    n: int | None = None,
-    generator: torch.Generator,
-    batch_size: int = 256,
-    init: Tensor | None = None,
-) -> Iterator[tuple[int, Tensor]]:
-    """One set of chains, fresh ones unless ``init`` says otherwise, seen at several lengths.
-
-    Each time the last ``jem.sgld.denoise_steps`` steps are noise-free, as in ``jem.sample``, and belong to the view:
-    the chains themselves go on with noise.
-
-    Args:
-        jem: the model; its flags are as they were between two views, too.
-        lengths: numbers of steps, each above ``denoise_steps``.
-        y: classes of chains of E(x, y), int64, shape (N,); None: chains of E(x).
-        n: how many chains; may be left out where ``y`` or ``init`` tells.
-        generator: the only source of randomness. It draws the seeds that ``jem.sample`` would draw: the same chains.
-        batch_size: chains on the model's device at once, though never fewer than four are.
-        init: where chains start, pixels in [-1, 1], shape (N, C, H, W); None: where ``jem.sample`` starts them.
-
-    Yields:
-        A length, in increasing order, and pixels, shape (N, C, H, W), on the CPU.
-
-    Raises:
-        InputError: a length that the noise-free steps use up, or ``n``, ``y`` and ``init`` that disagree or don't tell.
-    """
-    for steps in lengths:
-        check_whole("length of chains", steps, jem.sgld.denoise_steps + 1)
-    check_whole("batch_size", batch_size, 1)
-    y = None if y is None else labels(y, num_classes=jem.num_classes, what="classes of chains")
-    counts = {len(told) for told in (y, init) if told is not None} | ({n} if n is not None else set())
-    if len(counts) != 1:
-        raise InputError(f"numbers of chains by n, y and init are {sorted(counts) or 'none'}: give one, or make them agree")
-    check_whole("n", *counts, 1)
-    if init is not None and (init.shape[1:] != jem.input_size or not init.is_floating_point()):
-        raise InputError(f"init has the shape {tuple(init.shape)}: give pixels, (N, {', '.join(map(str, jem.input_size))})")
-    return _views(jem, sorted(lengths), y, *counts, generator, batch_size, init)
-
-
-def _views(
-    jem: JEM,
-    lengths: list[int],
-    y: Tensor | None,
-    n: int,
-    generator: torch.Generator,
-    batch_size: int,
-    init: Tensor | None,
-) -> Iterator[tuple[int, Tensor]]:
-    config, device, done = jem.sgld, jem.mean.device, 0
-    generators = chain_generators(draw_seeds(n, generator))  # as in jem.sample
-    u = jem.fresh(n, y=y, generator=generators) if init is None else init.cpu()
-    last, size = config.denoise_steps, max(batch_size, FEWEST)  # as many as sgld takes at once, so that they round alike
-    parts = [(slice(start, start + size), generators[start : start + size]) for start in range(0, n, size)]
-    total = len(parts) * (len(lengths) * last + max(lengths, default=last) - last)
-    with tqdm(total=total, desc="chains", leave=False) as bar:
-        for steps in lengths:
-            chains, views = [], []
-            with frozen(jem):
-                for rows, own in parts:
-                    own_y = None if y is None else y[rows].to(device)
-                    options = {"y": own_y, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
-                    now = u[rows].to(device)
-                    now = sgld(jem.pixel_energy, now, config, generator=own, num_steps=steps - last - done, **options)
-                    view = sgld(jem.pixel_energy, now, config, num_steps=last, denoise_steps=last, **options)
-                    chains.append(now.cpu())
-                    views.append(view.cpu())
-            u, done = torch.cat(chains), steps - last
-            yield steps, torch.cat(views)
-
-
-@torch.no_grad()
-def best_num_steps(
-    jem: JEM, real: Tensor, y: Tensor, candidates: Sequence[int], *, generator: torch.Generator, batch_size: int = 256
-) -> tuple[int, dict[int, float]]:
-    """The length of fresh chains whose images are nearest to ``real`` ones.
-
-    Near by the Fréchet distance in the features of :func:`pyramid`, which need no network, see noise and blur, and of images
-    up to 8×8 are the pixels themselves. Each candidate's last ``jem.sgld.denoise_steps`` steps are noise-free, as in
-    ``jem.sample``.
-
-    Args:
-        jem: the model; its flags are left as they were.
-        real: held-out images, pixels in [-1, 1], shape (N, C, H, W).
-        y: classes of the chains, int64, shape (M,).
-        candidates: numbers of steps, each above ``denoise_steps``.
-        generator: the only source of randomness.
-        batch_size: chains through the network at once.
-
-    Returns:
-        The best of ``candidates``, and the distance of each; NaN for chains that ran away, which are never the best of
-        several.
-
-    Raises:
-        InputError: no candidates, or one that the noise-free steps use up.
-    """
-    if len(candidates) == 0:
-        raise InputError("there are no lengths of chains to choose from: give at least one")
-    if not isinstance(real, Tensor) or real.shape[1:] != jem.input_size or not real.is_floating_point():
-        raise InputError(f"images to be near to are no pixels: give floats, (N, {', '.join(map(str, jem.input_size))})")
-    if len(real) < 2 or not real.isfinite().all():
-        raise InputError(f"images to be near to are {len(real)}, or not finite: give at least two, in [-1, 1]")
-    chains = chains_by_length(jem, candidates, y=y, generator=generator, batch_size=batch_size)
-    real = torch.cat([pyramid(part) for part in real.cpu().split(batch_size)])
-    # Features are of pixels cut to [-1, 1], in which infinite ones would look like others.
-    distances = {steps: frechet_distance(pyramid(u), real) if u.isfinite().all() else math.nan for steps, u in chains}
-    return min(distances, key=lambda steps: (math.isnan(distances[steps]), distances[steps], steps)), distances

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError
+from timm_jem.evaluation.chain_length import chains_by_length
 from timm_jem.evaluation.classification import in_batches, predict
 from timm_jem.evaluation.extractors import Extractor, extract
 from timm_jem.evaluation.generation import (
-    chains_by_length,
     frechet_distance,
     inception_score,
     nearest_neighbours,
