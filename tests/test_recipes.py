@@ -270,7 +270,8 @@ def test_every_option_at_once(tmp_path, monkeypatch):
         "--train.objective.label_smoothing 0.1 --model.drop_rate 0.1 "
         "--model.kwargs.block_drop_rate 0.1 "
         "--train.trackers [tensorboard] --train.epochs 0.1 --train.best_k 1 --train.eval_every 1 --train.sample_every 2 "
-        "--train.init gaussian --train.ramp_steps 3 --train.step_cosine 0.5 --sgld.pixel_clamp 1 --sgld.grad_clamp 1 --sgld.noise_std 0 "
+        "--train.init gaussian --train.ramp_steps 3 --train.step_cosine 0.5 --sgld.pixel_clamp 1 --sgld.grad_clamp 1 "
+        "--sgld.noise_std 0 "
         "--train.batch_norm train --model.kwargs.norm_layer batchnorm2d --train.restart_prob 0.5 --train.log_every 1"
     )
     monkeypatch.chdir(tmp_path)

@@ -29,7 +29,9 @@ def test_a_step_is_as_long_as_leaves_the_cosine_that_was_asked_for():
     10 − 100 α)."""
     slopes = torch.tensor([1.0, 10.0]).view(1, 1, 1, 2)
     config = SGLDConfig(num_steps=2, step_size=0.01, noise_std=0.0)
-    step_size, _ = adapted(lambda u: (slopes * u.square()).sum((1, 2, 3)) / 2, torch.ones(4, 1, 1, 2), cosine=0.6, config=config)
+    step_size, _ = adapted(
+        lambda u: (slopes * u.square()).sum((1, 2, 3)) / 2, torch.ones(4, 1, 1, 2), cosine=0.6, config=config
+    )
     alpha = 0.01 * float(step_size.scale)
     first, second = torch.tensor([1.0, 10.0]), torch.tensor([1 - alpha, 10 - 100 * alpha])
     assert float(torch.cosine_similarity(first, second, dim=0)) == pytest.approx(0.6, abs=0.02)
