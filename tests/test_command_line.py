@@ -22,6 +22,7 @@ class Training:
     trackers: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=lambda: [1])
     flip: bool | None = None
+    precision: str | None = None
     kwargs: Arguments = field(default_factory=dict)
     objective: Weights = field(default_factory=Weights)
 
@@ -82,6 +83,12 @@ def test_a_switch_alone_is_on():
     assert parsed("--train.flip", "false").train.flip is False
     assert parsed("--data.flip").data.flip is True
     assert "--train.lr has no value" in refused("--train.lr")
+
+
+def test_no_is_a_word_where_words_are_asked_for():
+    assert parsed(*config("train: {precision: no, flip: no}")).train.precision == "no"
+    assert parsed(*config("train: {precision: no, flip: no}")).train.flip is False
+    assert parsed("--train.precision", "no").train.precision == "no"
 
 
 @pytest.mark.parametrize("how", ["", "=skip_default"])

@@ -155,6 +155,8 @@ def _checked(content: dict[str, Any], prefix: str, source: str, options: dict[st
             value = _checked(value, f"{name}.", source, options)
         elif _kind(options, name) is list and value is not None and not isinstance(value, list):
             value = [value]
+        elif value is False and str in (types := get_args(options.get(name))) and bool not in types:
+            value = "no"  # which YAML takes for false
         found[key] = value
     return found
 
