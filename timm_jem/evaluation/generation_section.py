@@ -76,7 +76,8 @@ def generation_section(subject: Subject, config: EvaluationConfig, section: Sect
         table, right = "Read as asked by an independent classifier", read(samples.images) == samples.asked
         section.share(table, samples.name, right, f"{samples.how}; by {name}", **more)
     _variety(config, section, sets)
-    _lengths(subject, config, section, real[0], name, read)
+    by = -1 if subject.judge is not None else 0  # the judge sees more than thumbnails, which noise doesn't change
+    _lengths(subject, config, section, subject.extractors[by], real[by], name, read)
     _neighbours(subject, config, section, fresh.images)
     _samples(subject, section, fresh)
 
@@ -176,15 +177,23 @@ def _ratio(value: float, of: float) -> float:
     return (torch.tensor(value, dtype=torch.float64) / of).item()
 
 
-def _lengths(subject: Subject, config: EvaluationConfig, section: Section, real: Tensor, name: str, read: Reader) -> None:
+def _lengths(
+    subject: Subject,
+    config: EvaluationConfig,
+    section: Section,
+    extractor: Extractor,
+    real: Tensor,
+    name: str,
+    read: Reader,
+) -> None:
     """Fresh chains against SGLD steps, far beyond the length that they were made for: near, legible, diverse, and level?
 
     Args:
         subject, config, section: of the report.
-        real: features of training images.
+        extractor, real: what distances are measured in, and that of training images.
         name, read: of the judge.
     """
-    jem, count, extractor = subject.model, config.curve_samples, subject.extractors[0]
+    jem, count = subject.model, config.curve_samples
     own, k = jem.sgld.sample_steps or jem.sgld.num_steps, jem.sgld.num_steps
     candidates = {k, own} | {k * 2**i for i in range(20)} | {config.longest_chain}
     steps = sorted(n for n in candidates if jem.sgld.denoise_steps < n <= max(config.longest_chain, own))
