@@ -145,7 +145,7 @@ def test_training_commands_run(hub, tmp_path, monkeypatch, command):
     data_sets(tmp_path)
     small = "--model.name wrn_10_1" if "wrn_28_10" in command or "cifar10_jem" in command else ""
     first = " --classifier.steps 1 --classifier.batch_size 4"
-    small += first if "own_data" in command or "fashion_mnist" in command else ""
+    small += first if any(name in command for name in ("own_data", "fashion_mnist", "cifar10_small")) else ""
     build = timm.create_model
     monkeypatch.setattr(
         wrap_module.timm, "create_model", lambda name=None, **rest: build(**without_download({"model_name": name} | rest))
