@@ -30,7 +30,6 @@ class StepSize:
 
     Attributes:
         scale: the factor, shape (), on the chains' device, from 1/1000 to 1000; None: 1.
-
     """
 
     def __init__(self, cosine: float | None, pixel_clamp: float | None = None) -> None:
@@ -41,6 +40,7 @@ class StepSize:
 
     @property
     def adapts(self) -> bool:
+        """Whether there is something to aim at."""
         return self.cosine is not None
 
     def see(self, u: Tensor, grad: Tensor) -> None:
@@ -64,7 +64,9 @@ class StepSize:
         return self.scale
 
     def state_dict(self) -> dict[str, Any]:
+        """The factor, where there is one."""
         return {} if self.scale is None else {"scale": self.scale}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on with the factor of ``state``, on the chains' device."""
         self.scale = state["scale"].to(device) if "scale" in state else None
