@@ -160,12 +160,11 @@ class MaximumLikelihood:
         """Draw chains, move them by SGLD, and put them back.
 
         Returns:
-            The chains, of class −1 as a negative of x alone for an image without a label, and, pixels: ``step_size``, where
-            it adapts, ``chain_rms`` (their root mean square), ``chain_moved`` (root mean square of their displacement in
-            this iteration),
-            ``chain_spread`` (mean over pixels of the standard deviation over chains, where there are several), and with
-            a ``pixel_clamp`` ``chain_saturated`` (share of values at 0.999 of the clamp or beyond, less the same share of
-            the images without noise).
+            The chains, of class −1 as a negative of x alone for an image without a label, and, pixels: ``chain_rms``
+            (their root mean square), ``chain_moved`` (root mean square of their displacement in this iteration),
+            ``chain_spread`` (mean over pixels of the standard deviation over chains, where there are several), with a
+            ``pixel_clamp`` ``chain_saturated`` (share of values at 0.999 of the clamp or beyond, less the same share of the
+            images without noise), and where it adapts ``step_size``, that of the next iteration.
         """
         if not self.objective.needs_chains:
             return Drawn(batch)
