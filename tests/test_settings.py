@@ -180,6 +180,7 @@ def test_the_command_repeats_the_run_elsewhere():
         ("--hub.every -1", "every is -1"),
         ("--data.streaming true --train.epochs 2", "give steps"),
         ("--data.streaming true --train.init gaussian", "use noise"),
+        ("--train.step_cosine 0.4 --sgld.num_steps 1 --sgld.denoise_steps 0", "sgld.num_steps is 1: raise it"),
     ],
 )
 def test_bad_settings_are_one_line(flags, message):
@@ -214,6 +215,11 @@ def test_a_folder_is_a_model_that_is_trained():
     assert not ModelConfig("resnet18").starts_pretrained
     assert ModelConfig("hf-hub:someone/model").starts_pretrained
     assert not ModelConfig("hf-hub:someone/model", pretrained=False).starts_pretrained
+
+
+def test_what_chains_need_is_not_asked_of_cross_entropy_alone():
+    alone = "--train.objective.w_x 0 --train.objective.w_xy 0 --train.step_cosine 0.4 --sgld.num_steps 1 --sgld.denoise_steps 0"
+    assert parse_settings(alone.split(), DIGITS)[0].train.step_cosine == 0.4
 
 
 def test_settings_built_by_hand_are_checked_as_well():

@@ -296,7 +296,7 @@ class Settings:
             )
         if not (self.train.objective.w_ce or self.train.objective.needs_chains):
             raise InputError("train.objective w_ce, w_x and w_xy are all 0, and nothing would be learnt: raise one")
-        if self.train.step_cosine is not None and self.sgld.num_steps == 1:
+        if self.train.objective.needs_chains and self.train.step_cosine is not None and self.sgld.num_steps == 1:
             raise InputError("train.step_cosine compares the gradients of two steps, and sgld.num_steps is 1: raise it")
         if not self.lengths():
             raise InputError(
