@@ -21,6 +21,7 @@ from timm_jem.evaluation import accuracy, predict
 from timm_jem.training import Batch, Checkpoints, Learner, MaximumLikelihood, Remedy, Run, refuse_unsupported
 from timm_jem.training.measure import in_batches, measure
 from timm_jem.training.publish import whole_state
+from timm_jem.training.sam import SAM
 from timm_jem.training.state import copy_tree
 
 SHAPE, SIZE, STEPS = (1, 8, 8), 6, 20
@@ -50,12 +51,12 @@ def make(share: slice = slice(None), objective=ObjectiveConfig(energy_l2=0.1), s
     rng = torch.Generator().manual_seed(1)
     buffer = ReplayBuffer(SHAPE, init=uniform_noise, generator=rng, capacity=len(chains), restart_prob=0.0)
     buffer.chains.copy_(chains)
-    grad_clip = settings.pop("grad_clip", 1.0)
+    of_learner = {"grad_clip": settings.pop("grad_clip", 1.0), "sam": settings.pop("sam", None)}
     settings = {"sgld": SGLDConfig(num_steps=3, noise_std=0.0), "objective": objective, **settings}
     generator = torch.Generator().manual_seed(2)
     prepared.train()
     method = MaximumLikelihood(jem, buffer, **settings)
-    return Learner(accelerator, prepared, jem, optimizer, scheduler, method, generator=generator, grad_clip=grad_clip, ema=ema)
+    return Learner(accelerator, prepared, jem, optimizer, scheduler, method, generator=generator, ema=ema, **of_learner)
 
 
 def train(learner: Learner, steps: int, share: slice = slice(None)) -> None:
@@ -76,7 +77,7 @@ def as_one_of_two(rank: int, port: int) -> slice:
 
 def half_of_the_training(rank: int, port: int, folder: str, shard: bool) -> None:
     share = as_one_of_two(rank, port)
-    learner = make(share, shard=shard, step_cosine=0.5)
+    learner = make(share, shard=shard, step_cosine=0.5, sam=SAM(0.1))
     train(learner, STEPS // 2, share)
     snapshot = copy_tree(learner.state_dict())
     train(learner, 2, share)
@@ -104,7 +105,7 @@ def test_two_processes_train_as_one_does(tmp_path, shard):
     for part in ("model", "ema"):
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
     assert not torch.equal(first["buffer"]["chains"], second["buffer"]["chains"])
-    alone = make(step_cosine=0.5)
+    alone = make(step_cosine=0.5, sam=SAM(0.1))
     start = copy_tree(alone.jem.state_dict())
     train(alone, STEPS)
     for name, parameter in alone.jem.state_dict().items():

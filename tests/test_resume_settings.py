@@ -48,6 +48,7 @@ OTHER = {
     "train.decay_rate": "0.9",
     "train.sched_kwargs": "{decay_milestones: [2]}",
     "train.grad_clip": "0.01",
+    "train.sam_rho": "0.5",
     "train.data_noise": "0.3",
     "train.ce_noise": "0.3",
     "train.buffer_size": "150",

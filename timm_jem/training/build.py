@@ -34,6 +34,7 @@ from timm_jem.training.measure import in_batches
 from timm_jem.training.memory import in_bytes, memory_of
 from timm_jem.training.method import MaximumLikelihood, Method
 from timm_jem.training.processes import in_measured_precision, local_processes
+from timm_jem.training.sam import SAM
 from timm_jem.training.settings import Settings, TrainConfig
 from timm_jem.wrap import create_model
 
@@ -178,7 +179,16 @@ def build_learner(
     chain_rng, noise_rng = (torch.Generator(device).manual_seed(train.seed + 1000 * rank + i) for i in (1, 2))
     method = build_method(settings, splits, jem, chain_rng)
     return Learner(
-        accelerator, prepared, jem, optimizer, scheduler, method, generator=noise_rng, grad_clip=train.grad_clip, ema=ema
+        accelerator,
+        prepared,
+        jem,
+        optimizer,
+        scheduler,
+        method,
+        generator=noise_rng,
+        grad_clip=train.grad_clip,
+        sam=SAM(train.sam_rho, train.sam_adaptive) if train.sam_rho else None,
+        ema=ema,
     )
 
 

@@ -28,6 +28,7 @@ def classifier_settings(settings: Settings) -> Settings | None:
         weight_decay=told.weight_decay,
         opt_kwargs={},
         freeze=[],
+        sam_rho=0.0,
         sched="cosine",
         warmup_steps=None,
         sched_kwargs={},

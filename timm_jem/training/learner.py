@@ -18,11 +18,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from timm_jem.errors import InputError, check_whole
 from timm_jem.model import JEM
+from timm_jem.modes import batch_norms, statistics_kept
 from timm_jem.replay_buffer import redistribute
 from timm_jem.training.batches import Batch
 from timm_jem.training.method import Drawn, Method
 from timm_jem.training.optimizer_state import OptimizerState
 from timm_jem.training.remedy import Remedy
+from timm_jem.training.sam import SAM
 from timm_jem.training.state import copy_tree, load_tensors, local
 
 __all__ = ["Learner"]
@@ -43,6 +45,7 @@ class Learner:
         method: what the loss is, and what it draws.
         generator: this process's noise, on its device.
         grad_clip: bound of the gradient's norm; 0: none.
+        sam: how far away the gradient is taken, with the same images and negatives; None: at the weights themselves.
         ema: timm's moving average of ``jem``, or None.
 
     Attributes:
@@ -62,11 +65,12 @@ class Learner:
         *,
         generator: torch.Generator,
         grad_clip: float = 0.0,
+        sam: SAM | None = None,
         ema: ModelEmaV3 | None = None,
     ) -> None:
         self.accelerator, self.model, self.jem, self.ema = accelerator, model, jem, ema
         self.optimizer, self.scheduler, self.method, self.generator = optimizer, scheduler, method, generator
-        self.grad_clip = grad_clip
+        self.grad_clip, self.sam = grad_clip, sam
         self.step = 0
         self.remedy = Remedy()
         self._initial_lr = [group["lr"] for group in optimizer.param_groups]
@@ -90,15 +94,18 @@ class Learner:
         """One optimiser step on the mean loss of ``batches`` (several: gradient accumulation).
 
         Returns:
-            What the method tells of its draws and losses, and ``grad_norm``: detached scalars on the device, means over
-            the batches.
+            What the method tells of its draws and losses, ``grad_norm``, and with SAM ``sharpness``, by how much its step
+            raised the loss: detached scalars on the device, means over the batches.
         """
         drawn = [
             self.method.draw(self.model, batch, step=self.step, remedy=self.remedy, generator=self.generator)
             for batch in batches
         ]
-        rows = self._accumulate(drawn)
-        terms = rows[0] if len(rows) == 1 else {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+        terms = self._accumulate(drawn)
+        if self.sam is not None:
+            with self.sam.ascended(list(self.model.parameters())), statistics_kept(batch_norms(self.model)):
+                self.optimizer.zero_grad()
+                terms["sharpness"] = self._accumulate(drawn)["loss"] - terms["loss"]
         # The norm is needed in any case: a gradient can be infinite where the loss is not.
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
         terms["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -110,15 +117,15 @@ class Learner:
             self.ema.update(self.jem, step=self.step)
         return terms
 
-    def _accumulate(self, drawn: Sequence[Drawn]) -> list[dict[str, Tensor]]:
-        """Losses and gradients; processes exchange gradients with the last."""
+    def _accumulate(self, drawn: Sequence[Drawn]) -> dict[str, Tensor]:
+        """Mean losses, and gradients, which processes exchange with the last batch."""
         rows = []
         for number, of_batch in enumerate(drawn, 1):
             with contextlib.nullcontext() if number == len(drawn) else self.accelerator.no_sync(self.model):
                 terms = self.method.loss(self.model, of_batch, remedy=self.remedy)
                 self.accelerator.backward(terms["loss"] / len(drawn))
             rows.append({name: term.detach() for name, term in (terms | of_batch.info).items()})
-        return rows
+        return rows[0] if len(rows) == 1 else {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
     def _set_lr(self) -> None:
         """The learning rate of the next step: a function of ``step`` and ``remedy`` alone."""

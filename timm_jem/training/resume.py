@@ -93,6 +93,8 @@ AT_RESUME: dict[str, Refused | None] = {
     "train.decay_rate": None,
     "train.sched_kwargs": None,
     "train.grad_clip": None,
+    "train.sam_rho": None,
+    "train.sam_adaptive": None,
     "train.ema_decay": Refused("the moving average is one from the first step on, or none", _one_is_zero),
     "train.data_noise": None,
     "train.ce_noise": None,

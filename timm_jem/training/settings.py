@@ -80,6 +80,9 @@ class TrainConfig:
         decay_rate: the factor of a decay.
         sched_kwargs: more for timm.scheduler.create_scheduler_v2, in steps where it says epochs.
         grad_clip: bound of the gradient's norm; 0: none.
+        sam_rho: of sharpness-aware minimisation, ρ (SADA-JEM: 2): each step takes a second gradient, from where the loss is
+            worst nearby; 0: none.
+        sam_adaptive: near in units of the weights themselves (ASAM, SADA-JEM), instead of one length for all.
         ema_decay: of timm's moving average of the weights, which then is what is evaluated, drawn from and kept; 0: none.
         data_noise: standard deviation of noise on the images while training, pixels. Chains can't be narrower than
             their own noise, so keep it above sgld.noise_std, or the energy sharpens without end.
@@ -134,6 +137,8 @@ class TrainConfig:
     decay_rate: float = 0.3
     sched_kwargs: Arguments = field(default_factory=dict)
     grad_clip: float = 0.0
+    sam_rho: float = 0.0
+    sam_adaptive: bool = True
     ema_decay: float = 0.0
     data_noise: float = 0.03
     ce_noise: float | None = None
@@ -172,7 +177,7 @@ class TrainConfig:
             check_whole(f"train {name}", getattr(self, name), value)
         check_whole("train seed", self.seed, 0, most=2**31 - 1)  # NumPy's, and processes count up from it
         check_number("train lr", self.lr, above=0)
-        for name in ("weight_decay", "grad_clip", "data_noise", "decay_rate"):
+        for name in ("weight_decay", "grad_clip", "sam_rho", "data_noise", "decay_rate"):
             check_number(f"train {name}", getattr(self, name), least=0)
         if self.ce_noise is not None:
             check_number("train ce_noise", self.ce_noise, least=0)
