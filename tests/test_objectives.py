@@ -60,6 +60,17 @@ def test_softplus_lets_go_of_chains_that_are_left_behind():
         assert of_chains.abs().max() > 0.01
 
 
+def test_bce_tells_images_from_chains():
+    logits, y, logits_neg, y_neg = batch()
+    logits_neg = torch.cat([logits_neg, logits_neg[:1] * 0.3])  # as many as images
+    y_neg = torch.cat([y_neg, y_neg[:1]])
+    config = ObjectiveConfig(w_ce=0, w_x=0.7, w_xy=0.9, contrast="bce")
+    are_images = torch.tensor([1.0] * 6 + [0.0] * 6, dtype=torch.float64)
+    of_x = F.binary_cross_entropy_with_logits(torch.cat([logits, logits_neg]).logsumexp(1), are_images)
+    of_xy = F.binary_cross_entropy_with_logits(torch.cat([logits[range(6), y], logits_neg[range(6), y_neg]]), are_images)
+    torch.testing.assert_close(joint_loss(logits, y, logits_neg, y_neg, config)["loss"], 0.7 * of_x + 0.9 * of_xy)
+
+
 def test_the_l2_term_takes_the_energies_that_are_trained():
     logits, y, logits_neg, y_neg = batch()
     of_x = joint_loss(logits, y, logits_neg, y_neg, ObjectiveConfig(energy_l2=1.0))["l2"]

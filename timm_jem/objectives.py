@@ -24,7 +24,9 @@ class ObjectiveConfig:
         w_xy: likelihood of (x, y) under E(x, y), with class-conditional chains (paper: 0).
         contrast: of mean energies, data's minus chains', in the w_x and w_xy terms: linear (paper), or softplus, which lets
             go of chains that are left behind: 2 · softplus(gap) has the linear one's slope where the gap is 0, 2σ(gap)
-            of it elsewhere, so that a gap far below 0 is pushed no further and the energies part no more.
+            of it elsewhere, so that a gap far below 0 is pushed no further and the energies part no more; or bce (DAT,
+            arXiv 2510.13872): the cross-entropy of telling images from chains by −E, each image and chain by itself, so that
+            E = 0 is the border and energies have no free constant.
         energy_l2: weight of the mean squared energy of data and chains, against drifting energies (paper: 0;
             Du & Mordatch, NeurIPS 2019, arXiv 1903.08689, section 3.2).
         label_smoothing: share of the cross-entropy's target that goes to all classes evenly, timm's and PyTorch's
@@ -38,15 +40,15 @@ class ObjectiveConfig:
     w_ce: float = 1.0
     w_x: float = 1.0
     w_xy: float = 0.0
-    contrast: Literal["linear", "softplus"] = "linear"
+    contrast: Literal["linear", "softplus", "bce"] = "linear"
     energy_l2: float = 0.0
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("w_ce", "w_x", "w_xy", "energy_l2", "label_smoothing"):
             check_number(f"objective {name}", getattr(self, name), least=0, most=1e9)
-        if self.contrast not in ("linear", "softplus"):
-            raise InputError(f"objective contrast is {quoted(self.contrast)}: give linear or softplus")
+        if self.contrast not in ("linear", "softplus", "bce"):
+            raise InputError(f"objective contrast is {quoted(self.contrast)}: give linear, softplus or bce")
         if self.label_smoothing >= 1:
             raise InputError(f"objective label_smoothing is {quoted(self.label_smoothing)}: give a number below 1")
 
@@ -68,11 +70,13 @@ def joint_loss(
 ) -> dict[str, Tensor]:
     """Cross-entropy plus the contrastive estimate of maximum likelihood.
 
-    loss = w_ce · CE + w_x · c(mean E(x_data) − mean E(x_neg)) + w_xy · c(mean E(x_data, y) − mean E(x_neg, y_neg))
-           + energy_l2 · (mean E_data² + mean E_neg²),    c(gap) = gap, or 2 · softplus(gap): ``contrast``
+    loss = w_ce · CE + w_x · c(E(x_data), E(x_neg)) + w_xy · c(E(x_data, y), E(x_neg, y_neg))
+           + energy_l2 · (mean E_data² + mean E_neg²)
 
-    The gradient of each difference is that of the negative log-likelihood: JEM (arXiv 1912.03263), eq. 2; its
-    factorisation log p(x) + log p(y|x) is eq. 8. The L2 term takes the energies of the w_xy term where w_xy > 0, else E(x).
+    with c(E_data, E_neg) = mean E_data − mean E_neg, the gap; 2 · softplus(gap); or ½ mean softplus(E_data) +
+    ½ mean softplus(−E_neg): ``contrast``. The gradient of the gap is that of the negative log-likelihood: JEM (arXiv
+    1912.03263), eq. 2; its factorisation log p(x) + log p(y|x) is eq. 8. The L2 term takes the energies of the w_xy term
+    where w_xy > 0, else E(x).
 
     An image without a label (y = −1) takes part in the w_xy term by E(x), not E(x, y): that is maximum likelihood of x
     where only x is known, and of (x, y) elsewhere. Its negative must do so as well (y_neg = −1): where chains' classes
@@ -113,20 +117,23 @@ def joint_loss(
         terms |= {"energy_data": e_data.mean(), "energy_neg": e_neg.mean()}
         terms["gap"] = terms["energy_data"] - terms["energy_neg"]
         if config.w_x:
-            loss = loss + config.w_x * _contrast(terms["gap"], config)
+            loss = loss + config.w_x * _contrast(e_data, e_neg, config)
         if config.w_xy:
             if y_neg is None:
                 raise InputError("objective w_xy is above 0 and y_neg is missing: give the chains' labels")
             e_data, e_neg = _energy_where_known(logits, y), _energy_where_known(logits_neg, y_neg)
             terms["gap_xy"] = e_data.mean() - e_neg.mean()
-            loss = loss + config.w_xy * _contrast(terms["gap_xy"], config)
+            loss = loss + config.w_xy * _contrast(e_data, e_neg, config)
         if config.energy_l2:
             terms["l2"] = e_data.square().mean() + e_neg.square().mean()
             loss = loss + config.energy_l2 * terms["l2"]
     return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
 
-def _contrast(gap: Tensor, config: ObjectiveConfig) -> Tensor:
+def _contrast(e_data: Tensor, e_neg: Tensor, config: ObjectiveConfig) -> Tensor:
+    if config.contrast == "bce":
+        return (F.softplus(e_data).mean() + F.softplus(-e_neg).mean()) / 2
+    gap = e_data.mean() - e_neg.mean()
     return gap if config.contrast == "linear" else 2 * F.softplus(gap)
 
 
