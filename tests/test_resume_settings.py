@@ -78,6 +78,7 @@ OTHER = {
     "train.init": "gaussian",
     "train.ramp_from": "2",
     "train.batch_norm": "frozen",
+    "train.sam_adaptive": "false",
     "train.channels_last": "false",
     "train.compile": "default",
     "train.threads": "2",
