@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_jem import JEM, InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
+from timm_jem.evaluation.attacks import PGDConfig
 from timm_jem.training import Batch, MaximumLikelihood, Remedy
 
 SHAPE = (1, 4, 4)
@@ -113,6 +114,51 @@ def test_a_whole_iteration_equals_the_plain_algorithm(conditional):
     assert (twin.chains == buffer.chains).flatten(1).all(1).sum() == 6  # the other slots are as they were
 
 
+def test_an_iteration_of_dat_written_out():
+    """DAT (arXiv 2510.13872): chains of the class logit by steps of one ℓ2 length from fresh starts, BCE on logsumexp, and
+    the cross-entropy of images attacked in an ℓ2 ball. Lengths are in pixels in [-1, 1], the attack's in [0, 1]."""
+    jem, buffer, u, y = make(classes=3, restart_prob=1.0)
+    eta, ball, attack_step = 0.5, 0.3, 0.12
+    sgld = SGLDConfig(num_steps=4, step_size=eta / 16**0.5, noise_std=0.0, normalize_grad=True, pixel_clamp=1.0)
+    attack = PGDConfig("l2", ball, 3, attack_step)
+    twin = ReplayBuffer(SHAPE, init=uniform_noise, generator=torch.Generator().manual_seed(1), capacity=12, restart_prob=1.0,
+                        num_classes=3)  # fmt: skip
+    twin.generator.set_state(buffer.generator.get_state())
+    start = chains = twin.draw(6, y)[0].double()
+    rng = torch.Generator().manual_seed(2)
+    direction = torch.randn(u.shape, dtype=torch.float64, generator=rng)
+    radius = torch.rand(6, 1, 1, 1, dtype=torch.float64, generator=rng) ** (1 / 16)
+    terms = joint_step(jem, jem, u, y, buffer, sgld_config=sgld, objective=ObjectiveConfig(contrast="bce"), data_noise=0.0,
+                       generator=torch.Generator().manual_seed(2), attack=attack)  # fmt: skip
+
+    def f(pixels):
+        return jem.backbone(((pixels + 1) / 2 - 0.4) / 0.3)
+
+    def by_length(gradient):
+        return gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
+
+    for _ in range(4):
+        chains = chains.detach().requires_grad_(True)
+        slope = torch.autograd.grad(f(chains)[range(6), y].sum(), chains)[0]
+        moved = chains.detach() + eta * by_length(slope)
+        torch.testing.assert_close((moved - chains).flatten(1).norm(dim=1), torch.full((6,), eta, dtype=torch.float64))
+        chains = moved.clamp(-1, 1)
+    assert (chains - start).flatten(1).norm(dim=1).max() <= 4 * eta
+    images = (u + 1) / 2
+    attacked = (images + ball * radius * by_length(direction)).clamp(0, 1)
+    for _ in range(3):
+        attacked = attacked.detach().requires_grad_(True)
+        loss = nn.functional.cross_entropy(f(2 * attacked - 1), y, reduction="sum")
+        attacked = attacked.detach() + attack_step * by_length(torch.autograd.grad(loss, attacked)[0])
+        away = attacked - images
+        length = away.flatten(1).norm(dim=1)[:, None, None, None]
+        attacked = (images + away * (ball / length.clamp(min=ball))).clamp(0, 1)
+    s_data, s_neg = f(u).exp().sum(1).log(), f(chains).exp().sum(1).log()
+    bce = (nn.functional.softplus(-s_data).mean() + nn.functional.softplus(s_neg).mean()) / 2
+    expected = bce + nn.functional.cross_entropy(f(2 * attacked - 1), y)
+    torch.testing.assert_close(terms["loss"], expected, rtol=0, atol=1e-8)
+
+
 def run(jem, buffer, u, y, **kwargs):
     settings = {"sgld_config": SGLD, "objective": ObjectiveConfig(), "data_noise": 0.0}
     settings["generator"] = torch.Generator().manual_seed(2)
@@ -215,10 +261,10 @@ def test_nothing_waits_for_the_device():
         jem, buffer, u, y = make(norm=True, classes=classes)
         y[::2] = -1
         for policy in ("eval", "frozen", "train"):
-            ops = []
+            ops, ways = [], {"objective": objective, "batch_norm": policy, "attack": PGDConfig("l2", 0.5, 2)}
             # No more images than a class has slots, so that the buffer needn't check that they suffice.
             with Ops():
-                run(jem.train(), buffer, u[:3], y[:3], u_ce=u, y_ce=y, objective=objective, batch_norm=policy,
+                run(jem.train(), buffer, u[:3], y[:3], u_ce=u, y_ce=y, **ways,
                     sgld_config=SGLDConfig(num_steps=2, pixel_clamp=1.0))["loss"].backward()  # fmt: skip
             assert ops.count("_local_scalar_dense") == 1  # the number of restarts, which is the host's
             assert not {"nonzero", "masked_select", "is_nonzero", "_unique2"} & set(ops)

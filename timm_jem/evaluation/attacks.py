@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate.utils import tqdm
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ __all__ = [
     "first_logits",
     "margin",
     "pgd",
+    "pgd_end",
     "pixel_classifier",
 ]
 
@@ -209,6 +211,30 @@ def pgd(
     return best
 
 
+def pgd_end(
+    classifier: Classifier, images: Tensor, y: Tensor, config: PGDConfig, *, generator: torch.Generator | None
+) -> Tensor:
+    """Where one run of :func:`pgd` ends, to train on (Madry et al., ICLR 2018, arXiv 1706.06083, section 2.1).
+
+    Unlike there no iterate is preferred, nothing is checked, and nothing waits for the device.
+
+    Args:
+        classifier: maps images in [0, 1], (N, C, H, W), to logits; in eval mode.
+        images: in [0, 1], on the classifier's device, shape (N, C, H, W).
+        y: their labels, int64, shape (N,); −1, unknown: such an image moves nowhere but to where the attack starts.
+        config: see :class:`PGDConfig`; of its restarts there is one.
+        generator: the only source of randomness; None: PyTorch's global one.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        point = _project(_start(images, config, generator), images, config)
+        for _ in range(config.steps):
+            point.requires_grad_(True)
+            loss = nn.functional.cross_entropy(classifier(point), y, ignore_index=-1, reduction="sum")
+            gradient = torch.autograd.grad(loss, point)[0]
+            point = _project(point.detach() + _step(gradient, config), images, config)
+    return point
+
+
 def _start(images: Tensor, config: PGDConfig, generator: torch.Generator | None) -> Tensor:
     """A random point of each ball: uniform for ℓ∞; for ℓ2 of uniform direction and of the radius that makes it uniform."""
     options = {"generator": generator, "device": images.device, "dtype": images.dtype}
@@ -239,7 +265,8 @@ def _project(point: Tensor, images: Tensor, config: PGDConfig) -> Tensor:
     Sums round by half a step at most, so that one step back towards the centre is never outside.
     """
     # Casting ε may have rounded it up.
-    eps = torch.nextafter(torch.tensor(config.eps, dtype=images.dtype), torch.tensor(0.0, dtype=images.dtype)).item()
+    number = np.float32 if images.dtype == torch.float32 else np.float64
+    eps = float(np.nextafter(number(config.eps), number(0)))
     if config.norm == "linf":
         low, high = (torch.nextafter(images + edge, images) for edge in (-eps, eps))
         return point.clamp(low, high).clamp(0, 1).detach()

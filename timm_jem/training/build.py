@@ -211,6 +211,7 @@ def build_method(settings: Settings, splits: Splits, jem: JEM, generator: torch.
         ramp_from=train.ramp_from,
         ramp_steps=train.ramp_steps,
         step_cosine=train.step_cosine,
+        attack=train.attack(),
     )
 
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, quoted
+from timm_jem.evaluation.attacks import PGDConfig, pgd_end
 from timm_jem.model import JEM
 from timm_jem.modes import batch_norms, frozen, in_eval_mode, statistics_kept
 from timm_jem.objectives import ObjectiveConfig, joint_loss
+from timm_jem.pixels import from_unit
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.sampling import SGLDConfig, draw_classes, sgld
 from timm_jem.training.batches import Batch
@@ -98,6 +100,9 @@ class MaximumLikelihood:
       2109.09032, and SADA-JEM, arXiv 2209.07959); other layers, dropout say, are in eval mode meanwhile. The density that
       is sampled then isn't quite the one that evaluation scores.
 
+    With ``attack`` the cross-entropy is that of attacked images, and the likelihood that of the images themselves, as in DAT
+    (arXiv 2510.13872): adversarial training (Madry et al., arXiv 1706.06083). The attacker meets the network in eval mode.
+
     Args:
         jem: for its normalisation.
         buffer: with classes where ``objective.w_xy`` > 0; None: for cross-entropy alone.
@@ -107,6 +112,7 @@ class MaximumLikelihood:
         class_frequencies: p(y) of images without a label, up to a factor, shape (num_classes,); None: uniform.
         ramp_from, ramp_steps: K goes from ``ramp_from`` to ``sgld.num_steps`` over so many steps; 0 steps: no ramp.
         step_cosine: what :class:`StepSize` aims at; None: the step size stays.
+        attack: on the images of the cross-entropy; None: none.
 
     Raises:
         InputError: no buffer, or ``w_xy`` > 0 and one without classes; an unknown ``batch_norm``; class frequencies of wrong
@@ -128,6 +134,7 @@ class MaximumLikelihood:
         ramp_from: int = 1,
         ramp_steps: int = 0,
         step_cosine: float | None = None,
+        attack: PGDConfig | None = None,
     ) -> None:
         if batch_norm not in ("eval", "frozen", "train"):
             raise InputError(f"batch_norm is {quoted(batch_norm)}: give eval, frozen or train")
@@ -147,7 +154,7 @@ class MaximumLikelihood:
         self.jem, self.buffer, self.sgld, self.objective = jem, buffer, sgld, objective
         self.batch_norm, self.class_frequencies = batch_norm, class_frequencies
         self.ramp_from, self.ramp_steps = ramp_from, ramp_steps
-        self.step_size = StepSize(step_cosine, sgld.pixel_clamp)
+        self.step_size, self.attack = StepSize(step_cosine, sgld.pixel_clamp), attack
 
     @property
     def heeds(self) -> tuple[str, ...]:
@@ -157,7 +164,7 @@ class MaximumLikelihood:
         return ("num_steps", "energy_l2") if self.step_size.adapts else ("num_steps", "step_size", "energy_l2")
 
     def draw(self, model: nn.Module, batch: Batch, *, step: int, remedy: Remedy, generator: torch.Generator) -> Drawn:
-        """Draw chains, move them by SGLD, and put them back.
+        """Attack the images of the cross-entropy, where that is asked for; draw chains, move them by SGLD, and put them back.
 
         Returns:
             The chains, of class −1 as a negative of x alone for an image without a label, and, pixels: ``chain_rms``
@@ -166,17 +173,15 @@ class MaximumLikelihood:
             ``pixel_clamp`` ``chain_saturated`` (share of values at 0.999 of the clamp or beyond, less the same share of the
             images without noise), and where it adapts ``step_size``, that of the next iteration.
         """
+        if self.attack is not None:
+            batch = self._attacked(model, batch, self.attack, generator)
         if not self.objective.needs_chains:
             return Drawn(batch)
         y, y_chain, config = batch.y, None, self.sgld_at(step, remedy)
         if self.buffer.labels is not None:
             y_chain = torch.where(y == -1, draw_classes(len(y), self.class_frequencies, generator=generator), y)
         start, slots = self.buffer.draw(len(y), y_chain)
-        # Outside no_sync, DistributedDataParallel would wait for gradients that sampling never makes.
-        with (
-            frozen(model, "train" if self.batch_norm == "train" else "eval"),
-            getattr(model, "no_sync", contextlib.nullcontext)(),
-        ):
+        with frozen(model, "train" if self.batch_norm == "train" else "eval"), _unsynchronised(model):
             u_neg = sgld(
                 lambda u, *labels: energy(model(self.jem.normalize(u)), *labels),
                 start,
@@ -192,6 +197,13 @@ class MaximumLikelihood:
         if self.step_size.adapts:
             terms["step_size"] = self.step_size.adapt() * config.step_size
         return Drawn(batch, u_neg, y, terms)
+
+    def _attacked(self, model: nn.Module, batch: Batch, attack: PGDConfig, generator: torch.Generator) -> Batch:
+        u, y = (batch.u, batch.y) if batch.u_ce is None else (batch.u_ce, batch.y if batch.y_ce is None else batch.y_ce)
+        with frozen(model), _unsynchronised(model):
+            classify = lambda images: model(self.jem.normalize(from_unit(images)))  # noqa: E731
+            images = pgd_end(classify, ((u + 1) / 2).clamp(0, 1), y, attack, generator=generator)
+        return replace(batch, u_ce=from_unit(images), y_ce=y)
 
     def loss(self, model: nn.Module, drawn: Drawn, *, remedy: Remedy) -> dict[str, Tensor]:
         """Terms of :func:`timm_jem.joint_loss`, of which ``loss`` has the graph."""
@@ -233,6 +245,11 @@ class MaximumLikelihood:
                 return logits + [model(self.jem.normalize(part)) for part in parts[1:]]
         with in_eval_mode(mixing):
             return list(model(self.jem.normalize(torch.cat(parts))).split([len(part) for part in parts]))
+
+
+def _unsynchronised(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Outside of it DistributedDataParallel would wait for gradients that are never made."""
+    return getattr(model, "no_sync", contextlib.nullcontext)()
 
 
 def _chain_terms(start: Tensor, chains: Tensor, images: Tensor, clamp: float | None) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from accelerate.tracking import get_available_trackers
 from timm_jem.command_line import Arguments, Flag, make_parser, parse_flags, read_flags
 from timm_jem.data import DataConfig
 from timm_jem.errors import InputError, check_number, check_whole, quoted
+from timm_jem.evaluation.attacks import PGDConfig
 from timm_jem.models.names import check_name
 from timm_jem.objectives import ObjectiveConfig
 from timm_jem.sampling import SGLDConfig
@@ -87,6 +88,11 @@ class TrainConfig:
         data_noise: standard deviation of noise on the images while training, pixels. Chains can't be narrower than
             their own noise, so keep it above sgld.noise_std, or the energy sharpens without end.
         ce_noise: that of the images for the cross-entropy, or None: as data_noise.
+        attack_norm: linf or l2: the cross-entropy is of images attacked by projected gradient descent (Madry et al.; DAT: l2);
+            None: not attacked.
+        attack_eps: how far they are moved at most, in pixels in [0, 1], as attacks have it (ℓ∞: 8/255; DAT: ℓ2 0.5).
+        attack_steps: steps of the attack, each as expensive as one of a chain.
+        attack_step_size: of each; None: 2.5 · attack_eps / attack_steps.
         buffer_size: chains in the replay buffer of a process; None: JEM's 10,000, or as many as take 1 GiB.
         restart_prob: how likely a chain that is drawn from it starts anew.
         init: where chains start, in training and when the model draws: uniform noise (JEM), or gaussian: fitted to the
@@ -143,6 +149,10 @@ class TrainConfig:
     ema_decay: float = 0.0
     data_noise: float = 0.03
     ce_noise: float | None = None
+    attack_norm: Literal["linf", "l2"] | None = None
+    attack_eps: float = 8 / 255
+    attack_steps: int = 10
+    attack_step_size: float | None = None
     buffer_size: int | None = None
     restart_prob: float = 0.05
     init: Literal["noise", "gaussian"] = "noise"
@@ -187,6 +197,7 @@ class TrainConfig:
         check_number("train ema_decay", self.ema_decay, least=0, most=1)
         if self.step_cosine is not None:
             check_number("train step_cosine", self.step_cosine, least=-0.9, most=0.9)
+        self.attack()  # which refuses what it can't be
         for milestone in self.milestones:
             check_number("train milestones", milestone, least=0, most=1)
         if not self.sample_steps or min(self.sample_steps) < 1:
@@ -201,6 +212,12 @@ class TrainConfig:
                 raise InputError(f"train trackers has {quoted(name)}: choose from tensorboard, trackio and wandb")
             if name not in {str(tracker) for tracker in get_available_trackers()}:
                 raise InputError(f"train trackers has {quoted(name)}, which is not installed: pip install {name}")
+
+    def attack(self) -> PGDConfig | None:
+        """The attack on the images of the cross-entropy."""
+        if self.attack_norm is None:
+            return None
+        return PGDConfig(self.attack_norm, self.attack_eps, self.attack_steps, self.attack_step_size)
 
     @property
     def needs_classes(self) -> bool:
