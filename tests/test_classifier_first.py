@@ -12,16 +12,9 @@ import train
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-import timm_jem
 from timm_jem import InputError
-from timm_jem.data import DataConfig, load_splits
-from timm_jem.evaluation.chain_length import best_num_steps
-from timm_jem.evaluation.extractors import classifier_extractor
-from timm_jem.evaluation.generation import pyramid
-from timm_jem.pixels import eight_bit, to_pixels
 from timm_jem.training import Settings, TrainConfig, finish
 from timm_jem.training.classifier import classifier_settings
-from timm_jem.training.measure import in_batches
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.settings import ClassifierConfig, ModelConfig
 
@@ -86,20 +79,6 @@ def test_joint_training_starts_from_the_classifier(whole, tmp_path):
     assert same(weights(tmp_path / "run"), weights(tmp_path / "run" / "classifier"))
     assert same(weights(tmp_path / "run"), weights(whole / "classifier"))
     assert not same(weights(whole), weights(whole / "classifier"))
-
-
-def test_how_long_chains_are_is_chosen_by_the_classifiers_features(whole):
-    jem, classifier = (timm_jem.from_pretrained(whole / part / "model") for part in (".", "classifier"))
-    reader = classifier_extractor(classifier, "the classifier")
-    real = to_pixels(torch.cat([images for images, _ in in_batches(load_splits(DataConfig()).val, 0)]))
-    ways = {"generator": torch.Generator().manual_seed(0), "batch_size": 16}
-    by = [
-        best_num_steps(jem, real, torch.arange(2), [5], features=features, **ways)[1][5]
-        for features in (lambda u: reader.features(eight_bit(u)), pyramid)
-    ]
-    told = json.loads((whole / "summary.json").read_text())
-    assert told["val_frechet_by_steps"]["5"] == pytest.approx(by[0], rel=1e-4)
-    assert by[1] != pytest.approx(by[0], rel=0.1)
 
 
 @pytest.mark.parametrize("step", [2, 4])

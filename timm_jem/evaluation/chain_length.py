@@ -1,7 +1,7 @@
 """Chains seen at several lengths, and which of these is best."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate.utils import tqdm
@@ -93,18 +93,13 @@ def _views(
 
 @torch.no_grad()
 def best_num_steps(
-    jem: JEM,
-    real: Tensor,
-    y: Tensor,
-    candidates: Sequence[int],
-    *,
-    generator: torch.Generator,
-    batch_size: int = 256,
-    features: Callable[[Tensor], Tensor] = pyramid,
+    jem: JEM, real: Tensor, y: Tensor, candidates: Sequence[int], *, generator: torch.Generator, batch_size: int = 256
 ) -> tuple[int, dict[int, float]]:
-    """The length of fresh chains whose images are nearest to ``real`` ones, by the Fréchet distance in some features.
+    """The length of fresh chains whose images are nearest to ``real`` ones.
 
-    Each candidate's last ``jem.sgld.denoise_steps`` steps are noise-free, as in ``jem.sample``.
+    Near by the Fréchet distance in the features of :func:`pyramid`, which need no network, see noise and blur, and of images
+    up to 8×8 are the pixels themselves. Each candidate's last ``jem.sgld.denoise_steps`` steps are noise-free, as in
+    ``jem.sample``.
 
     Args:
         jem: the model; its flags are left as they were.
@@ -113,8 +108,6 @@ def best_num_steps(
         candidates: numbers of steps, each above ``denoise_steps``.
         generator: the only source of randomness.
         batch_size: chains through the network at once.
-        features: of pixels in [-1, 1], shape (N, C, H, W), to shape (N, D); :func:`pyramid`'s need no network, see noise
-            and blur, and of images up to 8×8 are the pixels themselves.
 
     Returns:
         The best of ``candidates``, and the distance of each; NaN for chains that ran away, which are never the best of
@@ -130,11 +123,7 @@ def best_num_steps(
     if len(real) < 2 or not real.isfinite().all():
         raise InputError(f"images to be near to are {len(real)}, or not finite: give at least two, in [-1, 1]")
     chains = chains_by_length(jem, candidates, y=y, generator=generator, batch_size=batch_size)
-
-    def of(u: Tensor) -> Tensor:
-        return torch.cat([features(part).cpu() for part in u.split(batch_size)])
-
-    real = of(real.cpu())
+    real = torch.cat([pyramid(part) for part in real.cpu().split(batch_size)])
     # Features are of pixels cut to [-1, 1], in which infinite ones would look like others.
-    distances = {steps: frechet_distance(of(u), real) if u.isfinite().all() else math.nan for steps, u in chains}
+    distances = {steps: frechet_distance(pyramid(u), real) if u.isfinite().all() else math.nan for steps, u in chains}
     return min(distances, key=lambda steps: (math.isnan(distances[steps]), distances[steps], steps)), distances

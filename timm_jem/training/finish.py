@@ -5,16 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from timm_jem.data import Splits
 from timm_jem.data.sources import public_name
 from timm_jem.errors import InputError
-from timm_jem.evaluation.chain_length import best_num_steps
-from timm_jem.evaluation.extractors import classifier_extractor
-from timm_jem.evaluation.generation import pyramid
+from timm_jem.evaluation import best_num_steps
 from timm_jem.model import JEM
-from timm_jem.pixels import eight_bit, to_pixels
+from timm_jem.pixels import to_pixels
 from timm_jem.training.build import workers_of
 from timm_jem.training.measure import in_batches, measure
 from timm_jem.training.publish import publishable, push
@@ -22,7 +19,6 @@ from timm_jem.training.record import Record
 from timm_jem.training.run import Rollback, Run
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.settings import Settings
-from timm_jem.wrap import from_pretrained
 
 __all__ = ["finish"]
 
@@ -75,7 +71,7 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
         return
     _keep(run, record, lambda: jem.save_pretrained(folder.model))  # sampling may fail where training did not: for memory, say
     if settings.train.objective.needs_chains:
-        summary |= _choose_length(settings, splits, jem, folder)
+        summary |= _choose_length(settings, splits, jem)
         record.samples(run.step, jem, "samples.png")
         record.chains(run.step, run.learner.method.buffer)
         _keep(run, record, lambda: jem.save_pretrained(folder.model))
@@ -137,11 +133,8 @@ def _explanation(broke: Rollback, run: Run, settings: Settings, rate: str = "tra
     return f"gave up after {times} at step {broke.step}: {broke.reason}; {advice}"
 
 
-def _choose_length(settings: Settings, splits: Splits, jem: JEM, folder: RunFolder) -> dict[str, Any]:
-    """Set the length of fresh chains to the best on validation images; what the summary says of it.
-
-    The best by the features of the classifier that the run began with, which knows no energies, where it has one.
-    """
+def _choose_length(settings: Settings, splits: Splits, jem: JEM) -> dict[str, Any]:
+    """Set the length of fresh chains to the best on validation images; what the summary says of it."""
     train = settings.train
     jem.sgld = replace(jem.sgld, sample_steps=None)
     images = torch.cat([images for images, _ in in_batches(splits.val, workers_of(train))])
@@ -152,17 +145,9 @@ def _choose_length(settings: Settings, splits: Splits, jem: JEM, folder: RunFold
         settings.lengths(jem.sgld.num_steps),
         generator=torch.Generator(jem.mean.device).manual_seed(train.seed),
         batch_size=train.batch_size,
-        features=_features(folder, jem.device),
     )
     jem.sgld = replace(jem.sgld, sample_steps=best_length)
     return {"sample_steps": best_length, "val_frechet_by_steps": distances}
-
-
-def _features(folder: RunFolder, device: torch.device) -> Callable[[Tensor], Tensor]:
-    if not folder.classifier.model.is_dir():
-        return pyramid
-    classifier = classifier_extractor(from_pretrained(folder.classifier.model).to(device), "the classifier")
-    return lambda u: classifier.features(eight_bit(u))
 
 
 def _results(settings: Settings, splits: Splits, summary: dict[str, Any]) -> list[dict[str, Any]]:

@@ -121,8 +121,7 @@ class TrainConfig:
         keep_checkpoints: how many.
         best_k: keep the models of the k best validation accuracies in best/.
         trackers: tensorboard, trackio or wandb.
-        sample_steps: lengths tried for fresh chains, in multiples of sgld.num_steps; the one is taken whose images are nearest
-            to validation images, in the features of the classifier that the run began with, or else as thumbnails.
+        sample_steps: lengths tried on validation images for fresh chains, in multiples of sgld.num_steps.
         sample_count: how many chains for that.
     """
 
