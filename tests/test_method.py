@@ -251,6 +251,23 @@ def test_images_without_a_label_get_chains_of_the_given_classes():
         assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
 
 
+def test_chains_grow_with_what_is_told_apart():
+    jem, buffer, u, y = make(classes=3)
+    sgld = SGLDConfig(num_steps=4, noise_std=0.0)
+    method = MaximumLikelihood(jem, buffer, sgld=sgld, objective=ObjectiveConfig(w_x=0.0, w_xy=1.0), ramp_auc=0.0)
+    generator, told = torch.Generator().manual_seed(0), []
+    for step in range(20):
+        drawn = method.draw(jem, Batch(u, y), step=step, remedy=Remedy(), generator=generator)
+        told.append(int(drawn.info["num_steps"]))
+    assert told == [1] * 8 + [2] * 8 + [3] * 4
+    data, neg = jem.pixel_energy(u, y), jem.pixel_energy(drawn.u_neg, y)
+    assert float(drawn.info["auc"]) == pytest.approx(float((neg[:, None] > data).double().mean()))
+    assert method.adapted(sgld).num_steps == 3
+    again = MaximumLikelihood(jem, buffer, sgld=sgld, objective=ObjectiveConfig(), ramp_auc=0.0)
+    again.load_state_dict(method.state_dict())
+    assert again.sgld_at(0, Remedy()).num_steps == 3
+
+
 def test_nothing_waits_for_the_device():
     class Ops(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

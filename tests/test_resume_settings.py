@@ -78,6 +78,7 @@ OTHER = {
     "train.epochs": "3",
     "train.init": "gaussian",
     "train.ramp_from": "2",
+    "train.ramp_auc": "0.9",
     "train.batch_norm": "frozen",
     "train.sam_adaptive": "false",
     "train.attack_eps": "0.5",

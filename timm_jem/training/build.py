@@ -210,6 +210,7 @@ def build_method(settings: Settings, splits: Splits, jem: JEM, generator: torch.
         class_frequencies=splits.class_frequencies if train.needs_classes else None,
         ramp_from=train.ramp_from,
         ramp_steps=train.ramp_steps,
+        ramp_auc=train.ramp_auc,
         step_cosine=train.step_cosine,
         attack=train.attack(),
     )

@@ -18,6 +18,7 @@ from timm_jem.pixels import from_unit
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.sampling import SGLDConfig, draw_classes, sgld
 from timm_jem.training.batches import Batch
+from timm_jem.training.chain_ramp import ChainRamp
 from timm_jem.training.remedy import Remedy
 from timm_jem.training.step_size import StepSize
 
@@ -110,7 +111,7 @@ class MaximumLikelihood:
         objective: weights of the loss.
         batch_norm: "eval", "frozen" or "train"; see above.
         class_frequencies: p(y) of images without a label, up to a factor, shape (num_classes,); None: uniform.
-        ramp_from, ramp_steps: K goes from ``ramp_from`` to ``sgld.num_steps`` over so many steps; 0 steps: no ramp.
+        ramp_from, ramp_steps, ramp_auc: how K goes from ``ramp_from`` to ``sgld.num_steps``, see :class:`ChainRamp`.
         step_cosine: what :class:`StepSize` aims at; None: the step size stays.
         attack: on the images of the cross-entropy; None: none.
 
@@ -133,6 +134,7 @@ class MaximumLikelihood:
         class_frequencies: Tensor | None = None,
         ramp_from: int = 1,
         ramp_steps: int = 0,
+        ramp_auc: float | None = None,
         step_cosine: float | None = None,
         attack: PGDConfig | None = None,
     ) -> None:
@@ -153,7 +155,7 @@ class MaximumLikelihood:
             class_frequencies = class_frequencies.to(buffer.chains.device)
         self.jem, self.buffer, self.sgld, self.objective = jem, buffer, sgld, objective
         self.batch_norm, self.class_frequencies = batch_norm, class_frequencies
-        self.ramp_from, self.ramp_steps = ramp_from, ramp_steps
+        self.ramp = ChainRamp(sgld.num_steps, ramp_from, ramp_steps, ramp_auc)
         self.step_size, self.attack = StepSize(step_cosine, sgld.pixel_clamp), attack
 
     @property
@@ -171,7 +173,8 @@ class MaximumLikelihood:
             (their root mean square), ``chain_moved`` (root mean square of their displacement in this iteration),
             ``chain_spread`` (mean over pixels of the standard deviation over chains, where there are several), with a
             ``pixel_clamp`` ``chain_saturated`` (share of values at 0.999 of the clamp or beyond, less the same share of the
-            images without noise), and where it adapts ``step_size``, that of the next iteration.
+            images without noise), where it adapts ``step_size``, that of the next iteration, and with ``ramp_auc``
+            ``num_steps`` and ``auc``, by how much their energies tell images from chains.
         """
         if self.attack is not None:
             batch = self._attacked(model, batch, self.attack, generator)
@@ -194,9 +197,19 @@ class MaximumLikelihood:
         self.buffer.put(slots, u_neg)
         clean = batch.u if batch.clean is None else batch.clean
         terms = _chain_terms(start, u_neg, clean, config.pixel_clamp)
+        if self.ramp.auc is not None:
+            terms["num_steps"] = torch.full((), float(config.num_steps), device=u_neg.device)
+            terms["auc"] = self._told_apart(model, batch.u, u_neg, y_chain)
         if self.step_size.adapts:
             terms["step_size"] = self.step_size.adapt() * config.step_size
         return Drawn(batch, u_neg, y, terms)
+
+    @torch.no_grad()
+    def _told_apart(self, model: nn.Module, u: Tensor, u_neg: Tensor, y: Tensor | None) -> Tensor:
+        with in_eval_mode(list(model.modules())):  # frozen parameters that no backward follows would stay so under FSDP2
+            logits = model(self.jem.normalize(torch.cat([u, u_neg]))).float()
+        energies = energy(logits) if y is None else energy(logits, torch.cat([y, y]))
+        return self.ramp.see(*energies.split([len(u), len(u_neg)]))
 
     def _attacked(self, model: nn.Module, batch: Batch, attack: PGDConfig, generator: torch.Generator) -> Batch:
         u, y = (batch.u, batch.y) if batch.u_ce is None else (batch.u_ce, batch.y if batch.y_ce is None else batch.y_ce)
@@ -218,24 +231,24 @@ class MaximumLikelihood:
 
     def sgld_at(self, step: int, remedy: Remedy) -> SGLDConfig:
         """The chains' settings at a step: ramp and remedies included."""
-        config = self.sgld
-        if step < self.ramp_steps:
-            num_steps = round(self.ramp_from + (config.num_steps - self.ramp_from) * step / self.ramp_steps)
-            config = replace(config, num_steps=num_steps)
+        config = replace(self.sgld, num_steps=self.ramp.num_steps(step))
         return remedy.chains(config)
 
     def adapted(self, sgld: SGLDConfig) -> SGLDConfig:
-        """``sgld`` with the step size that training came to."""
+        """``sgld`` with the step size that training came to, and no longer chains than it had."""
         scale = self.step_size.scale
+        if self.ramp.auc is not None:
+            sgld = replace(sgld, num_steps=min(sgld.num_steps, self.ramp.num_steps(0)))
         return sgld if scale is None else replace(sgld, step_size=sgld.step_size * float(scale))
 
     def state_dict(self) -> dict[str, Any]:
-        """The step size, where it has adapted; what else persists are the chains."""
-        return self.step_size.state_dict()
+        """The step size, where it has adapted, and how long chains have become; what else persists are the chains."""
+        return {**self.step_size.state_dict(), **self.ramp.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the step size of ``state``."""
+        """Go on with the step size and the length of chains of ``state``."""
         self.step_size.load_state_dict(state, self.jem.device)
+        self.ramp.load_state_dict(state, self.jem.device)
 
     def _logits(self, model: nn.Module, parts: list[Tensor]) -> list[Tensor]:
         mixing = batch_norms(model)

@@ -108,6 +108,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "train.conditional_chains": _CLASSES,
     "train.ramp_from": None,
     "train.ramp_steps": None,
+    "train.ramp_auc": None,
     "train.step_cosine": None,
     "train.batch_norm": None,
     "train.objective.w_ce": None,

@@ -100,6 +100,8 @@ class TrainConfig:
         conditional_chains: chains of p(y) p(x|y) as negatives of E(x) as well; with objective w_xy they are anyway.
         ramp_from: sgld.num_steps of the first optimiser step, where ramp_steps is not 0.
         ramp_steps: optimiser steps in which sgld.num_steps is reached from there; 0: at once.
+        ramp_auc: instead, sgld.num_steps grows by one from ramp_from on whenever images and chains are told apart by their
+            energies with this AUROC (DAT: 0.8); None: by ramp_steps.
         step_cosine: sgld.step_size adapts, so that the gradients of a step and of the next one have this cosine on average, and
             is that of the model in the end; 0 would be as far as the energy falls along the gradient. None: it stays.
         batch_norm: BatchNorm while chains move: eval (running statistics), frozen (in the loss, too), or train (JEM++,
@@ -158,6 +160,7 @@ class TrainConfig:
     conditional_chains: bool = False
     ramp_from: int = 1
     ramp_steps: int = 0
+    ramp_auc: float | None = None
     step_cosine: float | None = None
     batch_norm: Literal["eval", "frozen", "train"] = "eval"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -194,6 +197,8 @@ class TrainConfig:
         if self.epochs is not None:
             check_number("train epochs", self.epochs, above=0)
         check_number("train ema_decay", self.ema_decay, least=0, most=1)
+        if self.ramp_auc is not None:
+            check_number("train ramp_auc", self.ramp_auc, least=0, most=1)
         if self.step_cosine is not None:
             check_number("train step_cosine", self.step_cosine, least=-0.9, most=0.9)
         self.attack()  # which refuses what it can't be
