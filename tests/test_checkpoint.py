@@ -255,6 +255,14 @@ def test_what_torch_saves_comes_back(tmp_path, legacy):
     assert torch.equal(again["parameter"], base)
 
 
+def test_tensors_of_a_gpu_come_to_the_cpu(tmp_path):
+    numbers = torch.arange(4.0)
+    write_zip(tmp_path / "new.pt", one((4,), 4, where="cuda:0"), {"0": numbers.numpy().tobytes()})
+    write_legacy(tmp_path / "old.pt", one((4,), 4, where="cuda:1"), [("0", 4, numbers.numpy().tobytes())])
+    for name in ("new.pt", "old.pt"):
+        assert torch.equal(read_checkpoint(tmp_path / name)["w"], numbers)
+
+
 def test_a_recursive_container_is_walked_once(tmp_path):
     write_zip(tmp_path / "x.pt", {"a": recursive(), "b": [recursive()]})
     assert read_checkpoint(tmp_path / "x.pt")["a"]["self"]

@@ -91,12 +91,14 @@ def test_networks_of_full_size_are_those_of_the_released_files(network, tensors,
 def test_depth_and_width_come_from_shapes(tmp_path, method, depth, width, name, kwargs):
     network, checkpoint = released(method, depth, width)
     torch.save(checkpoint, tmp_path / "file.pt")
-    jem, u = convert(tmp_path / "file.pt", method).jem, pixels()
+    found, u = convert(tmp_path / "file.pt", method), pixels()
+    jem = found.jem
     with torch.no_grad():
         torch.testing.assert_close(jem(jem.normalize(u)), theirs(network, u), rtol=0, atol=1e-6)
     jem.save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["architecture"] == name
+    assert (" of depth" in found.lines[0]) == ("depth" in kwargs)
     assert config["model_args"] == {**kwargs, "in_chans": 3, "global_pool": "avg"}
 
 

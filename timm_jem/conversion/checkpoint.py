@@ -36,7 +36,8 @@ def read_checkpoint(file: str | os.PathLike) -> dict[str | int, Any]:
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise InputError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no ordinary file")
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
+            raise InputError(f"it is {what}: give the authors' .pt or .pth file")
         if status.st_size > _MOST_BYTES:
             raise InputError(f"it is larger than {_MOST_BYTES >> 30} GiB, as no checkpoint of these methods is")
         with file.open("rb") as stream:
@@ -72,7 +73,7 @@ def _claims_of_zip(file: Path) -> Any:
             if sizes[pickles[0]] > _MOST_PICKLED or sum(sizes.values()) > file.stat().st_size:
                 raise InputError("its records are larger than it is, or its pickle than any checkpoint's: it is broken")
             claimed, storages = read_claims(BytesIO(archive.read(pickles[0])))
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"it is a zip that is broken or cut off ({one_line(error)}): get it again") from error

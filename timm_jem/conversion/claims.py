@@ -1,9 +1,9 @@
 """What a pickle of PyTorch says that it holds, told from its opcodes alone: nothing is imported, called or allocated.
 
-PyTorch's own reader of weights (``torch.load(weights_only=True)``) runs no code of a file, but takes its word for sizes: it
-makes a ``bytearray`` of any length, grows a storage to whatever a tensor claims of it, and hashes any key. So what a file says
-is worked out first, as plain Python data of no more items than it has opcodes, and only what plain tensors, numbers, text, and
-containers of them need is let through.
+PyTorch's own reader of weights (``torch.load(weights_only=True)``) runs no code of a file, but takes its word for much: it
+makes a ``bytearray`` of any length, lets a tensor repeat one number without end, hashes any key, and where an old file lists no
+values for a tensor leaves there what the memory held. So what a file says is worked out first, as plain Python data of no more
+items than it has opcodes, and only what plain tensors, numbers, text, and containers of them need is let through.
 """
 
 from pickletools import genops

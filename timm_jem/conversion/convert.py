@@ -12,7 +12,6 @@ import timm
 import torch
 from torch import Tensor
 
-from timm_jem.backbone import architecture
 from timm_jem.conversion.checkpoint import read_checkpoint
 from timm_jem.conversion.layouts import LAYOUTS, Translated, bare_names, named, tell_layout, translate, without_wrappers
 from timm_jem.conversion.methods import METHODS, head_untouched, methods_of
@@ -112,7 +111,7 @@ def convert(
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     told = [
-        f"network: {architecture(jem.backbone)}, {sum(p.numel() for p in jem.parameters()):,} parameters, {jem.num_classes} "
+        f"network: {_network(network)}, {sum(p.numel() for p in jem.parameters()):,} parameters, {jem.num_classes} "
         f"classes, images of {jem.input_size}, mean {_numbers(jem.mean)}, std {_numbers(jem.std)}",
         f"energies: {of_energies}",
         *([f"chains: {of_chains}"] if of_chains else []),
@@ -126,6 +125,11 @@ def convert(
         "versions": {"timm_jem": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }
     return Conversion(jem, method, told)
+
+
+def _network(network: Translated) -> str:
+    sizes = [f"{name} {network.kwargs[name]}" for name in ("depth", "width") if name in network.kwargs]
+    return " of ".join([network.name, *([" and ".join(sizes)] if sizes else [])])
 
 
 def _numbers(values: Tensor) -> str:
