@@ -93,11 +93,12 @@ def recursive() -> dict:
     return inner
 
 
-def nested_key() -> bytes:
-    """A dictionary whose key is a tuple of two tuples of two tuples ...: its hash takes 2⁶⁰ steps."""
-    return b"\x80\x02})q\x00" + b"h\x00\x86q\x00" * 60 + b"K\x01s."
+def nested(depth: int = 60) -> tuple:
+    """A tuple of twice the same tuple of twice the same ...: to hash it, or to write it, takes 2⁶⁰ steps."""
+    return () if depth == 0 else (nested(depth - 1),) * 2
 
 
+NESTED = b"\x80\x02)q\x00" + b"h\x00\x86q\x00" * 60  # the same, on the pickle's stack
 MARKER = "timm_jem_hostile_marker"
 HOSTILE = {
     # What executes.
@@ -109,7 +110,9 @@ HOSTILE = {
         lambda f: write_zip(f, b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsK\x01sb."),
         "attributes of their",
     ),
-    "a call of data": (lambda f: write_zip(f, b"\x80\x02X\x01\x00\x00\x00a)R."), "it calls 'a'"),
+    "a call of data": (lambda f: write_zip(f, b"\x80\x02X\x01\x00\x00\x00a)R."), "it calls a str"),
+    "a call of tuples": (lambda f: write_zip(f, NESTED + b")R."), "it calls a tuple"),
+    "sizes of tuples": (lambda f: write_zip(f, one(nested(), 4, nested()), {"0": b"0" * 16}), "it has a tuple for a size"),
     # What takes memory or time, though weights_only lets it through.
     "a terabyte": (lambda f: write_zip(f, one((2**38,), 2**38), {"0": b"0" * 16}), r"claims 1,099,511,627,776 bytes.* has 16"),
     "a legacy terabyte": (
@@ -131,7 +134,7 @@ HOSTILE = {
     ),
     "a bytearray": (lambda f: write_zip(f, Call(bytearray, 10**11)), r"a '__builtin__.bytearray'"),
     "a tensor class": (lambda f: write_zip(f, Call(torch.Tensor, 10**11)), r"a 'torch._tensor.Tensor'|a 'torch.Tensor'"),
-    "a key of tuples": (lambda f: write_zip(f, nested_key()), "a key in it is a tuple"),
+    "a key of tuples": (lambda f: write_zip(f, b"\x80\x02}" + NESTED[2:] + b"K\x01s."), "a key in it is a tuple"),
     "mappings of lists": (lambda f: write_zip(f, Call(OrderedDict, [["a", 1]])), "as Python 2 wrote them"),
     "a long text": (lambda f: write_zip(f, b"\x80\x02X\xff\xff\xff\x7fabc."), "broken or cut off"),
     "a packed pickle": (

@@ -154,15 +154,15 @@ def _made(function: Any, arguments: Any) -> Any:
         tensor, *_ = _only(tuple, arguments)
         return _only(ClaimedTensor, tensor)
     if function != _Name(_TENSOR):
-        raise InputError(f"it calls {quoted(function)}: it is broken")
+        raise InputError(f"it calls a {type(function).__name__}: it is broken")
     storage, offset, shape, strides, _, _, *extras = _only(tuple, arguments)
     _only(ClaimedStorage, storage)
-    shape, strides = _only(tuple, shape), _only(tuple, strides)
+    shape, strides = (tuple(map(_count, _only(tuple, sizes))) for sizes in (shape, strides))
     if len(shape) != len(strides) or len(shape) > _MOST_DIMENSIONS or any(extras):
         raise InputError(f"it holds a tensor of shape {quoted(shape)} and strides {quoted(strides)}: it is broken")
     items, last = 1, _count(offset)
     for side, stride in zip(shape, strides, strict=True):
-        items, last = items * _count(side), last + max(side - 1, 0) * _count(stride)
+        items, last = items * side, last + max(side - 1, 0) * stride
     if items and (items > storage.items or last >= storage.items):
         raise InputError(
             f"it holds a tensor of shape {quoted(shape)} in memory of {storage.items:,} numbers: save it contiguous"
@@ -178,6 +178,8 @@ def _only(kind: type, value: Any) -> Any:
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise InputError(f"it has {quoted(value)} for a size: it is broken")
+    if type(value) is not int or value < 0:  # a tuple of tuples of tuples may be endless to write
+        raise InputError(
+            f"it has {quoted(value) if type(value) is int else f'a {type(value).__name__}'} for a size: it is broken"
+        )
     return value
