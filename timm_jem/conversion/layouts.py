@@ -90,7 +90,7 @@ LAYOUTS = {
     ),
     "jempp": Layout(
         "JEM++",
-        r"f.other_layers.0.0.conv1.weight",
+        "f.other_layers.0.0.conv1.weight",
         "",
         _of_jem("f", "class_output"),
         {
