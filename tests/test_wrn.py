@@ -3,7 +3,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import timm_jem  # noqa: F401  registers the networks
+import timm_jem
 
 
 def test_the_papers_network():
@@ -130,6 +130,11 @@ def test_features_and_checkpointing_as_timm_users_expect():
     torch.testing.assert_close(model(x), plain)
     model(x).sum().backward()
     assert model.stem.weight.grad is not None
+
+
+def test_the_original_network_is_named_where_there_is_no_other():
+    with pytest.raises(timm_jem.InputError, match=r"unknown model 'wrn_34_10': did you mean wrn_34_10_original\?"):
+        timm_jem.create_model("wrn_34_10")
 
 
 def test_impossible_depths_are_refused():
