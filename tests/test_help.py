@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import benchmark
+import convert
 import evaluate
 import jsonargparse
 import push
@@ -13,7 +14,7 @@ import pytest
 import stability
 import train
 
-RECIPES = [benchmark, evaluate, push, stability, train]
+RECIPES = [benchmark, convert, evaluate, push, stability, train]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)

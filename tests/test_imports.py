@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "hub": {"files", "pixels", "inputs", "gaussians", "models", "hub", "errors"},
     "model": {"energy", "modes", "sampling", "gaussians", "backbone", "inputs", "hub", "errors"},
     "wrap": {"files", "sampling", "gaussians", "models", "backbone", "hub", "model", "errors"},
+    "conversion": {"sampling", "inputs", "hub", "model", "wrap", "conversion", "version", "errors"},
     "data": {"files", "pixels", "data", "errors"},
     "evaluation": {
         "energy", "files", "inputs", "pixels", "modes", "sampling", "models", "model", "wrap", "data", "evaluation", "errors",

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import benchmark
+import convert
 import evaluate
 import push
 import pytest
@@ -16,6 +17,7 @@ import timm
 import torch
 import train
 from recipe_processes import ROOT, launch
+from released_networks import released
 
 import timm_jem
 from timm_jem.data import digits
@@ -57,7 +59,7 @@ def test_the_readme_opens_with_two_commands():
 
 
 def test_no_command_is_left_out():
-    ran = ("recipes/train.py", "recipes/evaluate.py", "recipes/push.py", "recipes/stability.py", "recipes/benchmark.py")
+    ran = [f"recipes/{recipe}.py" for recipe in ("train", "evaluate", "push", "convert", "stability", "benchmark")]
     for command in COMMANDS:
         assert command.startswith("pip install") or any(program in command for program in ran), command
 
@@ -195,6 +197,15 @@ def test_evaluation_commands_run(runs, monkeypatch):
             evaluate.main([*words, *shlex.split(FEW), *large])
     assert (runs / "runs" / "compared" / "compare.md").is_file()
     assert (runs / "runs" / "full" / "report.md").is_file()
+
+
+@pytest.mark.parametrize("command", commands("recipes/convert.py"))
+def test_conversion_commands_run(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    _, _, file, output, *_ = shlex.split(command)
+    torch.save(released({"robust_wrn.pt": "dat", "sadajem10.pt": "sada", "jem.pt": "jem"}[file])[1], file)
+    convert.main(shlex.split(command)[2:])
+    assert timm_jem.from_pretrained(output).num_classes == 10
 
 
 @pytest.mark.parametrize("command", commands("recipes/stability.py"))

@@ -3,7 +3,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import timm_jem  # noqa: F401  registers the networks
+import timm_jem
 
 
 def test_the_papers_network():
@@ -36,6 +36,72 @@ def test_forward_equals_the_network_written_out():
     torch.testing.assert_close(model(x), expected)
 
 
+def work(model: torch.nn.Module) -> int:
+    """Multiplications of convolutions and the head for one image, on the meta device."""
+    counts = []
+
+    def count(module, given, out):
+        counts.append(out.numel() * module.weight[0].numel())
+
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.register_forward_hook(count)
+    model(torch.zeros(1, 3, 32, 32, device="meta"))
+    return sum(counts)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gigas"),
+    [
+        ("wrn_28_10", 36_471_338, 5.95),
+        ("wrn_16_8", 10_958_666, 2.00),
+        ("wrn_16_8_original", 10_961_370, 1.55),
+        ("wrn_28_10_original", 36_479_194, 5.25),
+        ("wrn_34_10_original", 46_160_474, 6.66),
+        ("wrn_70_16_original", 266_796_506, 38.8),
+    ],
+)
+def test_size_and_work(name, parameters, gigas):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert work(model) / 1e9 == pytest.approx(gigas, rel=5e-3)
+
+
+def test_the_original_network_written_out():
+    """Of width 1, so that the first stage has no shortcut of its own and the others have one of the activated input."""
+    model = timm.create_model("wrn_28_10_original", depth=10, width=1, num_classes=5).double()
+    assert not any(m.bias is not None for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    p = dict(model.named_parameters())
+
+    def norm(x, name):
+        return F.relu(F.batch_norm(x, None, None, p[f"{name}.weight"], p[f"{name}.bias"], training=True))
+
+    x = torch.randn(3, 3, 12, 16, dtype=torch.float64)
+    h = F.conv2d(x, p["stem.weight"], padding=1)
+    for stage, stride in enumerate((1, 2, 2)):
+        block = f"stages.{stage}.0"
+        activated = norm(h, f"{block}.norm1")
+        out = F.conv2d(activated, p[f"{block}.conv1.weight"], stride=stride, padding=1)
+        shortcut = h if stage == 0 else F.conv2d(activated, p[f"{block}.shortcut.weight"], stride=stride)
+        h = F.conv2d(norm(out, f"{block}.norm2"), p[f"{block}.conv2.weight"], padding=1) + shortcut
+    expected = norm(h, "norm").mean((2, 3)) @ p["fc.weight"].T + p["fc.bias"]
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("option", [{"stride_first": True}, {"conv_bias": False}, {"shortcut_activated": True}])
+def test_each_option_of_a_block_alone(option):
+    torch.manual_seed(0)
+    plain, changed = timm.create_model("wrn_10_1"), timm.create_model("wrn_10_1", **option)
+    assert changed.load_state_dict(plain.state_dict(), strict=False).missing_keys == []
+    block, convolutions = changed.stages[1][0], [m for m in changed.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert (block.conv1.stride, block.conv2.stride) == (((2, 2), (1, 1)) if "stride_first" in option else ((1, 1), (2, 2)))
+    assert {c.bias is not None for c in convolutions} == {"conv_bias" not in option}
+    x = torch.randn(2, 3, 16, 16)
+    assert changed(x).shape == plain(x).shape
+    assert not torch.allclose(changed(x), plain(x))
+
+
 @pytest.mark.parametrize("name", ["wrn_10_2", "wrn_16_4", "wrn_40_2"])
 def test_smaller_members_take_small_grey_images(name):
     model = timm.create_model(name, num_classes=7, in_chans=1)
@@ -64,6 +130,11 @@ def test_features_and_checkpointing_as_timm_users_expect():
     torch.testing.assert_close(model(x), plain)
     model(x).sum().backward()
     assert model.stem.weight.grad is not None
+
+
+def test_the_original_network_is_named_where_there_is_no_other():
+    with pytest.raises(timm_jem.InputError, match=r"unknown model 'wrn_34_10': did you mean wrn_34_10_original\?"):
+        timm_jem.create_model("wrn_34_10")
 
 
 def test_impossible_depths_are_refused():

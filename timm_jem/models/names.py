@@ -18,7 +18,9 @@ def check_name(name: str) -> None:
         raise InputError(f"the model name is {quoted(name)}: give one of timm.list_models()")
     if ":" in name or timm.is_model(name.split(".")[0]):
         return
-    close = difflib.get_close_matches(name.split(".")[0][:100], timm.list_models(), n=3, cutoff=0.5)
+    known, given = timm.list_models(), name.split(".")[0][:100]
+    longer = [model for model in known if model.startswith(f"{given}_")]
+    close = longer[:3] or difflib.get_close_matches(given, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them all"
     raise InputError(f"unknown model {quoted(name)}: {hint}")
 

@@ -1,12 +1,14 @@
-"""Wide residual networks for small images, as JEM uses them, registered with timm.
+"""Wide residual networks for small images, as JEM uses them and as they were first, registered with timm.
 
-Zagoruyko & Komodakis, BMVC 2016 (arXiv 1605.07146), with the changes of JEM (arXiv 1912.03263, appendix A): no
-normalisation, LeakyReLU(0.2), biases in the convolutions, and shortcuts that take a block's raw input where timm's
-pre-activation networks take the activated one.
+Zagoruyko & Komodakis, BMVC 2016 (arXiv 1605.07146). ``wrn_28_10`` and its like have the changes of JEM (arXiv 1912.03263,
+appendix A): no normalisation, LeakyReLU(0.2), biases in the convolutions, the stride in a block's second convolution, and
+shortcuts that take a block's raw input where channels change. ``wrn_34_10_original`` and its like have none of them: they are
+the networks of most published robust classifiers, and of DAT (arXiv 2510.13872).
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import create_classifier, get_act_layer, get_norm_layer
@@ -21,8 +23,18 @@ def _activation(act_layer: str) -> Callable[[], nn.Module]:
     return partial(layer, negative_slope=0.2) if layer is nn.LeakyReLU else layer
 
 
+# Of WideResNet: what the original networks have otherwise than JEM's.
+_ORIGINAL = {
+    "norm_layer": "batchnorm2d",
+    "act_layer": "relu",
+    "stride_first": True,
+    "conv_bias": False,
+    "shortcut_activated": True,
+}
+
+
 class PreActBlock(nn.Module):
-    """norm, activation, 3×3 convolution, twice, plus the shortcut of the raw input; the stride is the second one's."""
+    """norm, activation, 3×3 convolution, twice, plus a shortcut; options as of :class:`WideResNet`."""
 
     def __init__(
         self,
@@ -32,22 +44,27 @@ class PreActBlock(nn.Module):
         drop_rate: float,
         norm_layer: Callable[[int], nn.Module],
         act_layer: Callable[[], nn.Module],
+        stride_first: bool,
+        conv_bias: bool,
+        shortcut_activated: bool,
     ) -> None:
         super().__init__()
+        strides = (stride, 1) if stride_first else (1, stride)
         self.norm1 = norm_layer(in_chs)
         self.act1 = act_layer()
-        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=strides[0], padding=1, bias=conv_bias)
         self.drop = nn.Dropout(drop_rate)
         self.norm2 = norm_layer(out_chs)
         self.act2 = act_layer()
-        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, stride=stride, padding=1)
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, stride=strides[1], padding=1, bias=conv_bias)
         same = stride == 1 and in_chs == out_chs
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_chs, out_chs, 1, stride=stride)
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=conv_bias)
+        self.shortcut_activated = shortcut_activated and not same
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(self.act1(self.norm1(x)))
-        out = self.conv2(self.act2(self.norm2(self.drop(out))))
-        return out + self.shortcut(x)
+        activated = self.act1(self.norm1(x))
+        out = self.conv2(self.act2(self.norm2(self.drop(self.conv1(activated)))))
+        return out + self.shortcut(activated if self.shortcut_activated else x)
 
 
 class WideResNet(nn.Module):
@@ -64,6 +81,9 @@ class WideResNet(nn.Module):
         norm_layer: None (the paper's) or a timm norm layer name, e.g. "batchnorm2d".
         act_layer: a timm activation name; "leaky_relu" is the paper's, with slope 0.2. A smooth one ("silu") trains
             more stably, as the paper's authors advise.
+        stride_first: a block's stride is that of its first convolution, which saves a tenth to a quarter of the work.
+        conv_bias: biases in the convolutions.
+        shortcut_activated: where channels change, the shortcut takes norm and activation of a block's input.
     """
 
     def __init__(
@@ -77,6 +97,9 @@ class WideResNet(nn.Module):
         block_drop_rate: float = 0.0,
         norm_layer: str | None = None,
         act_layer: str = "leaky_relu",
+        stride_first: bool = False,
+        conv_bias: bool = True,
+        shortcut_activated: bool = False,
     ) -> None:
         super().__init__()
         if depth < 10 or depth % 6 != 4:
@@ -85,10 +108,19 @@ class WideResNet(nn.Module):
             raise ValueError(f"wide residual networks have a width of at least 1, not {width}")
         norm = nn.Identity if norm_layer is None else get_norm_layer(norm_layer)
         act = _activation(act_layer)
+        block_of = partial(
+            PreActBlock,
+            drop_rate=block_drop_rate,
+            norm_layer=norm,
+            act_layer=act,
+            stride_first=stride_first,
+            conv_bias=conv_bias,
+            shortcut_activated=shortcut_activated,
+        )
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
         channels = [16, 16 * width, 32 * width, 64 * width]
-        self.stem = nn.Conv2d(in_chans, channels[0], 3, padding=1)
+        self.stem = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=conv_bias)
         stages = []
         self.feature_info = []
         for stage, stride in enumerate((1, 2, 2)):
@@ -96,7 +128,7 @@ class WideResNet(nn.Module):
             for block in range((depth - 4) // 6):
                 first = block == 0
                 in_chs = channels[stage] if first else channels[stage + 1]
-                blocks.append(PreActBlock(in_chs, channels[stage + 1], stride if first else 1, block_drop_rate, norm, act))
+                blocks.append(block_of(in_chs, channels[stage + 1], stride if first else 1))
             stages.append(nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": channels[stage + 1], "reduction": 2**stage, "module": f"stages.{stage}"})
         self.stages = nn.Sequential(*stages)
@@ -162,40 +194,29 @@ def _cfg(**kwargs) -> dict:
     }
 
 
-_SIZES = {
-    f"wrn_{depth}_{width}": (depth, width)
-    for depth, width in (
-        (10, 1),
-        (10, 2),
-        (10, 4),
-        (16, 1),
-        (16, 2),
-        (16, 4),
-        (16, 8),
-        (22, 2),
-        (28, 2),
-        (28, 10),
-        (40, 2),
-        (40, 4),
-    )
+_SIZES = [(10, 1), (10, 2), (10, 4), (16, 1), (16, 2), (16, 4), (16, 8), (22, 2), (28, 2), (28, 10), (40, 2), (40, 4)]
+_ORIGINAL_SIZES = [(16, 8), (28, 10), (34, 10), (34, 20), (70, 16)]
+_NETWORKS = {
+    **{f"wrn_{depth}_{width}": {"depth": depth, "width": width} for depth, width in _SIZES},
+    **{f"wrn_{depth}_{width}_original": {"depth": depth, "width": width, **_ORIGINAL} for depth, width in _ORIGINAL_SIZES},
 }
 
 _FEATURES = {"out_indices": (0, 1, 2), "flatten_sequential": True}
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in _SIZES})
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in _NETWORKS})
 
 
-def _entrypoint(name: str, depth: int, width: int) -> Callable[..., WideResNet]:
+def _entrypoint(name: str, network: dict[str, Any]) -> Callable[..., WideResNet]:
     def create(pretrained: bool = False, **kwargs) -> WideResNet:
-        model_args = {"depth": depth, "width": width, **kwargs}
-        return build_model_with_cfg(WideResNet, name, pretrained, feature_cfg=_FEATURES, **model_args)
+        return build_model_with_cfg(WideResNet, name, pretrained, feature_cfg=_FEATURES, **{**network, **kwargs})
 
+    variant = "as it was first" if "stride_first" in network else "JEM's variant: no normalisation, LeakyReLU(0.2)"
     create.__name__ = create.__qualname__ = name
     create.__module__ = __name__
-    create.__doc__ = f"WRN-{depth}-{width}, JEM's variant: no normalisation, LeakyReLU(0.2), raw-input shortcuts."
+    create.__doc__ = f"WRN-{network['depth']}-{network['width']}, {variant}."
     return create
 
 
-for _name, (_depth, _width) in _SIZES.items():
-    globals()[_name] = register_model(_entrypoint(_name, _depth, _width))
+for _name, _network in _NETWORKS.items():
+    globals()[_name] = register_model(_entrypoint(_name, _network))
     __all__.append(_name)
