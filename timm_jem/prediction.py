@@ -98,7 +98,7 @@ class Predictor:
         return batches[0]
 
     def stream(self, items: Iterable, *, batch_size: int = 64, workers: int = 0) -> Iterator[Prediction | BrokenImage]:
-        """A prediction of each image in order, or why there is none; few more than two batches are in memory.
+        """A prediction of each image in order, or why there is none; about three batches are in memory.
 
         Args:
             items: images.
