@@ -9,12 +9,13 @@ import benchmark
 import convert
 import evaluate
 import jsonargparse
+import predict
 import push
 import pytest
 import stability
 import train
 
-RECIPES = [benchmark, convert, evaluate, push, stability, train]
+RECIPES = [benchmark, convert, evaluate, predict, push, stability, train]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
