@@ -34,7 +34,7 @@ def adapted(
     *,
     steps: int,
     lr: float,
-    negatives: Callable[[int], Tensor],
+    negatives: Tensor | Callable[[int], Tensor],
 ) -> Iterator[Adapt]:
     """Within the context ``model`` is in eval mode and adapted to ``x``; then all is as it was, bit for bit.
 
@@ -49,7 +49,7 @@ def adapted(
         x: model input, shape (B, C, H, W).
         method: "energy", "tent", or "statistics", which is BatchNorm's alone.
         steps, lr: of Adam.
-        negatives: draws so many x', model input, from the model as it then is; called once a step, in eval mode.
+        negatives: x', model input; or draws so many of them from the model as it then is, called once a step, in eval mode.
 
     Yields:
         A function that adapts to a further batch, going on from where the last one led, as the papers do with a stream.
@@ -82,9 +82,11 @@ def adapted(
         with torch.inference_mode(False), torch.enable_grad():
             x, others = x.detach().clone(), None
             for _ in range(steps if optimizer else 0):
-                if method == "energy":
+                if method == "energy" and callable(negatives):
                     _take_statistics(model, counted, x)
                     others = negatives(len(x))
+                elif method == "energy":
+                    others = negatives
                 loss = _loss(model, {name: exact[name].to(weight.dtype) for name, weight in moved.items()}, counted, x, others)
                 if not loss.isfinite():
                     raise InputError(f"the loss of this adaptation is {loss.item()}: give a smaller lr or fewer steps")

@@ -460,7 +460,27 @@ class JEM(nn.Module):
         generator: torch.Generator | None = None,
         sgld_config: SGLDConfig | None = None,
     ) -> contextlib.AbstractContextManager[Adapt]:
-        """A context in which the model is adapted to unlabelled test images by its normalisation layers, and in eval mode."""
+        """A context in which the model is adapted to unlabelled test images, in eval mode: ``with jem.adapted(x): jem(x)``.
+
+        Its normalisation layers take the images' statistics, and their weights and biases move down a loss. At the end, also
+        that of a body that raises, weights, statistics and flags are as they were, bit for bit. One thread only.
+
+        Args:
+            x: model input, shape (B, C, H, W), of all classes mixed as later; BatchNorm needs at least two, better a hundred.
+            method: "energy": E(x) less that of ``negatives`` (TEA, arXiv 2311.14402); "tent": the entropy of p(y|x) (arXiv
+                2006.10726); "statistics": those of BatchNorm layers alone.
+            steps, lr: of Adam.
+            negatives: what to raise the energy of, model input, shape (N, C, H, W): some training images, say. None: chains
+                of the model as it is adapted, which start as fresh ones of :meth:`sample` do and go on from step to step.
+            generator, sgld_config: of those chains, as of :meth:`sample`.
+
+        Returns:
+            A context manager. Its value is a function that adapts to the next batch of a stream, going on from the last.
+
+        Raises:
+            InputError: as :meth:`energy`, no such layers, one image for BatchNorm, an option out of range, or a loss that
+                ran away.
+        """
         self._check_x(x)
         if negatives is not None:
             if not isinstance(negatives, Tensor) or negatives.ndim != 4 or not len(negatives):
@@ -472,13 +492,12 @@ class JEM(nn.Module):
 
         def draw(n: int) -> Tensor:
             nonlocal last
-            if negatives is not None:
-                return negatives.to(self.device)
             init = last if last is not None and len(last) == n else None
             last = self.sample(n, init=init, generator=generator, sgld_config=sgld_config)
             return last
 
-        return adapted(self, x.to(self.device), method, steps=steps, lr=lr, negatives=draw)
+        others = draw if negatives is None else negatives.to(self.device)
+        return adapted(self, x.to(self.device), method, steps=steps, lr=lr, negatives=others)
 
     def _settings_of_chains(self, sgld_config: SGLDConfig | None) -> SGLDConfig:
         config = self.sgld if sgld_config is None else sgld_config
