@@ -153,8 +153,9 @@ def test_a_stream_goes_on_from_where_it_was():
         adapt(second)
         torch.testing.assert_close(jem.backbone.norm.running_mean[0], second.mean())
         assert abs(jem.backbone.norm.weight.item() - after_first) > LR  # Adam's momentum is not forgotten
-        with pytest.raises(InputError, match="give a batch"):
-            adapt(second[:1])
+        for bad, message in ((second[:1], "give a batch"), (second * math.nan, "NaN"), (second.tolist(), "a list")):
+            with pytest.raises(InputError, match=message):
+                adapt(bad)
     kept.check()
 
 

@@ -35,6 +35,7 @@ def adapted(
     steps: int,
     lr: float,
     negatives: Tensor | Callable[[int], Tensor],
+    checked: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Iterator[Adapt]:
     """Within the context ``model`` is in eval mode and adapted to ``x``; then all is as it was, bit for bit.
 
@@ -50,6 +51,7 @@ def adapted(
         method: "energy", "tent", or "statistics", which is BatchNorm's alone.
         steps, lr: of Adam.
         negatives: x', model input; or draws so many of them from the model as it then is, called once a step, in eval mode.
+        checked: a batch to what the model takes, or an exception; for ``x`` and for all further ones.
 
     Yields:
         A function that adapts to a further batch, going on from where the last one led, as the papers do with a stream.
@@ -76,6 +78,7 @@ def adapted(
     optimizer = torch.optim.Adam(exact.values(), lr) if exact else None
 
     def adapt(x: Tensor) -> None:
+        x = checked(x)
         if len(x) < (2 if counted else 1):
             few = "have no statistics for BatchNorm layers: give a batch" if counted else "are none: give at least one"
             raise InputError(f"{len(x)} images to adapt to {few}, the larger the better")

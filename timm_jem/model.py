@@ -481,7 +481,6 @@ class JEM(nn.Module):
             InputError: as :meth:`energy`, no such layers, one image for BatchNorm, an option out of range, or a loss that
                 ran away.
         """
-        self._check_x(x)
         if negatives is not None:
             if not isinstance(negatives, Tensor) or negatives.ndim != 4 or not len(negatives):
                 raise InputError(f"negatives are {kind(negatives)}: give model input, shape (N, C, H, W), at least one image")
@@ -490,6 +489,10 @@ class JEM(nn.Module):
         check_drawing(None, generator, None, 1, None)
         last = None
 
+        def checked(x: Tensor) -> Tensor:
+            self._check_x(x)
+            return x.to(self.device)
+
         def draw(n: int) -> Tensor:
             nonlocal last
             init = last if last is not None and len(last) == n else None
@@ -497,7 +500,7 @@ class JEM(nn.Module):
             return last
 
         others = draw if negatives is None else negatives.to(self.device)
-        return adapted(self, x.to(self.device), method, steps=steps, lr=lr, negatives=others)
+        return adapted(self, x, method, steps=steps, lr=lr, negatives=others, checked=checked)
 
     def _settings_of_chains(self, sgld_config: SGLDConfig | None) -> SGLDConfig:
         config = self.sgld if sgld_config is None else sgld_config

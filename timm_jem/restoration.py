@@ -29,7 +29,8 @@ def with_unknown(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         return x, torch.zeros_like(x, dtype=torch.bool)
     (batch, channels), size = x.shape[:2], tuple(x.shape[2:])
     shapes = [size, (1, *size), (batch, 1, *size), (batch, channels, *size)]
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.is_meta or tuple(mask.shape) not in shapes:
+    is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.layout == torch.strided and not mask.is_meta
+    if not is_mask or tuple(mask.shape) not in shapes:
         shown = ", ".join(map(str, dict.fromkeys(shapes)))
         raise InputError(f"mask is {kind(mask)}: give bool, True where pixels are unknown, of shape {shown}")
     mask = mask.to(x.device).expand(x.shape)
@@ -76,7 +77,7 @@ def restore(
         InputError: a noise out of range, or as :func:`timm_jem.sgld`.
     """
     if noise is not None:
-        check_number("noise of the known pixels", noise, above=0, most=2)
+        check_number("noise of the known pixels", noise, least=1e-6, most=2)
     if not is_floats(start) or start.shape != u.shape:
         raise InputError(f"the start of a restoration is {kind(start)}: give pixels of shape {tuple(u.shape)}")
     num_steps = config.num_steps if num_steps is None else num_steps
