@@ -14,7 +14,7 @@ from timm_jem.modes import frozen
 
 __all__ = ["METHODS", "Adapt", "adapted", "normalisation_layers"]
 
-METHODS = ("energy", "tent", "statistics")
+METHODS = ("statistics", "energy", "tent")
 _TIMM = [kind for kind in vars(norm).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, *_TIMM)  # _NormBase: BatchNorm and InstanceNorm
 
@@ -67,8 +67,12 @@ def adapted(
     counted = [layer for layer in layers if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
     moved = {} if method == "statistics" else _weights(model, layers)
     if not (moved or (counted and method == "statistics")):
-        which = "BatchNorm layers with statistics" if method == "statistics" else "normalisation layers with weights"
-        raise InputError(f"this model has no {which}, which are what {method!r} adapts: give another method or model")
+        if method == "statistics" and layers:
+            raise InputError(
+                "this model has no BatchNorm layers whose statistics could be adapted: give method='energy' or 'tent'"
+            )
+        remedy = "give method='statistics'" if counted else "take one that has some"
+        raise InputError(f"this model has no normalisation layers with weights: {remedy}")
     with torch.inference_mode(False):
         held = [*moved.values(), *(buffer for layer in counted for buffer in layer.buffers())]
         kept = {tensor: tensor.detach().clone() for tensor in held}

@@ -353,7 +353,7 @@ class JEM(nn.Module):
         Args:
             x: model input, shape (B, C, H, W), of pixels within [-1, 1].
             y: the classes to change to, integers, shape (B,), or one for all.
-            options: ``confidence=0.9``, ``weight=0.05``, ``sparsity=0``, ``limit=None``, ``steps=200``, ``step_size=None``,
+            options: ``confidence=0.5``, ``weight=0.05``, ``sparsity=0``, ``limit=None``, ``steps=200``, ``step_size=None``,
                 ``batch_size=256``, ``on_step=None``: see :func:`timm_jem.counterfactual.counterfactual`, also for sources.
 
         Returns:
@@ -452,24 +452,27 @@ class JEM(nn.Module):
     def adapted(
         self,
         x: Tensor,
-        method: Literal["energy", "tent", "statistics"] = "energy",
+        method: Literal["statistics", "energy", "tent"] = "statistics",
         *,
-        steps: int = 10,
-        lr: float = 1e-3,
+        steps: int = 1,
+        lr: float = 0.01,
         negatives: Tensor | None = None,
         generator: torch.Generator | None = None,
         sgld_config: SGLDConfig | None = None,
     ) -> contextlib.AbstractContextManager[Adapt]:
         """A context in which the model is adapted to unlabelled test images, in eval mode: ``with jem.adapted(x): jem(x)``.
 
-        Its normalisation layers take the images' statistics, and their weights and biases move down a loss. At the end, also
-        that of a body that raises, weights, statistics and flags are as they were, bit for bit. One thread only.
+        Its BatchNorm layers take the images' statistics, and by the other methods the weights and biases of all normalisation
+        layers then move down a loss. At the end, also of a body that raises, weights, statistics and flags are as they were,
+        bit for bit. One thread only.
+
+        Almost all of the gain is that of the statistics, which the default therefore stops at. See ADVICE.
 
         Args:
             x: model input, shape (B, C, H, W), of all classes mixed as later; BatchNorm needs at least two, better a hundred.
-            method: "energy": E(x) less that of ``negatives`` (TEA, arXiv 2311.14402); "tent": the entropy of p(y|x) (arXiv
-                2006.10726); "statistics": those of BatchNorm layers alone.
-            steps, lr: of Adam.
+            method: "statistics": those of BatchNorm layers alone; "energy": E(x) less that of ``negatives`` (TEA, arXiv
+                2311.14402); "tent": the entropy of p(y|x) (arXiv 2006.10726).
+            steps, lr: of Adam, by "energy" and "tent".
             negatives: what to raise the energy of, model input, shape (N, C, H, W): some training images, say. None: chains
                 of the model as it is adapted, which start as fresh ones of :meth:`sample` do and go on from step to step.
             generator, sgld_config: of those chains, as of :meth:`sample`.
