@@ -25,9 +25,11 @@ MAY_IMPORT = {
     "hub": {"files", "pixels", "inputs", "gaussians", "models", "hub", "errors"},
     "model": {"energy", "modes", "sampling", "gaussians", "backbone", "inputs", "hub", "errors"},
     "wrap": {"files", "sampling", "gaussians", "models", "backbone", "hub", "model", "errors"},
+    "ood": {"energy", "files", "modes", "backbone", "inputs", "model", "ood", "errors"},
     "data": {"files", "pixels", "data", "errors"},
     "evaluation": {
-        "energy", "files", "inputs", "pixels", "modes", "sampling", "models", "model", "wrap", "data", "evaluation", "errors",
+        "energy", "files", "inputs", "pixels", "modes", "sampling", "models", "model", "wrap", "ood", "data", "evaluation",
+        "errors",
     },
     "training": {
         "command_line", "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models",
@@ -35,7 +37,8 @@ MAY_IMPORT = {
     },
     "stability": {"evaluation", "stability", "training", "errors"},
     "__init__": {
-        "energy", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "version", "errors",
+        "energy", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "ood", "version",
+        "errors",
     },
 }  # fmt: skip
 FILES = sorted((ROOT / "timm_jem").rglob("*.py"))
