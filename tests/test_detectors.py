@@ -1,230 +1,27 @@
 import sys
 
-import numpy as np
 import pytest
 import timm
 import torch
-from pytorch_ood import detector as theirs
 from pytorch_ood.metrics import OODMetrics
 from sklearn.metrics import RocCurveDisplay, get_scorer, roc_auc_score
-from torch.nn import functional as F
+from small_networks import of_few_images, random_network
 
 import timm_jem
 from timm_jem import InputError
 from timm_jem.ood import METHODS, Detector, detector, score_all, survey, views
-from timm_jem.ood.final_layer import FinalLayer
-from timm_jem.ood.scores import gradnorm, max_logit, msp, typicality
 from timm_jem.ood.views import view
-
-CLASSES, K = 4, 5
-LAYER = {name for name, method in METHODS.items() if method.layer}
-# Kinds of networks, with what their heads refuse: the two heads of a distilled one read different features, and so do those
-# of the branches of CrossViT.
-FAST = {"test_resnet": set(), "test_vit": set(), "test_convnext": set(), "wrn_10_1": set()}
-SLOW = {
-    "test_efficientnet": set(),
-    "test_nfnet": set(),
-    "test_mambaout": set(),
-    "test_coatnet": set(),
-    "gmlp_ti16_224": set(),
-    "levit_128s": set(),
-    "repvit_m1": set(),
-    "mobilevit_xxs": set(),
-    "deit_tiny_distilled_patch16_224": LAYER,
-    "crossvit_tiny_240": LAYER,
-}
-SLOW_SIZES = {
-    "gmlp_ti16_224": (224, 12),
-    "levit_128s": (224, 12),
-    "deit_tiny_distilled_patch16_224": (224, 12),
-    "crossvit_tiny_240": (240, 12),
-}
-
-
-def build(name, size=32, n=60):
-    """A network of random weights, statistics of BatchNorm included, and images; the head is no constant."""
-    torch.manual_seed(0)
-    jem = timm_jem.create_model(name, num_classes=CLASSES, input_size=(3, size, size), drop_rate=0.5)
-    for module in jem.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 2)
-    jem.backbone.reset_classifier(CLASSES)
-    for name, parameter in jem.backbone.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    return jem.train(), torch.randn(n, 3, size, size), torch.arange(n) % CLASSES
 
 
 @pytest.fixture(scope="module")
 def small():
-    return build("test_resnet", n=80)
-
-
-def made(jem, name):
-    """Of few images: beyond more components these features hold little but rounding."""
-    return Detector(jem, name, **{"knn": {"k": K}, "vim": {"d": 4}}.get(name, {}))
-
-
-def by_pytorch_ood(name, seen, weight, bias):
-    """The library's own score of features and logits, fitted to the same."""
-    z, zeros = seen.features, torch.zeros(len(seen.features), dtype=torch.long)
-    head = torch.nn.Linear(weight.shape[1], weight.shape[0])
-    head.load_state_dict({"weight": weight, "bias": bias})
-    if name == "react":
-        return theirs.ReAct(None, head).fit_feature_maps(z, zeros).predict_feature_maps(z)
-    if name == "ash":
-        return theirs.ASH(None, lambda maps: head(maps.flatten(1))).predict_feature_maps(z[:, :, None, None])
-    if name == "dice":
-        return theirs.DICE(None, weight, bias, p=0.9).fit_features(z, zeros).predict_features(z)
-    if name == "vim":
-        return theirs.ViM(None, 4, weight, bias).fit_features(z, zeros).predict_features(z)
-    if name == "knn":
-        return theirs.KNN(None, k=K).fit_features(z, zeros).predict_features(z)
-    if name == "gradnorm":
-        return theirs.GradNorm(head, param_filter=lambda parameter: parameter == "weight").predict(z)
-    of_logits = {"msp": theirs.MaxSoftmax, "max_logit": theirs.MaxLogit, "energy": theirs.EnergyBased}
-    return of_logits[name](None).predict_logits(seen.logits)
-
-
-def check_family(name, refused):
-    jem, x, y = build(
-        name, 224 if "224" in name else 240 if "240" in name else 64 if name in SLOW else 32, 12 if name in SLOW else 60
-    )
-    before = {key: value.clone() for key, value in jem.state_dict().items()}
-    flags = [(m.training, [p.requires_grad for p in m.parameters(recurse=False)]) for m in jem.modules()]
-    seen = view(jem, x, features=True)
-    assert seen.features.shape == (len(x), jem.backbone.head_hidden_size)
-    with torch.no_grad(), timm_jem.modes.frozen(jem):
-        assert torch.equal(seen.logits, jem(x))
-    for method in METHODS:
-        if method in refused:
-            with pytest.raises(InputError, match=r"use a detector that shapes neither") as error:
-                made(jem, method).fit(x, y, accept=None).score(x)
-            assert "\n" not in str(error.value)
-            continue
-        scores = made(jem, method).fit(x, y, accept=None).score(x)
-        assert (scores.shape, scores.dtype) == ((len(x),), torch.float64)
-        assert scores.isfinite().all()
-        if method in ("mahalanobis", "approximate_mass", "typicality"):
-            continue  # ours, below
-        weight, bias = (torch.zeros(2, 2), torch.zeros(2)) if refused else FinalLayer(jem).matrix(seen.features.shape[1])
-        expected = by_pytorch_ood(method, seen, weight, bias)
-        torch.testing.assert_close(scores, expected.double(), rtol=1e-5, atol=1e-5)
-    assert all(torch.equal(value, before[key]) for key, value in jem.state_dict().items())
-    assert flags == [(m.training, [p.requires_grad for p in m.parameters(recurse=False)]) for m in jem.modules()]
-    assert all(p.grad is None for p in jem.parameters())
-
-
-@pytest.mark.parametrize("name", FAST)
-def test_families(name):
-    check_family(name, FAST[name])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_more_families(name):
-    check_family(name, SLOW[name])
-
-
-def test_react_ash_and_dice_are_their_formulas(small):
-    jem, x, _ = small
-    seen = view(jem, x, features=True)
-    z, linear = seen.features.double(), jem.backbone.get_classifier()
-    weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
-
-    def energies(features, weight=weight):
-        return -(features @ weight.T + bias).logsumexp(1)
-
-    def check(name, expected, **options):
-        found = detector(jem, name, **options).fit(x, accept=None).score(x)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-    threshold = np.quantile(z.numpy(), 0.8)
-    check("react", energies(z.clamp(max=threshold)), percentile=0.8)
-    kept = z >= z.sort(1, descending=True).values[:, z.shape[1] - round(0.7 * z.shape[1]) - 1, None]
-    pruned = z * kept
-    check("ash", energies(pruned), variant="ash-p", percentile=0.7)
-    check("ash", energies(pruned * (z.sum(1) / pruned.sum(1)).exp()[:, None]), variant="ash-s", percentile=0.7)
-    check("ash", energies(kept * (z.sum(1) / kept.sum(1))[:, None]), variant="ash-b", percentile=0.7)
-    contribution = weight * z.mean(0)
-    check("dice", energies(z, weight * (contribution > contribution.quantile(0.6))), p=0.6)
-
-
-def test_vim_and_knn_are_their_formulas(small):
-    jem, x, _ = small
-    seen = view(jem, x, features=True)
-    z, linear = seen.features.double(), jem.backbone.get_classifier()
-    weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
-    centred = z + torch.linalg.pinv(weight) @ bias
-    basis = torch.linalg.svd(centred, full_matrices=True).Vh[3:]  # beyond three principal components
-    residual = (centred @ basis.T).norm(dim=1)
-    logits = z @ weight.T + bias
-    expected = residual * logits.amax(1).mean() / residual.mean() - logits.logsumexp(1)
-    found = detector(jem, "vim", d=3).fit(x, accept=None).score(x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    found = detector(jem, "knn", k=7).fit(x, accept=None).score(x)
-    torch.testing.assert_close(found, torch.cdist(F.normalize(z), F.normalize(z)).sort(1).values[:, 6], rtol=1e-4, atol=1e-4)
-
-
-def test_mahalanobis_is_the_librarys_where_there_is_an_inverse():
-    """The library's covariance is a sum over images, and not shrunk towards a multiple of the identity."""
-    generator = torch.Generator().manual_seed(0)
-    z, y = torch.randn(4000, 6, generator=generator) * torch.arange(1, 7), torch.arange(4000) % 3
-    z = z + y[:, None]
-    expected = theirs.Mahalanobis(None).fit_features(z, y).predict_features(z)
-    found = timm_jem.ood.ClassFeatures.fit(z, y).distance(z)
-    torch.testing.assert_close(found, 2 * 4000 * expected.double(), rtol=0.05, atol=0.05)
-
-
-def test_scores_of_logits_are_their_formulas():
-    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 0.0]])
-    p = torch.tensor([[1.0, 3.0, 2.0]]).exp() / sum(np.exp([1, 3, 2]))
-    torch.testing.assert_close(msp(logits), -torch.tensor([p[0, 1], 1 / 3]).double())
-    assert max_logit(logits).tolist() == [-3, 0]
-    assert msp(torch.tensor([[20.0, 0.0], [21.0, 0.0]])).unique().numel() == 2  # in float32 both are −1
-    features = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
-    expected = -3 * (p[0] - 1 / 3).abs().sum().double()
-    torch.testing.assert_close(gradnorm(logits, features), torch.stack([expected, 0 * expected]))
-
-
-def test_gradnorm_is_the_norm_of_the_gradient(small):
-    jem, x, _ = small
-    found = detector(jem, "gradnorm").score(x[:5])
-    jem.eval()
-    weight = jem.backbone.get_classifier().weight
-    for score, image in zip(found, x, strict=False):
-        uniform = -jem(image[None]).log_softmax(1).mean()  # cross-entropy to it, a constant away from the divergence
-        assert -torch.autograd.grad(uniform, weight)[0].abs().sum().item() == pytest.approx(score.item(), rel=1e-4)
-    jem.train()
-
-
-def test_typicality_is_a_distance_on_both_sides():
-    reference = torch.tensor([3001.0, 2999.0])
-    assert typicality(torch.tensor([3000.0, 2990.0, 3010.5]), reference).tolist() == [0.0, 10.0, 10.5]
-    assert typicality(torch.tensor([0.0]), reference).dtype == torch.float64
-    assert typicality(torch.tensor([1.0, torch.nan]), reference).isnan().tolist() == [False, True]
-    for bad in (reference[:0], torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.inf]), reference[None], [1.0]):
-        with pytest.raises(InputError, match="held-out"):
-            typicality(torch.zeros(3), bad)
-    with pytest.raises(InputError, match="one energy per image"):
-        typicality(torch.zeros(3, 1), reference)
-
-
-def test_energy_is_the_models_own(small):
-    jem, x, _ = small
-    jem.eval()
-    torch.testing.assert_close(detector(jem, "energy").score(x), jem.energy(x).detach().double(), rtol=1e-5, atol=1e-5)
-    slope = jem.score(x) / (2 * jem.std)  # by the chain rule, with respect to pixels
-    found = detector(jem, "approximate_mass").score(x)
-    torch.testing.assert_close(found, slope.flatten(1).norm(dim=1).double(), rtol=1e-4, atol=1e-6)
-    jem.train()
+    return random_network("test_resnet", n=80)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_threshold_accepts_its_share(small, name):
     jem, x, y = small
-    d = made(jem, name)
+    d = of_few_images(jem, name)
     with pytest.raises(InputError, match="has no threshold: fit it first"):
         d.predict(x)
     assert d.fit(x, y, accept=0.75) is d
@@ -237,7 +34,7 @@ def test_a_threshold_accepts_its_share(small, name):
     other = torch.randn(40, *x.shape[1:])
     d.fit(x, y, held_out=other, accept=0.75)
     assert d.predict(other).sum() == 10
-    assert d.fit(x, y, accept=None).threshold is None or not d.learns
+    assert d.fit(x, y, accept=None).threshold is None
 
 
 def test_the_threshold_is_of_images_that_the_method_did_not_see(small):
@@ -269,10 +66,10 @@ def test_thresholds_of_ties_and_of_what_is_not_finite(small, monkeypatch):
 @pytest.mark.parametrize("name", ["msp", "knn", "mahalanobis", "typicality"])
 def test_batches_are_as_good_as_a_tensor(small, name):
     jem, x, y = small
-    whole = made(jem, name).fit(x, y)
+    whole = of_few_images(jem, name).fit(x, y)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=33)
     for images, labels in ((loader, None), (iter(zip(x.split(7), y.split(7), strict=True)), None), (x, y.tolist())):
-        d = made(jem, name).fit(images, labels, batch_size=21)
+        d = of_few_images(jem, name).fit(images, labels, batch_size=21)
         assert d.threshold == pytest.approx(whole.threshold, rel=1e-4)
     for images in (loader, (part for part in x.split(9)), [[part] for part in x.split(50)]):
         torch.testing.assert_close(whole.score(images), whole.score(x), rtol=1e-4, atol=1e-4)
@@ -300,7 +97,7 @@ def test_memory_does_not_grow_with_the_images(small, monkeypatch):
 def test_several_detectors_look_at_each_image_once(small):
     jem, x, y = small
     seen = survey(jem, x, y)
-    detectors = [made(jem, name).fit_survey(seen) for name in METHODS]
+    detectors = [of_few_images(jem, name).fit_survey(seen) for name in METHODS]
     passes = []
     hook = jem.backbone.conv1.register_forward_hook(lambda *_: passes.append(1))
     together = score_all(detectors, x, batch_size=40)
@@ -321,7 +118,7 @@ def test_modes_of_autograd_change_nothing(small, context):
     def scores():
         """Of inputs that are made here."""
         seen = survey(jem, x.clone(), y.clone())
-        detectors = [made(jem, name).fit_survey(seen) for name in METHODS]
+        detectors = [of_few_images(jem, name).fit_survey(seen) for name in METHODS]
         return detectors, score_all(detectors, x.clone())
 
     _, expected = scores()
@@ -336,15 +133,15 @@ def test_modes_of_autograd_change_nothing(small, context):
 def test_half_precision(small):
     jem, x, y = small
     seen = survey(jem, x, y)
-    plain = [made(jem, name).fit_survey(seen) for name in METHODS]
+    plain = [of_few_images(jem, name).fit_survey(seen) for name in METHODS]
     expected = score_all(plain, x)
     # The network may be under autocast; what is made of its features is not.
     with torch.autocast("cpu", torch.bfloat16):
         mixed = score_all(plain, x)
-    jem, x, y = build("test_resnet", n=80)
+    jem, x, y = random_network("test_resnet", n=80)
     half, x = jem.to(torch.bfloat16), x.bfloat16()
     seen = survey(half, x, y)
-    found = score_all(detectors := [made(half, name).fit_survey(seen) for name in METHODS], x)
+    found = score_all(detectors := [of_few_images(half, name).fit_survey(seen) for name in METHODS], x)
     for name, *scores in zip(METHODS, mixed, found, expected, strict=True):
         assert torch.corrcoef(torch.stack(scores))[2].min() > 0.8, name
     with pytest.raises(InputError, match="dtype"):
@@ -408,6 +205,8 @@ def test_without_pytorch_ood_the_others_work(small, monkeypatch):
         (lambda jem, x, y: detector(jem, "energy").score(None), "x is a NoneType"),
         (lambda jem, x, y: detector(jem, "energy").score({"image": x}), "x is a dict"),
         (lambda jem, x, y: detector(jem, "energy").score([{"image": x}]), "x is a dict"),
+        (lambda jem, x, y: detector(jem, "energy").score([[]]), "x is a NoneType"),
+        (lambda jem, x, y: detector(jem, "energy").score((x, y)), r"x has shape \(80,\)"),
         (lambda jem, x, y: detector(jem, "energy").score(x.numpy()), "x is a ndarray"),
         (lambda jem, x, y: detector(jem, "energy").score(x[0]), "shape"),
         (lambda jem, x, y: detector(jem, "energy").score(x[:, :1]), "shape"),
@@ -493,17 +292,17 @@ def test_models_that_are_not_timms():
 
 
 def test_models_without_weights_that_are_finite_are_refused(small):
-    jem, x, y = build("test_resnet", n=20)
+    jem, x, y = random_network("test_resnet", n=20)
     torch.nn.init.constant_(jem.backbone.fc.bias, torch.nan)
     for name, message in (("energy", "20 of 20 scores"), ("typicality", "not finite"), ("knn", "not finite")):
         with pytest.raises(InputError, match=message):
-            made(jem, name).fit(x, y)
+            of_few_images(jem, name).fit(x, y)
     assert detector(jem, "energy").score(x).isnan().all()
 
 
 def test_a_trained_hybrid_is_followed(small):
     """A method that learns nothing reads the last layer anew; what was fitted stays until it is fitted again."""
-    jem, x, _ = build("test_resnet", n=60)
+    jem, x, _ = random_network("test_resnet", n=60)
     ash = detector(jem, "ash")
     before = ash.score(x)
     with torch.no_grad():

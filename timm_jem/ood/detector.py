@@ -110,9 +110,10 @@ class Detector:
         if accept is not None:
             check_number("accept", accept, above=0, most=1)
         if not self.learns:
+            threshold = None
             if accept is not None:
-                scores = self.score(x if held_out is None else held_out, batch_size=batch_size)
-                self.threshold, self.accept = _threshold(scores, accept), accept
+                threshold = _threshold(self.score(x if held_out is None else held_out, batch_size=batch_size), accept)
+            self.threshold, self.accept = threshold, accept
             return self
         how = {"batch_size": batch_size, "desc": f"{self.name}: fitting", "on_first": self._layer}
         seen = survey(self.jem, x, y, features=self.features, labels=self._method.labels, **how)

@@ -108,7 +108,7 @@ def batches(
         raise InputError("y goes with a tensor x: of images in batches, give batches of (x, y)")
     count = 0
     for batch in tqdm(given, desc=desc, leave=False):
-        images, labels = (*batch, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+        images, labels = (*batch, None, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
         _check_x(jem, images)
         labels = None if labels is None else _labels(jem, labels, len(images))
         if len(images):
