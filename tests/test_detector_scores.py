@@ -12,6 +12,7 @@ from timm_jem import InputError
 from timm_jem.modes import frozen
 from timm_jem.ood import METHODS, detector
 from timm_jem.ood.final_layer import FinalLayer
+from timm_jem.ood.from_pytorch_ood import nth_neighbour
 from timm_jem.ood.scores import gradnorm, max_logit, msp, typicality
 from timm_jem.ood.views import view
 
@@ -141,8 +142,15 @@ def test_vim_and_knn_are_their_formulas(small):
     expected = residual * logits.amax(1).mean() / residual.mean() - logits.logsumexp(1)
     found = detector(jem, "vim", d=3).fit(x, accept=None).score(x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    distances = torch.cdist(F.normalize(z), F.normalize(z)).sort(1).values
     found = detector(jem, "knn", k=7).fit(x, accept=None).score(x)
-    torch.testing.assert_close(found, torch.cdist(F.normalize(z), F.normalize(z)).sort(1).values[:, 6], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, distances[:, 6], rtol=1e-4, atol=1e-4)
+
+
+def test_neighbours_are_one_for_every_thousand_images():
+    for images, k in ((5, 1), (999, 1), (2000, 2), (50_000, 50)):
+        assert nth_neighbour(images, None) == k
+    assert nth_neighbour(50, 7) == 7
 
 
 def test_mahalanobis_is_the_librarys_where_there_is_an_inverse():

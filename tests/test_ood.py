@@ -294,15 +294,13 @@ def asked_for(jem, names, val_y=None):
 
 def test_detectors_that_a_model_or_its_labels_refuse_are_left_out_with_the_reason():
     jem = timm_jem.wrap(timm.create_model("test_resnet", num_classes=4, in_chans=1), input_size=(1, 32, 32))
-    names = [name for name in METHODS if name != "knn"]
-    detectors, warnings = asked_for(jem, names)
-    assert ([one.name for one in detectors], warnings) == (names, [])
+    detectors, warnings = asked_for(jem, METHODS)
+    assert ([one.name for one in detectors], warnings) == (list(METHODS), [])
     assert len(plain_scores(jem, torch.zeros(2, 1, 32, 32, dtype=torch.uint8))) == 4
-    detectors, warnings = asked_for(jem, ["mahalanobis", "energy", "knn"], torch.full((24,), -1))
+    detectors, warnings = asked_for(jem, ["mahalanobis", "energy"], torch.full((24,), -1))
     assert [one.name for one in detectors] == ["energy"]
     assert warnings == [
         "There is no feature distance: 0 images with a label are too few for the features of classes: give at least two.",
-        "There is no KNN: knn asks for the 50-th nearest of 24 images: give more images, or a smaller k.",
     ]
     blind = timm_jem.JEM(Blind(), data_config={"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)})
     detectors, warnings = asked_for(blind, DEFAULT_DETECTORS)

@@ -38,7 +38,7 @@ class Detector:
         jem: the model.
         name: one of :data:`timm_jem.ood.METHODS`.
         **options: the method's own: ``percentile`` of react (0.9) and ash (0.65), ``variant`` of ash ("ash-s", "ash-p" or
-            "ash-b"), ``p`` of dice (0.9), ``d`` of vim (by the number of features) and ``k`` of knn (50).
+            "ash-b"), ``p`` of dice (0.9), ``d`` of vim (by the number of features), ``k`` of knn (by that of images).
 
     Attributes:
         jem, name, options: as given, options with their defaults.

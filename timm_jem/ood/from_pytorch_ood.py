@@ -15,7 +15,7 @@ from timm_jem.errors import InputError, how_to_install
 from timm_jem.ood.final_layer import FinalLayer
 from timm_jem.ood.views import Survey, View
 
-__all__ = ["ash", "dice", "fit_dice", "fit_knn", "fit_react", "fit_vim", "knn", "library", "react", "vim"]
+__all__ = ["ash", "dice", "fit_dice", "fit_knn", "fit_react", "fit_vim", "knn", "library", "nth_neighbour", "react", "vim"]
 
 State = Mapping[str, Tensor]
 Options = Mapping[str, Any]
@@ -113,10 +113,17 @@ def vim(layer: FinalLayer, state: State, options: Options) -> Score:
     return lambda seen: theirs.to(seen.features.device).predict_features(seen.features)
 
 
+def nth_neighbour(images: int, k: int | None) -> int:
+    """k, or else one for every thousand images: the authors take 50 of CIFAR-10's 50,000, 1,000 of ImageNet's 1.3 million."""
+    k = max(1, images // 1000) if k is None else k
+    if k > images:
+        raise InputError(f"knn asks for the {k}-th nearest of {images} images: give more images, or a smaller k")
+    return k
+
+
 def fit_knn(layer: None, seen: Survey, options: Options) -> State:
     """The features themselves."""
-    if len(seen) < options["k"]:
-        raise InputError(f"knn asks for the {options['k']}-th nearest of {len(seen)} images: give more images, or a smaller k")
+    nth_neighbour(len(seen), options["k"])
     return {"features": seen.view.features}
 
 
@@ -124,7 +131,8 @@ def knn(layer: None, state: State, options: Options) -> Score:
     """The distance of z / ‖z‖ to the k-th nearest of images in distribution (Sun et al., "Out-of-distribution detection with
     deep nearest neighbors", ICML 2022, arXiv 2204.06507, section 3)."""
     features = state["features"]
-    theirs = library("knn").KNN(None, k=options["k"]).fit_features(features, torch.zeros(len(features), dtype=torch.long))
+    theirs = library("knn").KNN(None, k=nth_neighbour(len(features), options["k"]))
+    theirs.fit_features(features, torch.zeros(len(features), dtype=torch.long))
 
     def score(seen: View) -> Tensor:
         z = seen.features.float().cpu()

@@ -61,7 +61,7 @@ class Method:
             elif option == "variant":
                 if value not in ("ash-s", "ash-p", "ash-b"):
                     raise InputError(f"variant is {quoted(value)}: give ash-s, ash-p or ash-b")
-            elif not (option == "d" and value is None):
+            elif not (value is None and self.options[option] is None):
                 check_whole(option, value, 1)
         return chosen
 
@@ -105,7 +105,7 @@ METHODS: dict[str, Method] = {
         library=True,
         options={"d": None},
     ),
-    "knn": Method(theirs.knn, theirs.fit_knn, {"features": "ND"}, features=True, library=True, options={"k": 50}),
+    "knn": Method(theirs.knn, theirs.fit_knn, {"features": "ND"}, features=True, library=True, options={"k": None}),
     "mahalanobis": Method(_mahalanobis, _fit_mahalanobis, {"means": "KD", "precision": "DD"}, features=True, labels=True),
     "gradnorm": Method(
         lambda layer, state, options: lambda seen: gradnorm(seen.logits, seen.features), features=True, layer=True

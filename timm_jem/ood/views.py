@@ -1,6 +1,6 @@
 """What detectors see of images: logits, features before the head and the energy's gradient, batch by batch."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def _vectors(jem: JEM, features: Any) -> Tensor:
 def batches(
     jem: JEM, x: Tensor | Iterable, y: Any = None, *, batch_size: int = 256, desc: str = ""
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Model input, and labels where there are some, with a progress bar.
+    """Model input, and labels where there are some, with a progress bar where there are several batches.
 
     Args:
         jem: the model that they are for.
@@ -107,7 +107,7 @@ def batches(
     elif y is not None:
         raise InputError("y goes with a tensor x: of images in batches, give batches of (x, y)")
     count = 0
-    for batch in tqdm(given, desc=desc, leave=False):
+    for batch in given if isinstance(given, Sequence) and len(given) == 1 else tqdm(given, desc=desc, leave=False):
         images, labels = (*batch, None, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
         _check_x(jem, images)
         labels = None if labels is None else _labels(jem, labels, len(images))
