@@ -120,6 +120,17 @@ def test_broken_files_are_named(fitted, tmp_path, kind):
     assert len(str(error.value)) < 500
 
 
+def test_places_that_cannot_be_written_are_named(fitted, tmp_path):
+    before = tmp_path / "there.safetensors"
+    fitted[2]["msp"].save(before)
+    content = before.read_bytes()
+    for place in (tmp_path / "no" / "a.safetensors", tmp_path, before / "below"):
+        with pytest.raises(InputError, match="can't be written"):
+            fitted[2]["knn"].save(place)
+    assert before.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == [before.name]
+
+
 @pytest.mark.parametrize("name", [3, None, "", "a\0b"])
 def test_names_of_no_file(fitted, name):
     with pytest.raises(InputError):

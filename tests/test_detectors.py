@@ -1,3 +1,4 @@
+import copy
 import sys
 
 import pytest
@@ -222,6 +223,11 @@ def test_without_pytorch_ood_the_others_work(small, monkeypatch):
         (lambda jem, x, y: detector(jem, "mahalanobis").fit(x, y[:3]), "integer labels"),
         (lambda jem, x, y: detector(jem, "mahalanobis").fit(x.split(40), y), r"give batches of \(x, y\)"),
         (lambda jem, x, y: detector(jem, "knn").fit([(x, y), x]), "some batches have labels"),
+        (lambda jem, x, y: detector(jem, "vim", d=16).fit(x[:20]), "of 16 images beyond 16"),
+        (lambda jem, x, y: detector(jem, "vim").fit(x[:2]), "leaves nothing"),
+        (lambda jem, x, y: detector(jem, "mahalanobis").fit(x[:4].repeat(9, 1, 1, 1), y[:4].repeat(9)), "that differ"),
+        (lambda jem, x, y: detector(jem, "energy").score(x.to("meta")), "on the meta device"),
+        (lambda jem, x, y: detector(copy.deepcopy(jem).to("meta"), "energy").score(x), "on the meta device"),
     ],
 )
 def test_wrong_input_is_named(small, wrong, message):

@@ -35,7 +35,8 @@ class ClassFeatures:
             y: labels, int64, shape (N,); images of unknown class, below 0, are left out.
 
         Raises:
-            InputError: features of another shape or not finite, or fewer than two images with a label.
+            InputError: features of another shape or not finite, fewer than two images with a label, or images that
+                don't differ within their classes.
         """
         from sklearn.covariance import LedoitWolf
 
@@ -51,6 +52,8 @@ class ClassFeatures:
         classes, y = y.unique(return_inverse=True)
         means = torch.stack([features[y == c].mean(0) for c in range(len(classes))])
         covariance = LedoitWolf(assume_centered=True).fit((features - means[y]).numpy())
+        if not covariance.precision_.any():
+            raise InputError(f"the features of {len(y)} images are those of their classes' means: give images that differ")
         return cls(means, torch.from_numpy(covariance.precision_))
 
     @cached_property

@@ -191,8 +191,7 @@ class Detector:
         """Write what was fitted, the threshold and the options as one safetensors file; the model is not in it.
 
         Raises:
-            InputError: nothing is fitted yet.
-            OSError: whatever the file system says; a file that was there is as before.
+            InputError: nothing is fitted yet, or the file can't be written; one that was there is as before.
         """
         if self.state is None:
             raise InputError(f"{self.name} has nothing to save: fit it first")

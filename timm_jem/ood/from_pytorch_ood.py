@@ -15,7 +15,20 @@ from timm_jem.errors import InputError, how_to_install
 from timm_jem.ood.final_layer import FinalLayer
 from timm_jem.ood.views import Survey, View
 
-__all__ = ["ash", "dice", "fit_dice", "fit_knn", "fit_react", "fit_vim", "knn", "library", "nth_neighbour", "react", "vim"]
+__all__ = [
+    "ash",
+    "components",
+    "dice",
+    "fit_dice",
+    "fit_knn",
+    "fit_react",
+    "fit_vim",
+    "knn",
+    "library",
+    "nth_neighbour",
+    "react",
+    "vim",
+]
 
 State = Mapping[str, Tensor]
 Options = Mapping[str, Any]
@@ -84,23 +97,27 @@ def dice(layer: FinalLayer, state: State, options: Options) -> Score:
     return score
 
 
-def _subspace(width: int, d: int | None) -> int:
-    """The authors' number of principal components: 1,000 of 2,048 dimensions and more, 512 of 768 and more, or else half."""
+def components(width: int, images: int, d: int | None) -> int:
+    """d, or else the authors': 1,000 of 2,048 features and more, 512 of 768 and more, or else half of them; half of the images
+    where they are fewer."""
     if d is None:
-        d = 1000 if width >= 2048 else 512 if width >= 768 else width // 2
-    if d >= width:
-        raise InputError(f"vim leaves nothing of {width} features beyond {d} principal components: give a smaller d")
+        d = max(1, min(1000 if width >= 2048 else 512 if width >= 768 else width // 2, images // 2))
+    if d >= min(width, images):
+        raise InputError(
+            f"vim leaves nothing of {width} features of {images} images beyond {d} principal components: give more images, or "
+            "a smaller d"
+        )
     return d
 
 
 def fit_vim(layer: FinalLayer, seen: Survey, options: Options) -> State:
     """The directions in which features vary least, and the scale of the virtual logit."""
     width = seen.view.features.shape[1]
-    theirs = library("vim").ViM(None, _subspace(width, options["d"]), *layer.matrix(width))
+    theirs = library("vim").ViM(None, components(width, len(seen), options["d"]), *layer.matrix(width))
     theirs.fit_features(seen.view.features, torch.zeros(len(seen), dtype=torch.long))
     alpha = torch.tensor(theirs.alpha, dtype=torch.float64)
     if not alpha.isfinite():
-        raise InputError(f"vim found no residual in the features of {len(seen)} images: give more images than components")
+        raise InputError(f"vim finds no residual in the features of {len(seen)} images: give images that differ")
     return {"subspace": theirs.principal_subspace, "alpha": alpha}
 
 

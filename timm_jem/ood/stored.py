@@ -26,11 +26,18 @@ _MOST_BYTES = 2**31
 
 
 def write(file: str | os.PathLike, state: Mapping[str, Tensor], about: dict[str, Any], jem: JEM) -> None:
-    """Write tensors and what JSON says about them, whole or not at all."""
+    """Write tensors and what JSON says about them, whole or not at all.
+
+    Raises:
+        InputError: the file can't be written; one that was there is as before.
+    """
     tensors = {**state, _PROBE: _grey_logits(jem)}
     header = {_KEY: json.dumps({"format_version": FORMAT_VERSION, **about})}
-    with replaced_file(as_path(file)) as aside:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, header)
+    try:
+        with replaced_file(as_path(file)) as aside:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, header)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} can't be written ({one_line(error)}): give a file in a folder that is there") from error
 
 
 def read(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:

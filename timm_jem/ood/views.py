@@ -119,6 +119,8 @@ def batches(
 
 
 def _check_x(jem: JEM, x: Any) -> None:
+    if (isinstance(x, Tensor) and x.is_meta) or any(parameter.is_meta for parameter in jem.backbone.parameters()):
+        raise InputError("x or the model is on the meta device, without values: load them first")
     check_model_input(x, jem.input_size, fixed_size=jem.fixed_input_size, dtype=jem.dtype, denormalize=jem.denormalize)
 
 
