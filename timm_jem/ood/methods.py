@@ -83,7 +83,7 @@ def _fit_mahalanobis(layer: None, seen: Survey, options: Options) -> State:
 METHODS: dict[str, Method] = {
     "msp": _logits(msp),
     "max_logit": _logits(max_logit),
-    # E(x) = −logsumexp f(x): JEM, arXiv 1912.03263, eq. 7 and section 5.3; Liu et al., NeurIPS 2020, arXiv 2010.03759, eq. 4.
+    # E(x) = −logsumexp f(x): JEM, arXiv 1912.03263, eq. 7 and section 5.3; Liu et al., NeurIPS 2020, arXiv 2010.03759.
     "energy": Method(lambda layer, state, options: lambda seen: seen.energy),
     "react": Method(
         theirs.react,

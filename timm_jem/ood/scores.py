@@ -22,7 +22,7 @@ def msp(logits: Tensor) -> Tensor:
 
 
 def max_logit(logits: Tensor) -> Tensor:
-    """−max_y f(x)[y] (Hendrycks et al., ICML 2022, arXiv 1911.11132, section 4).
+    """−max_y f(x)[y] (Hendrycks et al., ICML 2022, arXiv 1911.11132).
 
     Of a joint energy model it is also E(x, y*), the class-conditional energy of the predicted class y*: the same number, not
     another score. Arguments and result as :func:`msp`.
@@ -52,7 +52,7 @@ def typicality(energies: Tensor, reference: Tensor) -> Tensor:
     """|E(x) − mean E of held-out images|: images that are too likely are out of distribution, too.
 
     Source: Nalisnick et al., "Detecting out-of-distribution inputs to deep generative models using typicality" (arXiv
-    1906.02994), eq. 5 for batches of one image. The constant log Z cancels.
+    1906.02994), for batches of one image. The constant log Z cancels.
 
     Args:
         energies: E(x) of the images to score, shape (N,).
