@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 plots, evaluation, robust = ["matplotlib"], ["torch-fidelity>=0.4.0"], ["pyautoattack==0.2.0"]
+ood = ["pytorch-ood>=0.4.0"]
 
 setup(
     name="timm_jem",
@@ -64,11 +65,13 @@ setup(
         "plots": plots,  # recipes/stability.py
         "eval": [*plots, *evaluation],  # recipes/evaluate.py
         "robust": robust,  # AutoAttack
+        "ood": ood,  # detectors: react, ash, dice, vim, knn
         "trackers": ["tensorboard", "trackio", "wandb"],
         "test": [
             *plots,
             *evaluation,
             *robust,
+            *ood,
             "pytest",
             "pytest-xdist",
             "peft",
@@ -78,7 +81,6 @@ setup(
             # other implementations of what is measured
             "foolbox>=3.3.4",
             "markdown-it-py",
-            "pytorch-ood>=0.4.0",
             "scipy",
             "torchmetrics>=1.9",
             "transformers>=5.0",  # reads timm's folders, too

@@ -35,6 +35,7 @@ from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.errors import check_whole
 from timm_jem.evaluation.ood import ood_scores
 from timm_jem.modes import frozen
+from timm_jem.ood import Detector
 from timm_jem.pixels import to_pixels
 from timm_jem.training import Batch, DivergenceGuard, GuardConfig, Learner, MaximumLikelihood
 from timm_jem.training.shell import one_line_errors
@@ -155,9 +156,10 @@ def build_scores(config: BenchmarkConfig, device: torch.device):
     images = torch.randint(256, (config.score_images, *shape), dtype=torch.uint8)
     ready = [jem.normalize(to_pixels(part.to(device))) for part in images.split(SCORED_AT_ONCE)]
     ones = torch.ones(SCORED_AT_ONCE, 10, device=device)
+    detectors = [Detector(jem, name) for name in ("energy", "msp", "max_logit", "approximate_mass")]
 
     def scores() -> None:
-        ood_scores(jem, images, batch_size=SCORED_AT_ONCE)
+        ood_scores(detectors, images, batch_size=SCORED_AT_ONCE)
 
     def bare_passes() -> None:
         with frozen(jem):

@@ -20,6 +20,7 @@ from timm_jem import InputError
 from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.evaluation.ood import SCORES
 from timm_jem.evaluation.report import read_report
+from timm_jem.evaluation.settings import DEFAULT_DETECTORS
 from timm_jem.evaluation.subject import some
 from timm_jem.pixels import to_pixels
 
@@ -71,7 +72,8 @@ def test_one_command_gives_the_whole_report(run, evaluated):
         "Generation",
     }
     assert all(result.n > 0 and result.protocol for result in report.results)
-    assert {result.column for result in report.results if result.table == "AUROC"} == set(SCORES)
+    columns = {result.column for result in report.results if result.table == "AUROC"}
+    assert columns == {SCORES[name] for name in DEFAULT_DETECTORS}
     text = (evaluated / "report.md").read_text()
     shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert {path.name for path in evaluated.glob("*.png")} == set(shown)
@@ -79,6 +81,27 @@ def test_one_command_gives_the_whole_report(run, evaluated):
     for file in shown:
         PILImage.open(evaluated / file).verify()
     assert not list(run.glob(".evaluation-*"))
+
+
+def test_all_detectors_are_in_one_table(run, tmp_path):
+    evaluate.main(shlex.split(f"{run} {SMALL} --sections [ood] --detectors all --output_dir {tmp_path}"))
+    found = [result for result in read_report(tmp_path).results if result.table == "AUROC"]
+    assert {result.column for result in found} == set(SCORES.values())
+    assert {result.row for result in found} == {"interpolation", "uniform noise", "constant colours"}
+    assert all(0 <= result.low <= result.value <= result.high <= 1 and result.n == 60 for result in found)
+    assert "ViM: timm_jem.ood's vim (fitted to " in found[0].protocol
+    assert "KNN: timm_jem.ood's knn (fitted to" in found[0].protocol
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--detectors vlm", "detectors has 'vlm': give all, or some of msp"),
+        ("--detectors []", "detectors is empty"),
+    ],
+)
+def test_detectors_that_there_are_not_are_named(run, capsys, flags, message):
+    assert message in fails(capsys, f"{run} --sections [ood] {flags}")
 
 
 def test_the_report_says_what_the_run_said(run, evaluated):

@@ -37,11 +37,12 @@ MAY_IMPORT = {
         "inputs", "hub", "prediction", "preprocessing", "reference", "errors",
     },
     "wrap": {"files", "sampling", "gaussians", "models", "backbone", "hub", "model", "reference", "errors"},
+    "ood": {"energy", "files", "modes", "backbone", "inputs", "model", "ood", "errors"},
     "conversion": {"sampling", "inputs", "hub", "model", "wrap", "conversion", "version", "errors"},
     "data": {"decoding", "files", "pixels", "data", "errors"},
     "evaluation": {
-        "energy", "files", "inputs", "pixels", "modes", "sampling", "refinement", "models", "model", "wrap", "data",
-        "evaluation", "temperature", "errors",
+        "energy", "files", "inputs", "pixels", "modes", "sampling", "refinement", "models", "model", "wrap", "ood",
+        "data", "evaluation", "temperature", "errors",
     },
     "training": {
         "command_line", "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models",
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     },
     "stability": {"evaluation", "stability", "training", "errors"},
     "__init__": {
-        "energy", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "prediction",
+        "energy", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "ood", "prediction",
         "reference", "version", "errors",
     },
 }  # fmt: skip

@@ -25,6 +25,7 @@ from timm_jem.evaluation.judges import fit_judge
 from timm_jem.evaluation.ood import ood_metrics, ood_scores
 from timm_jem.evaluation.ood_sets import interpolations
 from timm_jem.evaluation.robustness import is_correct, robust_correct
+from timm_jem.ood import Detector
 
 N, CLASSES = 6, 3
 Y = torch.arange(N) % CLASSES
@@ -69,7 +70,7 @@ BAD_LABELS = {
 }
 OF_IMAGES = {
     "predict": lambda jem, x: predict(jem, [(x, Y)]),
-    "ood_scores": lambda jem, x: ood_scores(jem, x),
+    "ood_scores": lambda jem, x: ood_scores([Detector(jem, "energy")], x),
     "extract": lambda jem, x: extract(PIXEL_FEATURES, x),
     "fit_judge": lambda jem, x: fit_judge(x, Y),
     "judge.predict": lambda jem, x: fit_judge(IMAGES, Y).predict(x),

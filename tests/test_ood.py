@@ -1,8 +1,11 @@
 import math
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from pytorch_ood.metrics import OODMetrics
 from sklearn.metrics import roc_auc_score
@@ -10,10 +13,20 @@ from sklearn.metrics import roc_auc_score
 import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
-from timm_jem.evaluation.ood import SCORES, auroc_interval, ood_metrics, ood_scores, typicality
+from timm_jem.evaluation.ood import SCORES, auroc_interval, ood_metrics, ood_scores
+from timm_jem.evaluation.ood_section import fitted
+from timm_jem.evaluation.report import Measured
+from timm_jem.evaluation.section import Section
+from timm_jem.evaluation.settings import DEFAULT_DETECTORS
+from timm_jem.ood import METHODS, Detector
 from timm_jem.pixels import to_pixels
 
-DENSITY, SOFTMAX, LOGIT, MASS, TYPICALITY, _ = SCORES
+PLAIN = ("energy", "msp", "max_logit", "approximate_mass")
+DENSITY, SOFTMAX, LOGIT, MASS = (SCORES[name] for name in PLAIN)
+
+
+def plain_scores(jem, images, names=PLAIN, **more):
+    return ood_scores([Detector(jem, name) for name in names], images, **more)
 
 
 def by_pairs(inside, outside):
@@ -126,14 +139,6 @@ def test_intervals_hold_what_they_should_and_are_quick():
             auroc_interval(inside, outside, **bad)
 
 
-def test_typicality():
-    reference = torch.tensor([-3001.0, -2999.0])
-    assert typicality(torch.tensor([-3000.0, -2990.0, -3010.5]), reference).tolist() == [0.0, -10.0, -10.5]
-    assert typicality(torch.tensor([0.0]), reference).dtype == torch.float64
-    with pytest.raises(InputError, match="held-out"):
-        typicality(reference, reference[:0])
-
-
 @pytest.fixture(scope="module")
 def scored():
     torch.manual_seed(0)
@@ -153,9 +158,9 @@ def test_scores_of_a_model(scored):
     random = torch.random.get_rng_state()
     passes = []
     hook = jem.backbone.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    found = ood_scores(jem, images, batch_size=25)
+    found = plain_scores(jem, images, batch_size=25)
     assert passes == [True] * 3
-    cheap = ood_scores(jem, images, batch_size=25, approximate_mass=False)
+    cheap = plain_scores(jem, images, PLAIN[:3], batch_size=25)
     assert passes == [True] * 3 + [False] * 3
     hook.remove()
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -165,8 +170,8 @@ def test_scores_of_a_model(scored):
     assert all(p.grad is None for p in jem.parameters())
     assert all(torch.equal(value, before[name]) for name, value in jem.state_dict().items())
 
-    assert tuple(found) == SCORES[:4]
-    assert tuple(cheap) == SCORES[:3]
+    assert tuple(found) == (DENSITY, SOFTMAX, LOGIT, MASS)
+    assert tuple(cheap) == (DENSITY, SOFTMAX, LOGIT)
     for scores in (*found.values(), *cheap.values()):
         assert (scores.shape, scores.dtype, scores.device.type) == ((60,), torch.float64, "cpu")
     assert all(torch.equal(found[name], cheap[name]) for name in cheap)
@@ -187,17 +192,17 @@ def test_scores_of_a_model(scored):
 
 def test_scores_do_not_depend_on_batches(scored):
     jem, test = scored
-    whole = ood_scores(jem, test.images[:70])
+    whole = plain_scores(jem, test.images[:70])
     loader = torch.utils.data.DataLoader(test, batch_size=32, collate_fn=lambda batch: batch)
     for scores in (
-        ood_scores(jem, test.images[:70], batch_size=1),
-        ood_scores(jem, iter(test.images[:70].split(30))),
-        {name: value[:70] for name, value in ood_scores(jem, loader).items()},
+        plain_scores(jem, test.images[:70], batch_size=1),
+        plain_scores(jem, iter(test.images[:70].split(30))),
+        {name: value[:70] for name, value in plain_scores(jem, loader).items()},
     ):
-        for name in SCORES[:4]:
+        for name in whole:
             torch.testing.assert_close(scores[name], whole[name], rtol=1e-4, atol=1e-5)
     with torch.inference_mode():
-        again = ood_scores(jem, test.images[:70])
+        again = plain_scores(jem, test.images[:70])
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
@@ -219,7 +224,7 @@ def test_the_gradient_is_that_of_pixels():
     images = torch.randint(256, (5, 3, 2, 2), dtype=torch.uint8)
     for std in (0.5, 0.25):
         config = {"input_size": (3, 2, 2), "mean": (0.5,) * 3, "std": (std,) * 3}
-        found = ood_scores(timm_jem.JEM(Slope(3.0 * 2 * std), data_config=config), images)
+        found = plain_scores(timm_jem.JEM(Slope(3.0 * 2 * std), data_config=config), images)
         assert found[MASS].tolist() == pytest.approx([-3 * math.sqrt(12)] * 5)  # the same function of pixels
         # 1 − e⁻²⁰ is 1 in float32
         assert found[SOFTMAX].max() < 1
@@ -228,7 +233,7 @@ def test_the_gradient_is_that_of_pixels():
 
 def test_what_is_not_finite_is_left_and_refused():
     config = {"input_size": (3, 2, 2), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    found = ood_scores(timm_jem.JEM(Slope(math.inf), data_config=config), torch.full((4, 3, 2, 2), 255, dtype=torch.uint8))
+    found = plain_scores(timm_jem.JEM(Slope(math.inf), data_config=config), torch.full((4, 3, 2, 2), 255, dtype=torch.uint8))
     assert not found[DENSITY].isfinite().any()
     with pytest.raises(InputError, match="4 of 4 in-distribution"):
         ood_metrics(found[DENSITY], torch.zeros(2))
@@ -247,7 +252,7 @@ def test_what_is_not_finite_is_left_and_refused():
 )
 def test_bad_images_are_named(scored, images, message):
     with pytest.raises(InputError, match=message) as error:
-        ood_scores(scored[0], images)
+        plain_scores(scored[0], images)
     assert "\n" not in str(error.value)
     assert scored[0].training
 
@@ -263,7 +268,7 @@ def test_a_model_of_the_digits_tells_noise_apart(scored):
 
     jem = timm_jem.JEM(Edge(), data_config={"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)})
     noise = torch.randint(256, (100, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    inside, outside = (ood_scores(jem, images)[DENSITY] for images in (scored[1].images, noise))
+    inside, outside = (plain_scores(jem, images)[DENSITY] for images in (scored[1].images, noise))
     found = ood_metrics(inside, outside)
     y = np.repeat([1, 0], [len(inside), 100])
     assert found["auroc"] == roc_auc_score(y, torch.cat([inside, outside]).numpy()) > 0.95
@@ -271,10 +276,40 @@ def test_a_model_of_the_digits_tells_noise_apart(scored):
     assert 0.9 < low <= found["auroc"] <= high <= 1
 
 
-def test_typicality_refuses_held_out_scores_that_have_no_mean():
-    for reference in ([], [1.0, math.nan], [1.0, math.inf], [[1.0]]):
-        with pytest.raises(InputError, match="held-out"):
-            typicality(torch.zeros(3), torch.tensor(reference))
-    with pytest.raises(InputError, match="one score per image"):
-        typicality(torch.zeros(3, 1), torch.zeros(2))
-    assert typicality(np.array([1.0, math.nan]), np.array([3, 3])).isnan().tolist() == [False, True]
+class Blind(torch.nn.Module):
+    """A classifier that shows no features."""
+
+    num_classes = 4
+
+    def forward(self, x):
+        return x.flatten(1)[:, :4]
+
+
+def asked_for(jem, names, val_y=None):
+    images = torch.randint(256, (24, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    subject = SimpleNamespace(model=jem, val=images, val_y=torch.arange(24) % 4 if val_y is None else val_y)
+    section = Section(Measured("Out-of-distribution detection"), Path())
+    return fitted(subject, names, 16, section), section.found.warnings
+
+
+def test_detectors_that_a_model_or_its_labels_refuse_are_left_out_with_the_reason():
+    jem = timm_jem.wrap(timm.create_model("test_resnet", num_classes=4, in_chans=1), input_size=(1, 32, 32))
+    detectors, warnings = asked_for(jem, METHODS)
+    assert ([one.name for one in detectors], warnings) == (list(METHODS), [])
+    assert len(plain_scores(jem, torch.zeros(2, 1, 32, 32, dtype=torch.uint8))) == 4
+    detectors, warnings = asked_for(jem, ["mahalanobis", "energy"], torch.full((24,), -1))
+    assert [one.name for one in detectors] == ["energy"]
+    assert warnings == [
+        "There is no feature distance: 0 images with a label are too few for the features of classes: give at least two.",
+    ]
+    blind = timm_jem.JEM(Blind(), data_config={"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)})
+    detectors, warnings = asked_for(blind, DEFAULT_DETECTORS)
+    assert [one.name for one in detectors] == list(DEFAULT_DETECTORS[:-1])
+    assert warnings == ["There is no feature distance: Blind has no forward_features and forward_head: give a timm backbone."]
+    with pytest.raises(InputError, match="give --detectors others"):
+        asked_for(blind, ["vim"])
+
+
+def test_every_detector_has_a_name_in_reports():
+    assert set(SCORES) == set(METHODS)
+    assert len(set(SCORES.values())) == len(SCORES)

@@ -336,7 +336,8 @@ def test_the_network_never_sees_more_than_batch_size_images(model, loaded, tmp_p
     monkeypatch.setattr(timm_jem.JEM, "counterfactual", partialmethod(timm_jem.JEM.counterfactual, steps=2))
     whole.extractors = load_extractors(["pixels"], input_size=(1, 8, 8))
     seen = []
-    whole.model.backbone.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    first = next(module for module in whole.model.backbone.modules() if isinstance(module, torch.nn.Conv2d))
+    first.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
     found = Measured(name)
     evaluate.MEASURES[name][1](whole, config, Section(found, tmp_path))
     assert found.results or found.pictures

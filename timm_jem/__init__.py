@@ -1,6 +1,6 @@
 """Joint energy models on timm backbones: one network that classifies, scores, and draws images."""
 
-from timm_jem import models
+from timm_jem import models, ood
 from timm_jem.energy import energy, log_density
 from timm_jem.errors import InputError
 from timm_jem.gaussians import ClassGaussians
@@ -31,6 +31,7 @@ __all__ = [
     "joint_loss",
     "log_density",
     "models",
+    "ood",
     "sgld",
     "sgld_step",
     "uniform_noise",

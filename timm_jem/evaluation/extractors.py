@@ -21,6 +21,7 @@ from timm_jem.evaluation.labelled import eight_bit_images
 from timm_jem.model import JEM
 from timm_jem.models.names import BUILD_ERRORS, check_name
 from timm_jem.modes import frozen
+from timm_jem.ood.views import check_features, view
 from timm_jem.pixels import to_pixels
 
 __all__ = ["Extractor", "classifier_extractor", "extract", "load_extractor", "load_extractors"]
@@ -134,13 +135,10 @@ def classifier_extractor(jem: JEM, name: str) -> Extractor:
     Raises:
         InputError: a backbone without timm's ``forward_features`` and ``forward_head``.
     """
-    if not (hasattr(jem.backbone, "forward_features") and hasattr(jem.backbone, "forward_head")):
-        raise InputError(f"{type(jem.backbone).__name__} has no forward_features and forward_head: give a timm backbone")
+    check_features(jem)
 
     def features(images: Tensor) -> Tensor:
-        with frozen(jem):
-            x = jem.normalize(to_pixels(images.to(jem.mean.device)))
-            return jem.backbone.forward_head(jem.backbone.forward_features(x), pre_logits=True)
+        return view(jem, jem.normalize(to_pixels(images.to(jem.mean.device))), features=True).features
 
     def logits(images: Tensor) -> Tensor:
         with frozen(jem):

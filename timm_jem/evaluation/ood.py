@@ -1,110 +1,89 @@
 """Out-of-distribution detection: scores of images, and how well they tell two sets apart."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from accelerate.utils import tqdm
 from torch import Tensor
 
-from timm_jem.energy import log_density
 from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.evaluation.labelled import eight_bit_images, numbers
 from timm_jem.model import JEM
-from timm_jem.modes import frozen
+from timm_jem.ood import Detector, score_all
 from timm_jem.pixels import to_pixels
 
-__all__ = ["SCORES", "auroc_interval", "ood_metrics", "ood_scores", "typicality"]
+__all__ = ["SCORES", "ModelInput", "auroc_interval", "ood_metrics", "ood_scores"]
 
-SCORES = ("log p(x)", "max softmax", "max logit = log p(x, y*)", "approximate mass", "typicality", "feature distance")
-_DENSITY, _SOFTMAX, _LOGIT, _MASS, *_ = SCORES
+# Detectors of timm_jem.ood by the names that reports give their scores, which have the other sign.
+SCORES = {
+    "energy": "log p(x)",
+    "msp": "max softmax",
+    "max_logit": "max logit = log p(x, y*)",
+    "approximate_mass": "approximate mass",
+    "typicality": "typicality",
+    "mahalanobis": "feature distance",
+    "react": "ReAct",
+    "ash": "ASH",
+    "dice": "DICE",
+    "vim": "ViM",
+    "knn": "KNN",
+    "gradnorm": "GradNorm",
+}
 
 
 def ood_scores(
-    jem: JEM,
+    detectors: Sequence[Detector],
     images: Tensor | Iterable[Tensor | tuple[Tensor, Tensor]],
     *,
-    approximate_mass: bool = True,
     batch_size: int = 256,
     desc: str = "scoring",
 ) -> dict[str, Tensor]:
-    """Scores of images, higher = more like the training data: one forward a batch gives all of them.
-
-    - "log p(x)": logsumexp f(x), up to the constant log Z (JEM, arXiv 1912.03263, eq. 7 and section 5.3).
-    - "max softmax": max_y p(y|x) (Hendrycks & Gimpel, ICLR 2017, arXiv 1610.02136; JEM, section 5.3).
-    - "max logit = log p(x, y*)": max_y f(x)[y] (Hendrycks et al., ICML 2022, arXiv 1911.11132). Of a joint energy model
-      it is also −E(x, y*), the class-conditional energy of the predicted class y*: the same number, not another score.
-    - "approximate mass": −‖∇ log p‖₂ (JEM, section 5.3), the gradient with respect to pixels in [-1, 1], and not to model
-      input, so that backbones of other normalisation compare. One backward more.
-
-    The fifth of :data:`SCORES` is made of the first: :func:`typicality`. The sixth needs features of images in distribution:
-    :class:`timm_jem.evaluation.feature_distance.ClassFeatures`.
+    """Scores of 8-bit images, higher = more like the training data: one forward a batch gives all of them.
 
     Args:
-        jem: the model; in eval mode meanwhile, and left as it was.
+        detectors: of one model, fitted where they have to be.
         images: 8-bit images, shape (N, C, H, W); or batches of them, or of (images, labels), e.g. a DataLoader's.
-        approximate_mass: whether to score it: what the backward costs is saved without.
         batch_size: images through the network at once; batches that are given are taken as they are.
         desc: of the progress bar.
 
     Returns:
-        Scores by name, in the order of :data:`SCORES`, each float64, shape (N,), on the CPU. What is not finite is left so,
-        and refused by the metrics.
+        Scores by name, see :data:`SCORES`, each float64, shape (N,), on the CPU. What is not finite is left so, and refused
+        by the metrics.
 
     Raises:
-        InputError: images that are not 8-bit, of another shape, or none.
+        InputError: images that are not 8-bit, of another shape, or none; or what :func:`timm_jem.ood.score_all` refuses.
     """
     check_whole("batch_size", batch_size, 1)
     if not isinstance(images, Iterable):
         raise InputError(f"images are a {type(images).__name__}: give a uint8 tensor (N, C, H, W), or batches of that")
     if isinstance(images, Tensor):
         images = eight_bit_images(images).split(batch_size)
-    device = jem.mean.device
-    # Float32 would round confidences to 1, and tie them.
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    found: dict[str, list[Tensor]] = {name: [] for name in (SCORES[:4] if approximate_mass else SCORES[:3])}
-    with frozen(jem), torch.inference_mode(False), torch.set_grad_enabled(approximate_mass):
-        for batch in _images(tqdm(images, desc=desc, leave=False), jem.input_size[0]):
-            u = to_pixels(batch.to(device)).requires_grad_(approximate_mass)
-            logits = jem(jem.normalize(u))
-            if approximate_mass:
-                gradient = torch.autograd.grad(log_density(logits).sum(), u)[0]
-                found[_MASS].append(-gradient.flatten(1).norm(dim=1))
-            logits = logits.detach().to(wide)
-            found[_DENSITY].append(log_density(logits))
-            found[_SOFTMAX].append(logits.softmax(1).amax(1))
-            found[_LOGIT].append(logits.amax(1))
-    if not found[_DENSITY]:
-        raise InputError("there are no images to score: give at least one")
-    return {name: torch.cat(parts).cpu().double() for name, parts in found.items()}
+    jem = detectors[0].jem
+    scores = score_all(detectors, ModelInput(jem, images), desc=desc)
+    return {SCORES[detector.name]: -found for detector, found in zip(detectors, scores, strict=True)}
 
 
-def _images(batches: Iterable[Tensor | tuple[Tensor, Tensor]], channels: int) -> Iterator[Tensor]:
-    for batch in batches:
-        yield eight_bit_images(batch[0] if isinstance(batch, (tuple, list)) else batch, channels=channels)
+@dataclass(frozen=True)
+class ModelInput:
+    """Batches of 8-bit images as those of model input, on the model's device, with their labels where they have some.
 
-
-def typicality(log_density: Tensor, reference: Tensor) -> Tensor:
-    """−|log p(x) − mean log p of held-out images|: images that are too likely are out of distribution, too.
-
-    Source: Nalisnick et al., "Detecting out-of-distribution inputs to deep generative models using typicality"
-    (arXiv 1906.02994), for batches of one image. The constant log Z cancels.
-
-    Args:
-        log_density: log p(x) of the images to score, shape (N,).
-        reference: log p(x) of held-out images in distribution, which neither trained the model nor are scored; shape (M,).
-
-    Returns:
-        float64, shape (N,), on the CPU; NaN or −inf where a score of an image is not finite, which the metrics refuse.
-
-    Raises:
-        InputError: no held-out images, one whose log p(x) is not finite, or scores of another shape.
+    Attributes:
+        jem: the model.
+        images: batches of images, uint8, shape (B, C, H, W), or of (images, labels).
     """
-    reference = torch.from_numpy(_checked(reference, "held-out"))
-    scores = numbers(log_density, "scores").double()
-    if scores.ndim != 1:
-        raise InputError(f"log p(x) has shape {tuple(scores.shape)}: give one score per image, shape (N,)")
-    return -(scores - reference.mean()).abs()
+
+    jem: JEM
+    images: Iterable[Tensor | tuple[Tensor, Tensor]]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        for batch in self.images:
+            images, *labels = batch if isinstance(batch, (tuple, list)) else (batch,)
+            u = to_pixels(eight_bit_images(images, channels=self.jem.input_size[0]).to(self.jem.device))
+            x = self.jem.normalize(u)
+            yield (x, *labels) if labels else x
 
 
 def ood_metrics(in_scores: Tensor, out_scores: Tensor) -> dict[str, float]:

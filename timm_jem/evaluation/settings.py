@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
-from timm_jem.errors import InputError, check_number, check_whole, how_to_install
+from timm_jem.errors import InputError, check_number, check_whole, how_to_install, quoted
+from timm_jem.ood import METHODS
 
-__all__ = ["PRESETS", "SECTIONS", "EvaluationConfig", "check_libraries", "need"]
+__all__ = ["DEFAULT_DETECTORS", "PRESETS", "SECTIONS", "EvaluationConfig", "check_libraries", "need"]
 
 SectionName = Literal["classification", "ood", "robustness", "generation", "pictures"]
 SECTIONS: tuple[SectionName, ...] = get_args(SectionName)
@@ -50,7 +51,7 @@ PRESETS: dict[str, dict[str, int]] = {
 _OF_ALL = ("seed", "test_images")
 _OF_SECTION: dict[SectionName, tuple[str, ...]] = {
     "classification": (),
-    "ood": ("ood", "ood_images"),
+    "ood": ("ood", "ood_images", "detectors"),
     "robustness": (
         "baseline",
         "attack_images",
@@ -71,6 +72,10 @@ _OF_SECTION: dict[SectionName, tuple[str, ...]] = {
 }
 
 
+# One forward and one backward give them, and no other library.
+DEFAULT_DETECTORS = ("energy", "msp", "max_logit", "approximate_mass", "typicality", "mahalanobis")
+
+
 @dataclass
 class EvaluationConfig:
     """What to measure. Sizes that are None are the preset's.
@@ -86,6 +91,8 @@ class EvaluationConfig:
         judge: an independent classifier (as MODEL) that reads the samples; None: a support vector machine on pixels.
         ood: out-of-distribution sets: interpolation, uniform and constant need no download; others are Hub names,
             folders or .parquet files, which ?split=NAME, ?image_column=NAME or several, joined by &, may follow.
+        detectors: of images out of distribution: all, or some of msp, max_logit, energy, react, ash, dice, vim, knn,
+            mahalanobis, gradnorm, approximate_mass, typicality; react, ash, dice, vim and knn need pytorch-ood.
         extractors: features for distances of samples: pixels, thumbnails, pyramid (thumbnails and the strength of finer
             detail), inception (FID's; inception:PATH where there is no network), timm:NAME; auto: pixels up to 8×8,
             thumbnails above.
@@ -119,6 +126,7 @@ class EvaluationConfig:
     baseline: str | None = None
     judge: str | None = None
     ood: list[str] = field(default_factory=lambda: ["interpolation", "uniform", "constant"])
+    detectors: list[str] = field(default_factory=lambda: list(DEFAULT_DETECTORS))
     extractors: list[str] = field(default_factory=lambda: ["auto"])
     test_images: int | None = None
     ood_images: int | None = None
@@ -152,6 +160,7 @@ class EvaluationConfig:
                 check_number(name, epsilon, above=0)
         check_number("linf_epsilon", self.linf_epsilon, above=0, most=1)
         check_number("l2_epsilon", self.l2_epsilon, above=0)
+        self.detectors = _detectors(self.detectors)
         if not self.sections:
             raise InputError(f"sections is empty: give some of {', '.join(SECTIONS)}")
 
@@ -165,6 +174,15 @@ class EvaluationConfig:
         return "robustness" in self.sections and self.refinement_steps > 0
 
 
+def _detectors(names: list[str]) -> list[str]:
+    """The detectors of these names, those of the default first; "all" are all of them."""
+    if unknown := [name for name in names if name != "all" and name not in METHODS]:
+        raise InputError(f"detectors has {quoted(unknown[0])}: give all, or some of {', '.join(METHODS)}")
+    if not names:
+        raise InputError(f"detectors is empty: give all, or some of {', '.join(METHODS)}; or leave the section ood out")
+    return list(dict.fromkeys(n for n in (*DEFAULT_DETECTORS, *METHODS) if "all" in names or n in names))
+
+
 def need(module: str, what: str, extra: str, otherwise: str = "") -> None:
     """Raise an InputError that says how to install ``module`` where it is missing."""
     if find_spec(module) is None:
@@ -174,6 +192,8 @@ def need(module: str, what: str, extra: str, otherwise: str = "") -> None:
 def check_libraries(config: EvaluationConfig) -> None:
     """Raise an InputError for a library that these sections need and that is missing."""
     need("matplotlib", "a report", "eval")
+    if "ood" in config.sections and (theirs := [name for name in config.detectors if METHODS[name].library]):
+        need("pytorch_ood", f"the detector {theirs[0]}", "ood")
     if "robustness" in config.sections and config.auto_attack_images:
         need("pyautoattack", "AutoAttack", "robust", ", or set auto_attack_images to 0")
     if "generation" in config.sections:

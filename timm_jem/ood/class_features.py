@@ -1,12 +1,13 @@
 """How far features of images are from those of the classes: a score of outliers that any classifier gives."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError
-from timm_jem.evaluation.labelled import labels, numbers
+from timm_jem.inputs import kind
 
 __all__ = ["ClassFeatures"]
 
@@ -34,12 +35,15 @@ class ClassFeatures:
             y: labels, int64, shape (N,); images of unknown class, below 0, are left out.
 
         Raises:
-            InputError: features of another shape or not finite, or fewer than two images with a label.
+            InputError: features of another shape or not finite, fewer than two images with a label, or images that
+                don't differ within their classes.
         """
         from sklearn.covariance import LedoitWolf
 
         features = _features(features)
-        y = labels(y, len(features))
+        if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(features),):
+            raise InputError(f"labels of {len(features)} images are {kind(y)}: give int64, shape ({len(features)},)")
+        y = y.cpu()
         features, y = features[y >= 0], y[y >= 0]
         if len(y) < 2:
             raise InputError(f"{len(y)} images with a label are too few for the features of classes: give at least two")
@@ -48,10 +52,18 @@ class ClassFeatures:
         classes, y = y.unique(return_inverse=True)
         means = torch.stack([features[y == c].mean(0) for c in range(len(classes))])
         covariance = LedoitWolf(assume_centered=True).fit((features - means[y]).numpy())
+        if not covariance.precision_.any():
+            raise InputError(f"the features of {len(y)} images are those of their classes' means: give images that differ")
         return cls(means, torch.from_numpy(covariance.precision_))
 
-    def score(self, features: Tensor) -> Tensor:
-        """−(Mahalanobis distance)² to the nearest class mean (eq. 2 there): higher = more like the classes.
+    @cached_property
+    def _whitening(self) -> Tensor:
+        """W, shape (D, D), with W Wᵀ the precision, so that distances are Euclidean after it."""
+        values, vectors = torch.linalg.eigh(self.precision)
+        return vectors * values.clamp(min=0).sqrt()
+
+    def distance(self, features: Tensor) -> Tensor:
+        """The squared Mahalanobis distance to the nearest class mean (eq. 2 there, negated): higher = further out.
 
         Args:
             features: shape (N, D).
@@ -67,15 +79,10 @@ class ClassFeatures:
             raise InputError(
                 f"features have {features.shape[1]} dimensions and the classes' {self.means.shape[1]}: give the same"
             )
-        nearest = features.new_full((len(features),), -torch.inf)
-        for mean in self.means:  # not all at once: a thousand classes of two thousand dimensions
-            difference = features - mean
-            nearest = torch.maximum(nearest, -((difference @ self.precision) * difference).sum(1))
-        return nearest
+        return torch.cdist(features @ self._whitening, self.means @ self._whitening).amin(1).square()
 
 
 def _features(features: Tensor) -> Tensor:
-    features = numbers(features, "features").double()
-    if features.ndim != 2 or not features.shape[1]:
-        raise InputError(f"features have shape {tuple(features.shape)}: give (N, D)")
-    return features
+    if not isinstance(features, Tensor) or features.ndim != 2 or not features.shape[1]:
+        raise InputError(f"features are {kind(features)}: give a tensor, (N, D)")
+    return features.detach().cpu().double()

@@ -1,0 +1,104 @@
+"""What was fitted, as one safetensors file with JSON in its header."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from timm_jem.errors import InputError, check_number, one_line, quoted
+from timm_jem.files import as_path, replaced_file
+from timm_jem.model import JEM
+from timm_jem.ood.views import view
+
+__all__ = ["check", "read", "threshold", "write"]
+
+FORMAT_VERSION = 1
+_KEY = "timm_jem_detector"
+# Logits of a grey image, by which the model is known again: in another precision they differ by less than this share.
+_PROBE, _PROBE_TOLERANCE = "grey_logits", 0.1
+# Features of mahalanobis in double precision are the most: 16,384² numbers.
+_MOST_BYTES = 2**31
+
+
+def write(file: str | os.PathLike, state: Mapping[str, Tensor], about: dict[str, Any], jem: JEM) -> None:
+    """Write tensors and what JSON says about them, whole or not at all.
+
+    Raises:
+        InputError: the file can't be written; one that was there is as before.
+    """
+    tensors = {**state, _PROBE: _grey_logits(jem)}
+    header = {_KEY: json.dumps({"format_version": FORMAT_VERSION, **about})}
+    try:
+        with replaced_file(as_path(file)) as aside:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, header)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} can't be written ({one_line(error)}): give a file in a folder that is there") from error
+
+
+def read(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, still unchecked, and what is said about them: a dict with name and options.
+
+    Raises:
+        InputError: a file that is missing, broken, too large or no detector's.
+    """
+    path = as_path(file)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}: give one that a detector's save wrote")
+    if path.stat().st_size > _MOST_BYTES:
+        raise InputError(f"{path} is larger than {_MOST_BYTES >> 30} GiB: no detector's file is")
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            about = json.loads((tensors.metadata() or {}).get(_KEY, "null"))
+            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, RecursionError, SafetensorError, ValueError) as error:
+        raise InputError(f"{path} is not a complete safetensors file ({one_line(error)}): save the detector again") from error
+    known = isinstance(about, dict) and isinstance(about.get("options"), dict)
+    if not known or about.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path} is not a detector's file of this version: save the detector again")
+    return state, about
+
+
+def threshold(about: dict[str, Any]) -> tuple[float | None, float | None]:
+    """The threshold and the share that it accepts.
+
+    Raises:
+        InputError: they are no numbers.
+    """
+    found = about.get("threshold"), about.get("accept")
+    for name, value in zip(("threshold", "accept"), found, strict=True):
+        if value is not None:
+            check_number(name, value)
+    return found
+
+
+def check(state: dict[str, Tensor], shapes: Mapping[str, str], jem: JEM) -> None:
+    """Raise an InputError unless tensors are what a method of these shapes fitted to this model; the probe is taken out."""
+    probe = state.pop(_PROBE, None)
+    if probe is None or set(state) != set(shapes):
+        raise InputError(f"it holds {quoted(sorted(state))} and not {', '.join(shapes) or 'nothing'}: save the detector again")
+    features = any("D" in shape for shape in shapes.values())
+    seen = view(jem, _grey(jem), features=features)
+    sizes = {"C": jem.num_classes, **({"D": seen.features.shape[1]} if features else {})}
+    for name, shape in shapes.items():
+        tensor = state[name]
+        fits = tensor.dtype in (torch.float32, torch.float64) and tensor.ndim == len(shape) and tensor.numel() > 0
+        fits = fits and all(sizes.setdefault(letter, size) == size for letter, size in zip(shape, tensor.shape, strict=True))
+        if not fits or not tensor.isfinite().all():
+            raise InputError(f"{name} of shape {tuple(tensor.shape)} is of another model, or broken: fit the detector again")
+    logits = seen.logits[0].cpu().double()
+    same = probe.shape == logits.shape and (probe.double() - logits).norm() <= _PROBE_TOLERANCE * logits.norm() + 1e-6
+    if not same:
+        raise InputError("it was fitted to another model, or to other weights: fit the detector again")
+
+
+def _grey(jem: JEM) -> Tensor:
+    return jem.normalize(torch.zeros(1, *jem.input_size))
+
+
+def _grey_logits(jem: JEM) -> Tensor:
+    return view(jem, _grey(jem)).logits[0].double()
