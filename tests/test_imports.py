@@ -32,9 +32,10 @@ MAY_IMPORT = {
     "backbone": {"inputs", "errors"},
     "inputs": {"errors"},
     "hub": {"files", "pixels", "inputs", "gaussians", "models", "hub", "errors"},
+    "changes": {"modes", "sampling", "refinement", "counterfactual", "restoration", "adaptation", "inputs", "errors"},
     "model": {
-        "energy", "modes", "sampling", "refinement", "counterfactual", "restoration", "adaptation", "gaussians", "backbone",
-        "inputs", "hub", "prediction", "preprocessing", "reference", "errors",
+        "energy", "modes", "sampling", "changes", "gaussians", "backbone", "inputs", "hub", "prediction", "preprocessing",
+        "reference", "errors",
     },
     "wrap": {"files", "sampling", "gaussians", "models", "backbone", "hub", "model", "reference", "errors"},
     "ood": {"energy", "files", "modes", "backbone", "inputs", "model", "ood", "errors"},
