@@ -43,7 +43,7 @@ setup(
     packages=[*find_packages(include=["timm_jem", "timm_jem.*"]), "timm_jem.recipes"],
     package_dir={"timm_jem.recipes": "recipes"},
     package_data={
-        "timm_jem": ["py.typed"],
+        "timm_jem": ["py.typed", "pretrained/*/*"],
         "timm_jem.hub": ["card_template.md"],
         "timm_jem.recipes": ["configs/*.yaml", "variants/*.yaml"],
     },

@@ -261,7 +261,7 @@ def unreachable(hub, monkeypatch):
         ),
         (lambda: timm_jem.from_pretrained("a/b", revision=5), "revision is 5: give a branch"),
         (lambda: timm_jem.from_pretrained("a/b", cache_dir="\0"), "is not the name of a folder"),
-        (lambda: timm_jem.from_pretrained("digits"), "digits is no folder here"),
+        (lambda: timm_jem.from_pretrained("digit"), "digit is no folder here"),
         (lambda: timm_jem.create_model("resnet18", pretrained=True), "resnet18 from timm/resnet18.* not in the cache"),
         (lambda: timm_jem.create_model("resnet18", pretrained=True, input_size=(1, 32, 32)), "not in the cache"),
         (lambda: timm_jem.create_model("hf-hub:user/x"), "hf-hub:user/x from user/x on the Hub: .* not in the cache"),

@@ -89,6 +89,7 @@ def test_the_wheel_has_what_a_user_needs_and_no_more(wheel):
         f"timm_jem/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*") if path.suffix in (".py", ".yaml")
     }
     data = {"timm_jem/py.typed", "timm_jem/hub/card_template.md"}
+    data |= {str(path.relative_to(ROOT)) for path in (ROOT / "timm_jem/pretrained").rglob("*") if path.is_file()}
     assert {"timm_jem/recipes/train.py", "timm_jem/recipes/configs/digits.yaml"} < recipes
     assert {name for name in files if ".dist-info/" not in name} == python | recipes | data
     assert licence == (ROOT / "LICENSE").read_bytes()

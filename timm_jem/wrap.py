@@ -17,6 +17,7 @@ from timm_jem.gaussians import STARTS_FILE, ClassGaussians
 from timm_jem.hub.published_chains import CHAINS_FILE, PublishedChains
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE, read_folder
 from timm_jem.hub.repository import check_reach, explained, fetch
+from timm_jem.hub.shipped import shipped
 from timm_jem.model import JEM
 from timm_jem.models.names import BUILD_ERRORS, check_name
 from timm_jem.reference import Reference
@@ -129,13 +130,14 @@ def from_pretrained(
     force_download: bool = False,
     replay_buffer: bool = True,
 ) -> JEM:
-    """Load a joint energy model from a folder or a Hub repository, in eval mode.
+    """Load a joint energy model from a folder, the package itself or a Hub repository, in eval mode.
 
-    A plain timm repository works as well: it becomes a joint energy model with the paper's sampling settings. Only
-    JSON and safetensors are read, and nothing in them is trusted.
+    "digits", "fashion_mnist" and "cifar10" come with the package, each with a card, unless there is a folder of that name:
+    hybrids by the presets of these names. A plain timm repository works as well: it becomes a joint energy model with the
+    paper's sampling settings. Only JSON and safetensors are read, and nothing in them is trusted.
 
     Args:
-        name: folder written by :meth:`JEM.save_pretrained`, or a Hub repository "user/name".
+        name: folder written by :meth:`JEM.save_pretrained`, a model of the package, or a Hub repository "user/name".
         revision, token, cache_dir, local_files_only, force_download: as in ``huggingface_hub.hf_hub_download``.
         replay_buffer: with published chains, where there are some.
 
@@ -144,7 +146,7 @@ def from_pretrained(
     """
     folder = as_path(name)
     if not os.path.isdir(folder):  # Path.is_dir raises where a name is too long
-        folder = fetch(
+        folder = shipped(name) or fetch(
             str(name),
             revision=revision,
             token=token,
