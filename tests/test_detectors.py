@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from pytorch_ood.metrics import OODMetrics
+from matplotlib.figure import Figure
 from sklearn.metrics import RocCurveDisplay, get_scorer, roc_auc_score
 from small_networks import of_few_images, random_network
 
@@ -158,7 +159,8 @@ def test_scikit_learn_and_pytorch_ood_take_detectors_and_scores(small):
     assert get_scorer("roc_auc")(d, far, outlier.numpy()) == pytest.approx(auroc)
     assert get_scorer("accuracy")(d, far, outlier.numpy()) == (d.predict(far) == outlier).double().mean()
     pytest.importorskip("matplotlib")
-    assert RocCurveDisplay.from_estimator(d, far, outlier.numpy()).roc_auc == pytest.approx(auroc)
+    axes = Figure().subplots()  # pyplot would keep a figure of its own
+    assert RocCurveDisplay.from_estimator(d, far, outlier.numpy(), ax=axes).roc_auc == pytest.approx(auroc)
     metrics = OODMetrics()
     metrics.update(d(far), -outlier.long())
     assert metrics.compute()["AUROC"] == pytest.approx(auroc)
