@@ -47,7 +47,26 @@ def test_a_ramp_goes_on_where_it_was():
     assert again.num_steps(0) == 1
 
 
-@pytest.mark.parametrize("wrong", [{"last": 0}, {"last": 5, "first": 0}, {"last": 5, "steps": -1}, {"last": 5, "auc": 1.5}])
+def test_a_ramp_that_goes_on_to_longer_chains_grows_there():
+    ramp, apart = ChainRamp(2, auc=0.8), (torch.zeros(4), torch.ones(4))
+    for _ in range(40):
+        ramp.see(*apart)
+    longer = ChainRamp(9, auc=0.8)
+    longer.load_state_dict(ramp.state_dict(), CPU)
+    assert longer.num_steps(0) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"last": 0},
+        {"last": 5, "first": 0},
+        {"last": 5, "steps": -1},
+        {"last": 5, "auc": 1.5},
+        {"last": 5, "first": 6, "steps": 1},
+        {"last": 5, "first": 6, "auc": 0.5},
+    ],
+)
 def test_a_ramp_that_is_none(wrong):
     with pytest.raises(InputError, match="ramp"):
         ChainRamp(**wrong)

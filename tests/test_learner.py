@@ -270,6 +270,13 @@ def test_the_step_size_that_training_came_to_is_kept_and_published():
     assert learner.method.heeds == ("num_steps", "energy_l2")
 
 
+def test_a_model_of_chains_that_grow_has_the_length_that_remedies_gave_them():
+    learner = make(ramp_auc=1.0)
+    learner.apply(Remedy(num_steps=1.5), seed=3)
+    assert sgld_now(learner).num_steps == 2
+    assert learner.published().sgld.num_steps == 2
+
+
 def test_the_gradients_norm_is_what_tells_of_a_broken_gradient():
     learner = make(grad_clip=0.0)
     learner.jem.backbone.fc.bias.register_hook(lambda grad: grad * float("nan"))

@@ -38,6 +38,8 @@ def settings(flags=""):
         ("--model.num_classes 7", 1, "digits has 10 classes: leave it out"),
         ("--train.buffer_size 100", 1, "a batch may need 64 chains of one class: raise it to 640"),
         ("--train.buffer_size 60 --train.objective.w_xy 0 --train.objective.w_x 1", 1, "64 chains: raise it to 64"),
+        ("--train.attack_norm linf --train.attack_eps 8", 1, "further apart than 1 (linf, pixels in [0, 1]): grey levels"),
+        ("--train.attack_norm l2 --train.attack_eps 128", 1, "further apart than 8 (l2, pixels in [0, 1]): grey levels"),
         ("--train.batch_size 600 --train.buffer_size 1000", 1, "of one class: raise it to 2620, or lower"),
     ],
 )
@@ -59,6 +61,8 @@ def test_what_fits(splits):
         ("--train.buffer_size 64 --train.objective.w_xy 0 --train.objective.w_x 1", 1),
         ("--train.buffer_size 1 --train.objective.w_xy 0", 1),  # cross-entropy alone
         ("--train.ema_decay 0", 1),
+        ("--train.attack_norm l2 --train.attack_eps 8", 1),
+        ("--train.attack_eps 128", 1),  # nothing is attacked
     ):
         check_plan(settings(flags), splits, world, sharded=told.train.ema_decay == 0)
 

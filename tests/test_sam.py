@@ -32,11 +32,21 @@ def test_the_ascent_is_the_papers_and_undone_to_the_bit(adaptive):
     assert all(torch.equal(p, b) for p, b in zip(weights, before, strict=True))
 
 
-def test_where_there_is_no_slope_weights_stay():
+@pytest.mark.parametrize("rho", [2.0, 5.0])
+@pytest.mark.parametrize("slope", [0.0, 1e-42, 1e-25])  # whose squares are 0
+def test_where_there_is_no_slope_weights_stay(slope, rho):
     weight = nn.Parameter(torch.ones(3))
-    weight.grad = torch.zeros(3)
-    with SAM().ascended([weight]):
+    weight.grad = torch.full((3,), slope)
+    with SAM(rho).ascended([weight]):
         assert torch.equal(weight, torch.ones(3))
+
+
+def test_a_slope_that_is_not_finite_is_seen():
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.tensor([1.0, float("nan"), 1.0])
+    with SAM().ascended([weight]):
+        assert weight.isnan().all()
+    assert torch.equal(weight, torch.ones(3))
 
 
 @pytest.mark.parametrize("rho", [0, -1.0, float("nan"), "2"])

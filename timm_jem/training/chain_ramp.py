@@ -33,8 +33,8 @@ class ChainRamp:
 
     def __init__(self, last: int, first: int = 1, steps: int = 0, auc: float | None = None) -> None:
         check_whole("the last number of SGLD steps of a ramp", last, 1)
-        check_whole("the first number of SGLD steps of a ramp", first, 1)
         check_whole("steps of a ramp", steps, 0)
+        check_whole("the first number of SGLD steps of a ramp", first, 1, last if steps or auc is not None else None)
         if auc is not None:
             check_number("auc of a ramp", auc, least=0, most=1)
         self.last, self.first, self.steps, self.auc = last, first, steps, auc
@@ -59,7 +59,7 @@ class ChainRamp:
         self._sum = auc if self._sum is None else self._sum + auc
         self._seen += 1
         if self._seen == _WINDOW:
-            self._grown += int(self._sum >= self.auc * _WINDOW)
+            self._grown = min(self._grown + int(self._sum >= self.auc * _WINDOW), self.last - self.first)
             self._seen, self._sum = 0, None
         return auc
 

@@ -87,7 +87,7 @@ class Learner:
         """
         jem = self._as_saved if self.ema is None else self.ema.module
         adapted = getattr(self.method, "adapted", lambda sgld: sgld)
-        jem.sgld = adapted(self.remedy.chains(self._sgld))
+        jem.sgld = self.remedy.chains(adapted(self._sgld))
         return jem
 
     def iterate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -42,6 +42,13 @@ def check_plan(settings: Settings, splits: Splits, world: int, *, sharded: bool 
             )
     if len(splits.val) < 2:
         raise InputError(f"{len(splits.val)} validation images are too few to choose anything by: raise data.val_fraction")
+    attack = train.attack()
+    farthest = 1.0 if train.attack_norm == "linf" else math.sqrt(math.prod(splits.image_shape))
+    if attack is not None and attack.eps > farthest:
+        raise InputError(
+            f"train.attack_eps is {attack.eps:g}, and no two images are further apart than {farthest:.3g} ({attack.norm}, "
+            f"pixels in [0, 1]): grey levels are divided by 255, e.g. 8/255 is {8 / 255:.4f}"
+        )
     if train.buffer_size is None or train.objective.needs_chains:
         train = replace(train, buffer_size=_buffer_size(settings, splits))
     if train.ema_decay and sharded:

@@ -47,7 +47,8 @@ class SAM:
             slopes = [p.abs() * p.grad if self.adaptive else p.grad for p in moved]
             norm = torch.nn.utils.get_total_norm(slopes)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            scale = self.rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # nowhere to go where the slope is exactly zero
+            # Smaller norms have no digits left, as their squares underflow: such a slope leads nowhere.
+            scale = torch.where(norm < torch.finfo(norm.dtype).tiny ** 0.5, 0.0, self.rho / norm)
             for parameter, slope in zip(moved, slopes, strict=True):
                 parameter.add_((parameter.abs() * slope if self.adaptive else slope) * scale)
         try:

@@ -90,7 +90,8 @@ class TrainConfig:
         ce_noise: that of the images for the cross-entropy, or None: as data_noise.
         attack_norm: linf or l2: the cross-entropy is of images attacked by projected gradient descent (Madry et al.; DAT: l2);
             None: not attacked.
-        attack_eps: how far they are moved at most, in pixels in [0, 1], as attacks have it (ℓ∞: 8/255; DAT: ℓ2 0.5).
+        attack_eps: how far they are moved at most, in pixels in [0, 1], as attacks have it; None: 8/255 for linf, 0.5 for l2
+            (those of CIFAR-10, as in Madry et al. and DAT).
         attack_steps: steps of the attack, each as expensive as one of a chain.
         attack_step_size: of each; None: 2.5 · attack_eps / attack_steps.
         buffer_size: chains in the replay buffer of a process; None: JEM's 10,000, or as many as take 1 GiB.
@@ -151,7 +152,7 @@ class TrainConfig:
     data_noise: float = 0.03
     ce_noise: float | None = None
     attack_norm: Literal["linf", "l2"] | None = None
-    attack_eps: float = 8 / 255
+    attack_eps: float | None = None
     attack_steps: int = 10
     attack_step_size: float | None = None
     buffer_size: int | None = None
@@ -221,7 +222,10 @@ class TrainConfig:
         """The attack on the images of the cross-entropy."""
         if self.attack_norm is None:
             return None
-        return PGDConfig(self.attack_norm, self.attack_eps, self.attack_steps, self.attack_step_size)
+        usual = 8 / 255 if self.attack_norm == "linf" else 0.5
+        return PGDConfig(
+            self.attack_norm, usual if self.attack_eps is None else self.attack_eps, self.attack_steps, self.attack_step_size
+        )
 
     @property
     def needs_classes(self) -> bool:
@@ -323,6 +327,13 @@ class Settings:
             )
         if not (self.train.objective.w_ce or self.train.objective.needs_chains):
             raise InputError("train.objective w_ce, w_x and w_xy are all 0, and nothing would be learnt: raise one")
+        if self.train.attack_norm is not None and not self.train.objective.w_ce:
+            raise InputError(
+                "train.attack_norm attacks the images of the cross-entropy, and train.objective w_ce is 0: raise it, or leave "
+                "the attack out"
+            )
+        if self.train.ramp_auc is not None and self.train.ramp_steps:
+            raise InputError("train.ramp_auc and train.ramp_steps both say when chains get longer: give one of them")
         if self.train.objective.needs_chains and self.train.step_cosine is not None and self.sgld.num_steps == 1:
             raise InputError("train.step_cosine compares the gradients of two steps, and sgld.num_steps is 1: raise it")
         if not self.lengths():
