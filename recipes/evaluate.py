@@ -24,7 +24,6 @@ from typing import Any
 import timm
 import torch
 from accelerate import PartialState
-from accelerate.utils.environment import get_int_from_env
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 import timm_jem
@@ -45,7 +44,7 @@ from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig, need
 from timm_jem.evaluation.subject import Subject, data_config, display_name, load_model, load_subject
 from timm_jem.files import folder_aside, left_aside
-from timm_jem.training.shell import one_line_errors
+from timm_jem.training.shell import check_one_process, one_line_errors
 
 MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], None], str]] = {
     # title, what measures it, and what makes it take less memory
@@ -173,10 +172,7 @@ def main(argv: list[str]) -> str | None:
         return compare(given.compare, given.output_dir, given.overwrite)
     if given.model is None:
         raise InputError("which model? Give a run, a saved folder, a Hub name or timm:NAME; --help says more")
-    # Asked of the launcher's variables: without a GPU, accelerate takes each of torchrun's processes for the only one.
-    processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
-    if processes > 1:
-        raise InputError(f"an evaluation runs in one process, not in {processes}: start it with plain python")
+    check_one_process("an evaluation")
     folder = Path(given.output_dir or default_output_dir(given.model))
     earlier = earlier_report(folder, given.overwrite)
     todo = to_measure(earlier, config, given.overwrite)

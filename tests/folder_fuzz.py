@@ -74,7 +74,7 @@ ADDED = {
         *("hf_hub_filename", "state_dict", "pool_size", "test_input_size", "min_input_size", "crop_pct", "interpolation"),
         *("license", "notes", "global_pool", "colour"),
     ),
-    "timm_jem": ("format_version", "sgld", "provenance", "colour"),
+    "timm_jem": ("format_version", "sgld", "provenance", "reference", "colour"),
     "": ("num_classes", "architecture", "architectures", "model_args", "pretrained_cfg", "label_names", "labels", "timm_jem"),
 }
 

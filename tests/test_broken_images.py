@@ -7,11 +7,12 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from image_sets import pictures, save
+from PIL import Image as PILImage
 
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_images, load_splits
-from timm_jem.data.images import BrokenImage, decode
 from timm_jem.data.loader import open_stream
+from timm_jem.decoding import BrokenImage, decode
 from timm_jem.evaluation.subject import some
 from timm_jem.training.measure import in_batches
 from timm_jem.training.shell import one_line_errors
@@ -157,6 +158,24 @@ def test_whatever_a_file_holds(tmp_path, content):
     cells = [{"bytes": content, "path": "odd.png"}, *pictures(11)]
     with pytest.raises(InputError, match=r"row 0 of split train \(odd\.png\) has an image that can't be decoded"):
         load_splits(DataConfig(save(tmp_path, images=cells)))
+
+
+@pytest.mark.parametrize("mode", ["LAB", "F", "I"])
+def test_colours_that_are_none_of_a_screen_are_named(tmp_path, mode):
+    buffer = io.BytesIO()
+    PILImage.new(mode, (10, 10)).save(buffer, "tiff")
+    cells = [{"bytes": buffer.getvalue(), "path": "odd.tif"}, *pictures(11)]
+    with pytest.raises(InputError, match=r"row 0 of split train \(odd\.tif\) has an image of .*skip_broken true$"):
+        load_splits(DataConfig(save(tmp_path, images=cells), channels=1))
+
+
+def test_a_long_strip_is_not_enlarged_until_the_memory_is_full(tmp_path):
+    buffer = io.BytesIO()
+    PILImage.new("L", (600_000, 1)).save(buffer, "png")
+    strip = {"bytes": buffer.getvalue(), "path": None}
+    assert decode(strip, 1, (8, 8), "it").shape == (1, 8, 8)
+    with pytest.raises(BrokenImage, match=r"it has an image of 1×600,000, which would be enlarged to 128×76,800,000: crop it"):
+        decode(strip, 1, (128, 128), "it")
 
 
 def test_damaged_files_never_raise_anything_else(tmp_path):

@@ -15,6 +15,7 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.evaluation import accuracy, expected_calibration_error, predict
+from timm_jem.evaluation.calibration import fit_temperature
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
 from timm_jem.training import Checkpoints, DivergenceGuard, Rollback, Run, check_plan, open_accelerator, parse_settings
@@ -87,6 +88,19 @@ def test_what_is_reported_is_what_is_saved(tmp_path, splits, flags):
     assert config.startswith(f"# 1 process on cpu, precision {saved.provenance['mixed_precision']}\n")
     assert yaml.safe_load(config)["train"]["mixed_precision"] == saved.provenance["mixed_precision"]
     assert {result["value"] for result in saved.provenance["results"]} == {summary["test_accuracy"], summary["test_ece"]}
+
+
+def test_a_run_leaves_a_reference_of_its_validation_images_and_nothing_else_changes(tmp_path, splits, monkeypatch):
+    end.finish(*trained(tmp_path / "run", splits))
+    saved = timm_jem.from_pretrained(tmp_path / "run" / "model")
+    logits, y = predict(saved, in_batches(splits.val, 0))
+    assert saved.reference.n == len(splits.val)
+    assert saved.reference.temperature == pytest.approx(fit_temperature(logits, y), rel=1e-4)
+    assert 0.95 <= (timm_jem.energy(logits) <= saved.reference.threshold + 1e-4).double().mean() < 0.97
+    monkeypatch.setattr(timm_jem.JEM, "fit_reference", lambda self, batches: None)
+    end.finish(*trained(tmp_path / "without", splits))
+    for name in ("model/model.safetensors", "model/replay_buffer.safetensors", "samples.png"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
 
 
 def test_a_launchers_precision_is_kept_with_the_run(monkeypatch):

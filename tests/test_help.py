@@ -8,12 +8,13 @@ import sys
 import benchmark
 import evaluate
 import jsonargparse
+import predict
 import push
 import pytest
 import stability
 import train
 
-RECIPES = [benchmark, evaluate, push, stability, train]
+RECIPES = [benchmark, evaluate, predict, push, stability, train]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)

@@ -8,6 +8,7 @@ from PIL import Image as PILImage
 
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_images, load_splits
+from timm_jem.data.folders import visible_files
 
 
 def lay(root, *files):
@@ -67,9 +68,19 @@ def test_links_are_followed(tmp_path):
         (tmp_path / "linked" / name).symlink_to(tmp_path / "store" / name)
     linked, stored = (load_splits(DataConfig(str(tmp_path / name))) for name in ("linked", "store"))
     assert torch.equal(linked.train.images, stored.train.images)
-    (tmp_path / "store" / "bee" / "loop").symlink_to(tmp_path / "store")
-    with pytest.raises(InputError, match="deeper than the class folders, such as bee/loop"):
-        load_splits(DataConfig(str(tmp_path / "store")))
+
+
+def test_no_link_is_followed_in_circles(tmp_path):
+    lay(tmp_path / "store", *classes("bee", "cat"))
+    (tmp_path / "store" / "bee" / "round").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "bee" / "itself").symlink_to("itself")
+    (tmp_path / "store" / "cat" / "bee").symlink_to(tmp_path / "store" / "bee")
+    found = [str(path) for path in visible_files(tmp_path / "store")]
+    bees = [f"cat/bee/{i}.png" for i in range(6)]
+    assert sorted(found) == sorted([*classes("bee", "cat"), *bees, "bee/itself", "cat/bee/itself"])
+    (tmp_path / "store" / "cat" / "bee").unlink()
+    splits = load_splits(DataConfig(str(tmp_path / "store")))
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 12
 
 
 @pytest.mark.parametrize(

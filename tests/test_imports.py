@@ -14,6 +14,11 @@ MAY_IMPORT = {
     "files": {"errors"},
     "energy": {"inputs", "errors"},
     "pixels": {"inputs", "errors"},
+    "decoding": {"errors"},
+    "preprocessing": {"decoding", "pixels", "errors"},
+    "temperature": {"errors"},
+    "reference": {"energy", "temperature", "inputs", "errors"},
+    "prediction": {"decoding", "energy", "preprocessing", "reference", "inputs", "errors"},
     "modes": {"errors"},
     "sampling": {"inputs", "errors"},
     "replay_buffer": {"inputs", "errors"},
@@ -23,11 +28,15 @@ MAY_IMPORT = {
     "backbone": {"inputs", "errors"},
     "inputs": {"errors"},
     "hub": {"files", "pixels", "inputs", "gaussians", "models", "hub", "errors"},
-    "model": {"energy", "modes", "sampling", "gaussians", "backbone", "inputs", "hub", "errors"},
-    "wrap": {"files", "sampling", "gaussians", "models", "backbone", "hub", "model", "errors"},
-    "data": {"files", "pixels", "data", "errors"},
+    "model": {
+        "energy", "modes", "sampling", "gaussians", "backbone", "inputs", "hub", "prediction", "preprocessing", "reference",
+        "errors",
+    },
+    "wrap": {"files", "sampling", "gaussians", "models", "backbone", "hub", "model", "reference", "errors"},
+    "data": {"decoding", "files", "pixels", "data", "errors"},
     "evaluation": {
-        "energy", "files", "inputs", "pixels", "modes", "sampling", "models", "model", "wrap", "data", "evaluation", "errors",
+        "energy", "files", "inputs", "pixels", "modes", "sampling", "models", "model", "wrap", "data", "evaluation",
+        "temperature", "errors",
     },
     "training": {
         "command_line", "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models",
@@ -35,7 +44,8 @@ MAY_IMPORT = {
     },
     "stability": {"evaluation", "stability", "training", "errors"},
     "__init__": {
-        "energy", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "version", "errors",
+        "energy", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "prediction",
+        "reference", "version", "errors",
     },
 }  # fmt: skip
 FILES = sorted((ROOT / "timm_jem").rglob("*.py"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import benchmark
 import evaluate
+import predict
 import push
 import pytest
 import stability
@@ -57,7 +58,14 @@ def test_the_readme_opens_with_two_commands():
 
 
 def test_no_command_is_left_out():
-    ran = ("recipes/train.py", "recipes/evaluate.py", "recipes/push.py", "recipes/stability.py", "recipes/benchmark.py")
+    ran = (
+        "recipes/train.py",
+        "recipes/evaluate.py",
+        "recipes/predict.py",
+        "recipes/push.py",
+        "recipes/stability.py",
+        "recipes/benchmark.py",
+    )
     for command in COMMANDS:
         assert command.startswith("pip install") or any(program in command for program in ran), command
 
@@ -91,6 +99,7 @@ def test_python_runs(hub, tmp_path, monkeypatch, number):
     jem = timm_jem.create_model("wrn_10_1", num_classes=10, input_size=(1, 8, 8))
     jem.chains = timm_jem.PublishedChains.of_pixels(torch.zeros(20, 1, 8, 8), torch.arange(20) % 10)
     jem.push_to_hub("user/digits-jem")
+    photographs(tmp_path)
     exec(CODE[number][1], {})
 
 
@@ -117,6 +126,13 @@ def test_a_method_of_ones_own_is_short_and_learns(tmp_path, monkeypatch, capsys)
 def without_download(arguments: dict) -> dict:
     """Arguments of timm.create_model: random weights stand in for those of the Hub."""
     return arguments if arguments["model_name"].startswith("local-dir:") else {**arguments, "pretrained": False}
+
+
+def photographs(folder: Path) -> None:
+    """A file, and two folders of files, as the manual's examples name them."""
+    for name in ("photo", "photos/1", "photos/2", "held_out/1", "held_out/2"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        digits()[0]["image"].save(folder / f"{name}.jpg")
 
 
 def data_sets(folder: Path) -> None:
@@ -195,6 +211,22 @@ def test_evaluation_commands_run(runs, monkeypatch):
             evaluate.main([*words, *shlex.split(FEW), *large])
     assert (runs / "runs" / "compared" / "compare.md").is_file()
     assert (runs / "runs" / "full" / "report.md").is_file()
+
+
+def test_prediction_commands_run(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    photographs(runs)
+    build = timm.create_model
+    monkeypatch.setattr(
+        wrap_module.timm, "create_model", lambda name=None, **rest: build(**without_download({"model_name": name} | rest))
+    )
+    for command in commands("recipes/predict.py"):
+        predict.main(shlex.split(command)[2:])
+    assert [len((runs / name).read_text().splitlines()) for name in ("predictions.csv", "photos.jsonl", "unlike.csv")] == [
+        3,
+        2,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("command", commands("recipes/stability.py"))

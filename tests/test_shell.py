@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from timm_jem import InputError
-from timm_jem.data.images import BrokenImage
+from timm_jem.decoding import BrokenImage
 from timm_jem.training import shell
 from timm_jem.training.shell import one_line_errors
 
@@ -34,7 +34,7 @@ def left(error: BaseException, capsys) -> tuple[int, str]:
     [
         (InputError("lower it"), "error: lower it"),
         (InputError("Traceback:\n  x\ntimm_jem.errors.InputError: row 3 is broken"), "error: row 3 is broken"),
-        (BrokenImage("Traceback:\n  x\ntimm_jem.data.images.BrokenImage: row 3 is broken"), "error: row 3 is broken"),
+        (BrokenImage("Traceback:\n  x\ntimm_jem.decoding.BrokenImage: row 3 is broken"), "error: row 3 is broken"),
         (FileNotFoundError(2, "No such file or directory", "x.png"), "error: [Errno 2] No such file or directory: 'x.png'"),
     ],
 )  # fmt: skip

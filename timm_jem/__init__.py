@@ -7,6 +7,8 @@ from timm_jem.gaussians import ClassGaussians
 from timm_jem.hub.published_chains import PublishedChains
 from timm_jem.model import JEM
 from timm_jem.objectives import ObjectiveConfig, joint_loss
+from timm_jem.prediction import Prediction
+from timm_jem.reference import Reference
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.sampling import SGLDConfig, sgld, sgld_step, uniform_noise
 from timm_jem.version import __version__
@@ -17,7 +19,9 @@ __all__ = [
     "ClassGaussians",
     "InputError",
     "ObjectiveConfig",
+    "Prediction",
     "PublishedChains",
+    "Reference",
     "ReplayBuffer",
     "SGLDConfig",
     "__version__",

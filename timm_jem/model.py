@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -27,6 +27,9 @@ from timm_jem.inputs import (
     kind,
 )
 from timm_jem.modes import frozen
+from timm_jem.prediction import Prediction, Predictor, imagenet_names
+from timm_jem.preprocessing import preprocessing_of
+from timm_jem.reference import Reference, fit
 from timm_jem.sampling import MOST_STEPS, Generators, SGLDConfig, chain_generators, draw_seeds, sgld, uniform_noise
 
 __all__ = ["JEM"]
@@ -77,6 +80,7 @@ class JEM(nn.Module):
         self.backbone = backbone
         self.data_config, self.class_names = dict(data_config), class_names
         self.sgld, self.provenance, self.fixed_input_size = sgld, provenance, fixed_input_size
+        self.reference: Reference | None = None  # held-out images, by fit_reference; saved with the model
         self._check_settings()
         self._chains: PublishedChains | None = None
         self._starts: ClassGaussians | None = None
@@ -92,6 +96,8 @@ class JEM(nn.Module):
         if not (self.provenance is None or isinstance(self.provenance, Mapping)):
             raise InputError(f"provenance is a {type(self.provenance).__name__}: give a dict of JSON data")
         self.provenance = dict(self.provenance or {})
+        if not (self.reference is None or isinstance(self.reference, Reference)):
+            raise InputError(f"reference is a {type(self.reference).__name__}: call fit_reference, or set it to None")
         size = self.data_config.get("input_size")
         if not isinstance(size, (tuple, list)) or len(size) != 3:
             raise InputError(f"input_size is {quoted(size)}: give (C, H, W)")
@@ -224,6 +230,74 @@ class JEM(nn.Module):
                 "head, and call set_distilled_training(False) on a distilled one"
             )
         return logits
+
+    def fit_reference(
+        self,
+        x: Tensor | Iterable[Tensor | tuple[Tensor, Tensor]],
+        y: Tensor | list[int] | None = None,
+        *,
+        accept: float = 0.95,
+        batch_size: int = 256,
+    ) -> Reference:
+        """Learn from held-out images how sure the model may be and which energies are ordinary; kept, and saved, with it.
+
+        Args:
+            x: model input, shape (N, C, H, W), or batches of that, or of (x, y), as a DataLoader gives them.
+            y: labels, integers, shape (N,), for the temperature; of batches each has its own. None: no temperature.
+            accept: share of these images that are no outliers.
+            batch_size: images through the network at once; batches that are given are taken as they are.
+
+        Returns:
+            What is now ``jem.reference``.
+
+        Raises:
+            InputError: no model input, labels that don't fit, or no images.
+        """
+        options = {"num_classes": self.num_classes, "accept": accept, "batch_size": batch_size}
+        self.reference = fit(self._classified, x, y, **options)
+        return self.reference
+
+    def predict(self, images: Any, *, batch_size: int = 64) -> Prediction | list[Prediction]:
+        """Label, probability, energy, and how unusual that is, of images as people have them.
+
+        Files and 8-bit images are turned upright by their EXIF tag, made grey or RGB as the model is, transparency dropped,
+        and resized as :func:`timm_jem.preprocessing.preprocessing_of` says.
+
+        Args:
+            images: the name of a file, a PIL image, a uint8 array of numpy, (H, W) or (H, W, C), a uint8 tensor (C, H, W), or
+                model input, a floating-point tensor (C, H, W), which is taken as it is; or a list of those; or a batch of
+                one of the last three, with one dimension more.
+            batch_size: images through the network at once.
+
+        Returns:
+            One prediction for one image, a list of them for a list or a batch. Without :meth:`fit_reference`
+            probabilities are the network's own, and nothing is said of outliers.
+
+        Raises:
+            InputError: none of these, a file that can't be decoded, or values that are no model input.
+        """
+        return self.predictor().predict(images, batch_size=batch_size)
+
+    def model_input(self, images: Any) -> Tensor:
+        """Images, as :meth:`predict` takes them, as model input, shape (B, C, H, W), on the model's device."""
+        return self.predictor().model_input(images).to(self.device)
+
+    def predictor(self) -> Predictor:
+        """What predicts as the model is now, also a stream of images."""
+        self._check_settings()
+        mean, std = (values.expand(1, self.input_size[0], 1, 1).flatten().tolist() for values in self._normalisation())
+        see = preprocessing_of(self.data_config, self.provenance, self.normalize, mean=mean, std=std, dtype=self.dtype)
+        names = self.class_names or imagenet_names(getattr(self.backbone, "pretrained_cfg", {}), self.num_classes)
+        return Predictor(see, self._classified, names, self.reference)
+
+    @torch.no_grad()
+    def _classified(self, x: Tensor) -> Tensor:
+        """Logits of model input in eval mode, at least float32, shape (B, num_classes), on the CPU."""
+        x = x.to(self.device) if isinstance(x, Tensor) and not x.is_meta else x
+        self._check_x(x)
+        with frozen(self):
+            logits = self._logits(x)
+        return logits.cpu() if logits.dtype == torch.float64 else logits.float().cpu()
 
     def sample(
         self,
@@ -371,6 +445,7 @@ class JEM(nn.Module):
                 "save it after torch.set_default_dtype(torch.float32)"
             )
         ours = {"sgld": asdict(self.sgld), "provenance": self.provenance}
+        ours |= {} if self.reference is None else {"reference": asdict(self.reference)}
         write_folder(
             self.backbone,
             save_directory,

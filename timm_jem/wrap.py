@@ -19,6 +19,7 @@ from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE, read_folder
 from timm_jem.hub.repository import check_reach, explained, fetch
 from timm_jem.model import JEM
 from timm_jem.models.names import BUILD_ERRORS, check_name
+from timm_jem.reference import Reference
 from timm_jem.sampling import SGLDConfig
 
 __all__ = ["create_model", "from_pretrained", "wrap"]
@@ -155,6 +156,7 @@ def from_pretrained(
     try:
         backbone, ours = read_folder(folder)
         jem = wrap(backbone, sgld=_sgld_config(ours.get("sgld", {})), provenance=ours.get("provenance"))
+        jem.reference = None if ours.get("reference") is None else _reference(ours["reference"])
         if replay_buffer and (folder / CHAINS_FILE).is_file():
             jem.chains = _chains(folder / CHAINS_FILE, jem)
         if (folder / STARTS_FILE).is_file():
@@ -162,6 +164,15 @@ def from_pretrained(
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     return jem.eval()
+
+
+def _reference(data: Any) -> Reference:
+    try:
+        return Reference.read(data)
+    except InputError as error:
+        raise InputError(
+            f"the reference in config.json is broken ({error}): remove it, and fit_reference makes another"
+        ) from error
 
 
 def _chains(file: Path, jem: JEM) -> PublishedChains:

@@ -3,6 +3,7 @@
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from timm_jem.errors import InputError
 
-__all__ = ["ImageFiles", "find_image_files"]
+__all__ = ["ImageFiles", "find_image_files", "is_image", "visible_files"]
 
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -78,6 +79,44 @@ class ImageFiles:
         }
 
 
+def visible_files(folder: Path, refused: Callable[[Path, OSError], None] | None = None) -> Iterator[Path]:
+    """Files in a folder and below, relative to it; links are followed, but not back to a folder they lie in.
+
+    Args:
+        folder: what has them.
+        refused: called with each folder, relative to ``folder``, that can't be listed, and why; None: it is passed over.
+    """
+    rest = [(Path(), (os.path.realpath(folder),))]
+    while rest:
+        parent, above = rest.pop()
+        try:
+            with os.scandir(folder / parent) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            if refused is not None:
+                refused(parent, error)
+            continue
+        for entry in entries:
+            if entry.name.startswith((".", "__")):
+                continue
+            if not _is_folder(entry):
+                yield parent / entry.name
+            elif (place := os.path.realpath(entry.path)) not in above:
+                rest.append((parent / entry.name, (*above, place)))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is called as images are."""
+    return path.suffix.lower() in _IMAGES
+
+
 def find_image_files(folder: Path) -> ImageFiles:
     """The visible image files in a folder.
 
@@ -85,18 +124,14 @@ def find_image_files(folder: Path) -> ImageFiles:
         InputError: one whose name can't be read.
     """
     files, others, told = [], Counter(), False
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        for name in names:
-            extension = os.path.splitext(name)[1].lower()
-            if name.startswith((".", "__")):
-                continue
-            if name in ImageFolder.METADATA_FILENAMES or extension in _TABLES:
-                told = True
-            elif extension in _IMAGES:
-                files.append(Path(parent, name).relative_to(folder))
-            else:
-                others[extension or name] += 1
+    for path in visible_files(folder):
+        extension = path.suffix.lower()
+        if path.name in ImageFolder.METADATA_FILENAMES or extension in _TABLES:
+            told = True
+        elif is_image(path):
+            files.append(path)
+        else:
+            others[extension or path.name] += 1
     if odd := next((path for path in files if any("\ud800" <= letter <= "\udfff" for letter in str(path))), None):
         raise InputError(f"{folder} has the file {str(odd)!r}, whose name is not UTF-8: rename it")
     by_split = all(len(path.parts) > 1 and path.parts[0].lower() in _SPLITS for path in files)

@@ -8,7 +8,8 @@ from PIL import ExifTags
 from PIL import Image as PILImage
 
 from timm_jem.data.config import DataConfig
-from timm_jem.data.images import UNREADABLE, located, open_image, open_lazily
+from timm_jem.data.images import located
+from timm_jem.decoding import UNREADABLE, open_image, open_lazily
 
 __all__ = ["Headers", "read_headers"]
 

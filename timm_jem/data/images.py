@@ -1,8 +1,5 @@
 """Images of a data set as 8-bit pixels."""
 
-import io
-import struct
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,44 +8,15 @@ import numpy as np
 import torch
 from accelerate.utils import tqdm
 from datasets import Dataset, Image
-from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tvf
 
-from timm_jem.errors import InputError, one_line
+from timm_jem.decoding import BrokenImage, decode
+from timm_jem.errors import InputError
 from timm_jem.files import cores
 
-__all__ = [
-    "SKIP_HINT",
-    "UNREADABLE",
-    "BrokenImage",
-    "ImageSet",
-    "cache_small",
-    "decode",
-    "located",
-    "open_image",
-    "open_lazily",
-]
+__all__ = ["SKIP_HINT", "ImageSet", "cache_small", "located"]
 
 SKIP_HINT = "or leave out all such images with --data.skip_broken true"
-# What Pillow's decoders raise for files that aren't what they say.
-UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError),
-    *(struct.error, zlib.error, PILImage.DecompressionBombError),
-)
-_MODES = {1: "L", 3: "RGB"}
-
-
-class BrokenImage(InputError):
-    """An image that can't be used; ``what`` names it.
-
-    It can be made of a message alone, since PyTorch does so with what a loader's process raised.
-    """
-
-    def __init__(self, message: str, what: str = "") -> None:
-        super().__init__(message)
-        self.what = what
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -210,51 +178,3 @@ def located(what: str, stored: dict | None) -> str:
     """``what`` and the file that an undecoded image cell is or was, where it has a name."""
     path = (stored or {}).get("path")
     return f"{what} ({path})" if path else what
-
-
-def decode(stored: dict | None, channels: int, size: tuple[int, int], what: str) -> Tensor:
-    """Decode an undecoded image cell of ``datasets`` to 8-bit pixels of shape (C, H, W).
-
-    Images of another size are resized to cover it, and centre-cropped.
-
-    Raises:
-        BrokenImage: as :func:`open_image`.
-    """
-    pixels = tvf.pil_to_tensor(open_image(stored, what).convert(_MODES[channels]))
-    if pixels.shape[1:] != size:
-        scale = max(side / old for side, old in zip(size, pixels.shape[1:], strict=True))
-        covering = [max(side, round(scale * old)) for side, old in zip(size, pixels.shape[1:], strict=True)]
-        pixels = tvf.center_crop(tvf.resize(pixels, covering, antialias=True), list(size))
-    return pixels
-
-
-def open_image(stored: dict | None, what: str) -> PILImage.Image:
-    """Decode an undecoded image cell of ``datasets``, upright, to 8 bits a channel.
-
-    Raises:
-        BrokenImage: no image there, or not one that can be decoded.
-    """
-    if stored is None or (stored["bytes"] is None and stored["path"] is None):
-        raise BrokenImage(f"{what} has no image: remove the row", what)
-    try:
-        with open_lazily(stored) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-    except UNREADABLE as error:
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
-        raise BrokenImage(f"{what} has an image that can't be decoded ({reason}): repair or remove it", what) from error
-    if image.mode.startswith("I;16"):
-        return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise BrokenImage(f"{what} has an image of 32-bit numbers, whose range is unknown: convert it to 8 or 16 bits", what)
-    return image
-
-
-def open_lazily(stored: dict) -> PILImage.Image:
-    """An undecoded image cell of ``datasets``, of which no more is read than its header, unless it is a file on the Hub.
-
-    Raises one of ``UNREADABLE``, where it is no image.
-    """
-    if stored["bytes"] is None and "://" in stored["path"]:
-        return Image().decode_example(stored)
-    return PILImage.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_jem.data import ImageSet, StreamedSet
 from timm_jem.data.augmentation import AutoAugment
-from timm_jem.data.images import SKIP_HINT, BrokenImage
+from timm_jem.data.images import SKIP_HINT
 from timm_jem.data.streamed import StreamedImage
+from timm_jem.decoding import BrokenImage
 from timm_jem.errors import InputError, check_whole, quoted
 from timm_jem.files import cores
 

@@ -9,7 +9,8 @@ import numpy as np
 from datasets import IterableDataset
 from torch import Tensor
 
-from timm_jem.data.images import SKIP_HINT, BrokenImage, decode, located
+from timm_jem.data.images import SKIP_HINT, located
+from timm_jem.decoding import BrokenImage, decode
 from timm_jem.errors import InputError, quoted
 
 __all__ = ["Labelling", "StreamedImage", "StreamedSet", "digest", "is_missing"]

@@ -1,6 +1,5 @@
 """Calibration of p(y|x), and temperature scaling."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole
 from timm_jem.evaluation.labelled import labelled_logits, labelled_probabilities, numbers
+from timm_jem.temperature import best_temperature
 
 __all__ = [
     "Reliability",
@@ -17,9 +17,6 @@ __all__ = [
     "negative_log_likelihood",
     "reliability",
 ]
-
-# Temperatures outside are no optimum but the sign of labels that logits separate perfectly, or not at all.
-_TEMPERATURES = (0.01, 100.0)
 
 
 @dataclass(frozen=True)
@@ -104,10 +101,7 @@ def brier_score(probabilities: Tensor, y: Tensor) -> Tensor:
 
 
 def fit_temperature(logits: Tensor, y: Tensor) -> float:
-    """The T for which softmax(f(x)/T) has the least negative log-likelihood (Guo et al., arXiv 1706.04599, section 4.2).
-
-    The loss is convex in 1/T; the root of its derivative is found by bisection, between 0.01 and 100. Where each image's
-    logits are all equal, every T is as good, and 1 leaves them as they are.
+    """The temperature of held-out images, see :func:`timm_jem.temperature.best_temperature`.
 
     Args:
         logits: of held-out images, which neither trained the model nor are reported on; shape (N, num_classes), −inf where
@@ -119,19 +113,4 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
     """
     if numbers(y, "labels").numel() == 0:
         raise InputError("no held-out images to fit a temperature to: raise data.val_fraction")
-    logits, y = labelled_logits(logits, y)
-    above = logits.double() - logits.double().gather(1, y[:, None])  # the logits, up to a constant: the label's is 0
-    if not (above < torch.inf).all():
-        raise InputError("a label is of a class whose logit is -inf: no temperature makes it likely, so leave that image out")
-    if (possible := above.isfinite()).logical_and(above != 0).sum() == 0:
-        return 1.0
-
-    def slope(log_inverse: float) -> float:
-        p = (above * math.exp(log_inverse)).softmax(1)
-        return torch.where(possible, p * above, 0).sum(1).mean().item()
-
-    low, high = (-math.log(t) for t in reversed(_TEMPERATURES))
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
-    return math.exp(-(low + high) / 2)
+    return best_temperature(*labelled_logits(logits, y))

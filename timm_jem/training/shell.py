@@ -9,15 +9,16 @@ import time
 from collections.abc import Iterator
 
 import torch
+from accelerate.utils.environment import get_int_from_env
 from accelerate.utils.memory import should_reduce_batch_size
 
 from timm_jem.errors import InputError, one_line
 
-__all__ = ["one_line_errors"]
+__all__ = ["check_one_process", "one_line_errors"]
 
 # Seconds that the others leave to the main process, which may be slower to fail; once it has ended, the launcher ends them.
 _PATIENCE = 6.0
-_RAISED = re.compile(r"timm_jem\.(?:errors\.InputError|data\.images\.BrokenImage): ")
+_RAISED = re.compile(r"timm_jem\.(?:errors\.InputError|decoding\.BrokenImage): ")
 
 
 @contextlib.contextmanager
@@ -53,6 +54,14 @@ def one_line_errors(
         if error.filename is None and error.errno is None:
             raise
         _leave(one_line(error), error)
+
+
+def check_one_process(what: str) -> None:
+    """Raise an InputError where a launcher started several processes, which would all do the same."""
+    # Asked of the launcher's variables: without a GPU, accelerate takes each of torchrun's processes for the only one.
+    processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+    if processes > 1:
+        raise InputError(f"{what} runs in one process, not in {processes}: start it with plain python")
 
 
 def _leave(line: str, error: BaseException, *, own: bool = True, code: int = 1) -> None:

@@ -1,0 +1,240 @@
+"""What is kept of held-out images: temperature, quantiles of energies, threshold."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_jem
+from timm_jem import InputError, Reference
+from timm_jem.evaluation.calibration import fit_temperature
+from timm_jem.evaluation.ood import ood_metrics
+
+
+class Well(nn.Module):
+    """E(x) = mean of x, up to log 2: two equal logits."""
+
+    num_classes = 2
+
+    def forward(self, x):
+        return -x.flatten(1).mean(1, keepdim=True).expand(-1, 2)
+
+
+def well() -> timm_jem.JEM:
+    return timm_jem.JEM(Well(), data_config={"input_size": (1, 2, 2), "mean": (0.5,), "std": (0.5,)})
+
+
+def levels(values) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def jem():
+    torch.manual_seed(0)
+    return timm_jem.create_model("wrn_10_1", num_classes=3, input_size=(1, 8, 8), class_names=["a", "b", "c"]).eval()
+
+
+X = torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(50) % 3
+
+
+def test_quantiles_and_threshold_of_known_energies():
+    found = well().fit_reference(levels(torch.randperm(1001) / 1000))
+    energies = np.float32(np.arange(1001) / 1000) - np.float32(math.log(2))
+    np.testing.assert_allclose(found.quantiles, energies[::10], atol=1e-6)
+    assert found.threshold == pytest.approx(0.95 - math.log(2), abs=1e-6)
+    assert (found.temperature, found.accept, found.n) == (None, 0.95, 1001)
+    asked = torch.tensor([-9.0, 0.25 - math.log(2), 0.9975 - math.log(2), 9.0])
+    assert found.percentiles(asked) == pytest.approx([0, 25, 99.75, 100], abs=0.01)
+
+
+@pytest.mark.parametrize("n", [1, 2, 19, 20, 21, 100, 137])
+@pytest.mark.parametrize("accept", [0.95, 0.07, 0.57, 1.0, 1e-9])
+def test_the_threshold_accepts_the_share_and_hardly_more(n, accept):
+    energies = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    found = well().fit_reference(levels(energies), accept=accept)
+    accepted = int((energies - math.log(2) <= found.threshold + 1e-6).sum())
+    assert accepted / n >= accept
+    assert accepted == 1 or (accepted - 1) / n < accept
+
+
+def test_the_threshold_is_that_of_fpr95():
+    generator = torch.Generator().manual_seed(3)
+    inside, outside = torch.randn(333, generator=generator), torch.randn(200, generator=generator) + 1
+    jem = well()
+    found = jem.fit_reference(levels(inside))
+    energies = jem.energy(levels(outside))
+    share = (energies <= found.threshold).double().mean().item()
+    assert share == ood_metrics(-jem.energy(levels(inside)), -energies)["fpr95_in"]
+    assert [r.outlier for r in jem.predict(levels(outside))] == (energies > found.threshold).tolist()
+
+
+def test_energies_that_are_all_alike():
+    found = well().fit_reference(levels([0.5] * 30))
+    assert found.percentiles(torch.tensor([found.threshold - 1, found.threshold, found.threshold + 1])) == [0, 100, 100]
+
+
+def test_temperature_is_that_of_the_evaluation(jem):
+    found = jem.fit_reference(X, Y)
+    with torch.no_grad():
+        logits = jem(X)
+    assert found.temperature == fit_temperature(logits, Y)
+    assert found is jem.reference
+    r = jem.predict(X[0])
+    assert r.temperature == found.temperature
+    assert r.p == pytest.approx((logits[0].double() / found.temperature).softmax(0).max().item())
+
+
+def test_batches_give_what_a_tensor_gives(jem):
+    whole = jem.fit_reference(X, Y, batch_size=16)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=16)
+    assert jem.fit_reference(loader) == whole
+    assert jem.fit_reference((x, y.tolist()) for x, y in zip(X.split(16), Y.split(16), strict=True)) == whole
+    unlabelled = jem.fit_reference(iter(X.split(16)))
+    assert unlabelled == jem.fit_reference(X, batch_size=16)
+    assert (unlabelled.temperature, unlabelled.quantiles) == (None, whole.quantiles)
+
+
+def test_the_model_is_left_as_it_was(jem):
+    model = timm_jem.create_model("wrn_10_1", num_classes=3, input_size=(1, 8, 8), norm_layer="batchnorm2d").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    model.fit_reference(X, Y)
+    model.predict(X)
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_it_is_saved_and_read_back_and_plain_timm_reads_the_folder(jem, tmp_path):
+    jem.fit_reference(X, Y)
+    jem.save_pretrained(tmp_path)
+    again = timm_jem.from_pretrained(tmp_path)
+    assert again.reference == jem.reference
+    assert again.predict(X[:3]) == jem.predict(X[:3])
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(model(X), jem(X))
+    jem.reference = None
+    jem.save_pretrained(tmp_path)
+    assert "reference" not in json.loads((tmp_path / "config.json").read_text())["timm_jem"]
+    assert timm_jem.from_pretrained(tmp_path).reference is None
+
+
+GOOD = {"temperature": 1.5, "quantiles": [float(i) for i in range(101)], "threshold": 95.0, "accept": 0.95, "n": 200}
+HOSTILE = [
+    [],
+    "x",
+    7,
+    {},
+    {**GOOD, "more": 1},
+    {key: value for key, value in GOOD.items() if key != "n"},
+    {**GOOD, "temperature": "1"},
+    {**GOOD, "temperature": 0},
+    {**GOOD, "temperature": -1.0},
+    {**GOOD, "temperature": 1e300},
+    {**GOOD, "temperature": math.nan},
+    {**GOOD, "temperature": True},
+    {**GOOD, "temperature": [1.0]},
+    {**GOOD, "quantiles": []},
+    {**GOOD, "quantiles": [0.0] * 100},
+    {**GOOD, "quantiles": [0.0] * 10**6},
+    {**GOOD, "quantiles": GOOD["quantiles"][::-1]},
+    {**GOOD, "quantiles": [str(i) for i in range(101)]},
+    {**GOOD, "quantiles": [math.nan] * 101},
+    {**GOOD, "quantiles": [-math.inf, *GOOD["quantiles"][1:]]},
+    {**GOOD, "quantiles": [*GOOD["quantiles"][:-1], math.inf]},
+    {**GOOD, "quantiles": [*GOOD["quantiles"][:-1], 10**400]},
+    {**GOOD, "quantiles": dict.fromkeys(map(str, range(101)), 0.0)},
+    {**GOOD, "quantiles": "0" * 101},
+    {**GOOD, "quantiles": None},
+    {**GOOD, "threshold": None},
+    {**GOOD, "threshold": 101.0},
+    {**GOOD, "threshold": -0.1},
+    {**GOOD, "threshold": math.nan},
+    {**GOOD, "accept": 0},
+    {**GOOD, "accept": 1.5},
+    {**GOOD, "accept": "95 %"},
+    {**GOOD, "n": 0},
+    {**GOOD, "n": 1.5},
+    {**GOOD, "n": 10**30},
+    {**GOOD, "n": None},
+]
+
+
+@pytest.mark.parametrize("data", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_broken_one_is_one_line(data):
+    with pytest.raises(InputError) as error:
+        Reference.read(data)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_a_folder_with_a_broken_one_is_refused_by_name(jem, tmp_path):
+    jem.reference = Reference.read(GOOD)
+    jem.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["timm_jem"]["reference"] == GOOD
+    config["timm_jem"]["reference"]["threshold"] = 1e99
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"^{tmp_path}: the reference in config\.json is broken \(.*1e\+99.*fit_reference"):
+        timm_jem.from_pretrained(tmp_path)
+    config["timm_jem"]["reference"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert timm_jem.from_pretrained(tmp_path).reference is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X[:0],), "no held-out images"),
+        (([],), "no held-out images"),
+        ((None,), "x is a NoneType"),
+        (("photos",), "x is a str"),
+        (({"x": X},), "x is a dict"),
+        ((X.numpy(),), "a batch of held-out images is a ndarray"),
+        ((["photo.jpg"],), "a batch of held-out images is a str"),
+        (([(X, Y, Y)],), "a batch of held-out images is a tuple"),
+        ((torch.zeros(4, 1, 8, 8, dtype=torch.uint8),), "dtype torch.uint8"),
+        ((X.abs() * 255 + 900,), "in pixels, whose range"),
+        ((X * math.nan,), "NaN"),
+        ((X[0],), "give model input of shape"),
+        ((torch.tensor(1.0),), "give model input of shape"),
+        ((X.double(),), "dtype torch.float64"),
+        ((X, Y[:-1]), r"y has shape \(49,\)"),
+        ((X, Y + 1), "the label 3"),
+        ((X, Y - 1), "the label -1"),
+        ((X, Y.float()), "integer class labels"),
+        ((X, "cat"), "holds no labels"),
+        ((X, 1), r"y has shape \(\)"),
+        (([X], Y), "let each batch be"),
+        (([(X, Y), X],), "some have none"),
+        (([(X, Y[:3])],), "give one label per image"),
+    ],
+)
+def test_what_can_not_be_learned_from_is_one_line_and_changes_nothing(jem, arguments, message):
+    jem.reference = before = Reference.read(GOOD)
+    with pytest.raises(InputError, match=message) as error:
+        jem.fit_reference(*arguments)
+    assert "\n" not in str(error.value)
+    assert jem.reference is before
+
+
+@pytest.mark.parametrize("options", [{"accept": 0}, {"accept": 95}, {"accept": "x"}, {"batch_size": 0}, {"batch_size": 1.5}])
+def test_settings_that_are_none(jem, options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        jem.fit_reference(X, **options)
+
+
+def test_energies_that_are_not_finite_and_what_is_no_reference():
+    jem = well()
+    jem.forward = lambda x: torch.full((len(x), 2), math.nan)
+    with pytest.raises(InputError, match="energies of 5 of 5 held-out images are not finite"):
+        jem.fit_reference(levels([0.0] * 5))
+    jem.reference = "95 %"
+    with pytest.raises(InputError, match="reference is a str"):
+        jem.predict(levels([0.0]))

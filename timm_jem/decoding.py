@@ -1,0 +1,155 @@
+"""Image files as 8-bit pixels: one decoder for what is trained, evaluated and predicted on."""
+
+import errno
+import io
+import os
+import stat
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image as PILImage
+from PIL import ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvf
+
+from timm_jem.errors import InputError, one_line
+
+__all__ = [
+    "MODES",
+    "UNREADABLE",
+    "BrokenImage",
+    "as_channels",
+    "covering",
+    "decode",
+    "fitted",
+    "open_image",
+    "open_lazily",
+    "upright",
+]
+
+# What Pillow's decoders raise for files that aren't what they say.
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError),
+    *(struct.error, zlib.error, PILImage.DecompressionBombError),
+)
+MODES = {1: "L", 3: "RGB"}  # by the number of channels
+_MOST_PIXELS = 2**26  # of an image that was enlarged: 200 MB
+
+
+class BrokenImage(InputError):
+    """An image that can't be used; ``what`` names it.
+
+    It can be made of a message alone, since PyTorch does so with what a loader's process raised.
+    """
+
+    def __init__(self, message: str, what: str = "") -> None:
+        super().__init__(message)
+        self.what = what
+
+
+def decode(stored: dict | None, channels: int, size: tuple[int, int], what: str) -> Tensor:
+    """Decode an undecoded image cell of ``datasets`` to 8-bit pixels of shape (C, H, W), as :func:`fitted` makes them.
+
+    Raises:
+        BrokenImage: as :func:`open_image` and :func:`fitted`.
+    """
+    return fitted(open_image(stored, what), channels, size, what)
+
+
+def fitted(image: PILImage.Image, channels: int, size: tuple[int, int], what: str) -> Tensor:
+    """An image as 8-bit pixels of shape (C, H, W); one of another size is resized to cover it, and centre-cropped.
+
+    Raises:
+        BrokenImage: colours that can't be converted, or a shape that can't be enlarged so far.
+    """
+    pixels = tvf.pil_to_tensor(as_channels(image, channels, what))
+    if pixels.shape[1:] != size:
+        pixels = tvf.center_crop(tvf.resize(pixels, covering(pixels.shape[1:], size, what), antialias=True), list(size))
+    return pixels
+
+
+def covering(old: tuple[int, int], size: tuple[int, int], what: str) -> list[int]:
+    """The (H, W) of an image of ``old`` (H, W) that is resized, in its own shape, until it covers ``size``.
+
+    Raises:
+        BrokenImage: so long a strip would fill the memory.
+    """
+    scale = max(side / before for side, before in zip(size, old, strict=True))
+    height, width = (max(side, round(scale * before)) for side, before in zip(size, old, strict=True))
+    if height * width > max(_MOST_PIXELS, old[0] * old[1]):
+        raise BrokenImage(
+            f"{what} has an image of {old[0]:,}×{old[1]:,}, which would be enlarged to {height:,}×{width:,}: crop it", what
+        )
+    return [height, width]
+
+
+def as_channels(image: PILImage.Image, channels: int, what: str) -> PILImage.Image:
+    """An image of 8 bits as grey or RGB; transparency is dropped.
+
+    Raises:
+        BrokenImage: colours that can't be converted.
+    """
+    try:
+        return image.convert(MODES[channels])
+    except UNREADABLE as error:
+        raise BrokenImage(f"{what} has an image of colours that can't be converted ({one_line(error)})", what) from error
+
+
+def open_image(stored: dict | None, what: str) -> PILImage.Image:
+    """Decode an undecoded image cell of ``datasets``, upright, to 8 bits a channel; of several frames the first.
+
+    Raises:
+        BrokenImage: no image there, or not one that can be decoded.
+    """
+    if stored is None or (stored["bytes"] is None and stored["path"] is None):
+        raise BrokenImage(f"{what} has no image: remove the row", what)
+    try:
+        opened = open_lazily(stored)
+    except UNREADABLE as error:
+        raise _broken(error, what) from error
+    with opened:
+        return upright(opened, what)
+
+
+def upright(image: PILImage.Image, what: str) -> PILImage.Image:
+    """An image, decoded, as its EXIF tag turns it, with 8 bits a channel; the one that is given is left as it is.
+
+    Raises:
+        BrokenImage: one that can't be decoded, or has no known range.
+    """
+    try:
+        if image.format == "EPS":
+            raise SyntaxError("PostScript is a program, and none is run")
+        image = ImageOps.exif_transpose(image)
+        image.load()
+    except UNREADABLE as error:
+        raise _broken(error, what) from error
+    if image.mode.startswith("I;16"):
+        return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise BrokenImage(f"{what} has an image of 32-bit numbers, whose range is unknown: convert it to 8 or 16 bits", what)
+    return image
+
+
+def open_lazily(stored: dict) -> PILImage.Image:
+    """An undecoded image cell of ``datasets``, of which no more is read than its header, unless it is a file on the Hub.
+
+    Raises one of ``UNREADABLE``, where it is no image.
+    """
+    path = stored["path"]
+    if stored["bytes"] is not None:
+        return PILImage.open(io.BytesIO(stored["bytes"]))
+    if "://" in path:
+        from datasets import Image  # a second to import, for those who train
+
+        return Image().decode_example(stored)
+    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would be to wait for its writer
+        raise OSError(errno.EINVAL, "not a file", path)
+    return PILImage.open(path)
+
+
+def _broken(error: BaseException, what: str) -> BrokenImage:
+    reason = getattr(error, "strerror", None) or one_line(error)
+    reason = "no known format" if isinstance(error, UnidentifiedImageError) else reason
+    return BrokenImage(f"{what} has an image that can't be decoded ({reason}): repair or remove it", what)
