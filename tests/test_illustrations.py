@@ -2,31 +2,15 @@ import math
 
 import pytest
 import torch
+from small_networks import SHAPE, in_pixels
 from torch import nn
 
 import timm_jem
-from timm_jem import InputError, SGLDConfig
+from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
-from timm_jem.evaluation.illustrations import counterfactuals, distal_adversarials, interpolation_paths
+from timm_jem.evaluation.illustrations import distal_adversarials, interpolation_paths
 from timm_jem.pixels import to_pixels
 from timm_jem.sampling import chain_generators, draw_seeds
-
-SHAPE = (1, 4, 4)
-
-
-class Wells(nn.Module):
-    """E(x, y) = ½ · sharpness · |x − m_y|², in pixels: mean and std of ½ leave them alone."""
-
-    num_classes = 3
-
-    def __init__(self, sharpness=1.0):
-        super().__init__()
-        self.sharpness = sharpness
-        centres = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
-        self.centres = nn.Parameter(centres)
-
-    def forward(self, x):
-        return -0.5 * self.sharpness * (x[:, None] - self.centres).square().flatten(2).sum(2)
 
 
 class Linear(nn.Module):
@@ -38,11 +22,6 @@ class Linear(nn.Module):
 
     def forward(self, x):
         return x.flatten(1) @ self.w.T
-
-
-def wrapped(backbone, **sgld):
-    data_config = {"input_size": SHAPE, "mean": (0.5,), "std": (0.5,)}
-    return timm_jem.JEM(backbone, data_config=data_config, sgld=SGLDConfig(**sgld))
 
 
 @pytest.fixture
@@ -58,47 +37,7 @@ def starts_of(n, seed=0):
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-# Steps of 1 and 5 would swing without end: (1 + weight) · 5 is above 2.
-@pytest.mark.parametrize("step_size", [0.3, 1.0, 5.0])
-@pytest.mark.parametrize("weight", [0.0, 0.05, 0.5, 4.0])
-def test_counterfactuals_of_a_quadratic_energy(u, weight, step_size):
-    jem = wrapped(Wells(), step_size=step_size)
-    found = counterfactuals(jem, u, Y, weight=weight)
-    centres = jem.backbone.centres.detach()[Y]
-    expected = (centres + weight * u) / (1 + weight)
-    torch.testing.assert_close(found.u, expected, atol=2e-3, rtol=0)
-    torch.testing.assert_close(found.distance, (expected - u).flatten(1).norm(dim=1), atol=1e-2, rtol=0)
-    torch.testing.assert_close(found.energy_before, 0.5 * (u - centres).square().flatten(1).sum(1))
-    with torch.no_grad():
-        logits = jem.backbone(found.u)
-    torch.testing.assert_close(found.energy, -logits.gather(1, Y[:, None]).squeeze(1))
-    torch.testing.assert_close(found.energy_x, -logits.logsumexp(1))
-    torch.testing.assert_close(found.probability, logits.softmax(1).gather(1, Y[:, None]).squeeze(1))
-
-
-def test_counterfactuals_stay_pixels(u):
-    jem = wrapped(Wells())
-    with torch.no_grad():
-        jem.backbone.centres.mul_(10)
-    found = counterfactuals(jem, u, Y, weight=0.0)
-    torch.testing.assert_close(found.u, jem.backbone.centres.detach()[Y].clamp(-1, 1), atol=1e-3, rtol=0)
-
-
-def test_no_step_of_counterfactuals_goes_up(u):
-    jem = wrapped(Wells(sharpness=30.0))  # SGLD's own step is 15 times too long
-    keep = (0, 1, 2, 5, 10, 50, 200)
-    found = counterfactuals(jem, u, Y, weight=0.5, keep=keep)
-    assert found.frames.shape == (6, len(keep), *SHAPE)
-    assert torch.equal(found.frames[:, 0], u)
-    assert torch.equal(found.frames[:, -1], found.u)
-    own = jem.backbone.centres.detach()[Y][:, None]
-    cost = 15 * (found.frames - own).square().flatten(2).sum(2) + 0.25 * (found.frames - u[:, None]).square().flatten(2).sum(2)
-    assert (cost.diff(dim=1) <= 1e-5).all()
-    assert (cost[:, -1] < cost[:, 0]).all()
-    assert counterfactuals(jem, u, Y).frames.shape == (6, 0, *SHAPE)
-
-
-def test_what_is_given_is_not_changed_and_nothing_depends_on_batches(u):
+def test_what_is_given_is_not_changed_and_nothing_depends_on_batches():
     jem = timm_jem.create_model("wrn_10_1", num_classes=10, input_size=(1, 8, 8), norm_layer="batchnorm2d", drop_rate=0.5)
     jem.train()
     jem.backbone.get_classifier().weight.requires_grad_(False)
@@ -107,16 +46,15 @@ def test_what_is_given_is_not_changed_and_nothing_depends_on_batches(u):
     images = to_pixels(load_splits(DataConfig()).test.images[:7])
     kept, y = images.clone(), torch.arange(7)
 
-    def all_three(batch_size):
-        found = counterfactuals(jem, images, y, steps=5, keep=(2,), batch_size=batch_size)
+    def both(batch_size):
         distal = distal_adversarials(jem, y, generator=torch.Generator().manual_seed(3), steps=5, batch_size=batch_size)
-        return [*vars(found).values(), *distal, *interpolation_paths(jem, images, images.flip(0), batch_size=batch_size)]
+        return [*distal, *interpolation_paths(jem, images, images.flip(0), batch_size=batch_size)]
 
     random_state = torch.get_rng_state()
     with torch.inference_mode():
-        together = all_three(256)
+        together = both(256)
     with torch.no_grad():
-        for a, b in zip(together, all_three(3), strict=True):
+        for a, b in zip(together, both(3), strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert torch.equal(random_state, torch.get_rng_state())
     assert torch.equal(images, kept)
@@ -131,22 +69,20 @@ def test_lone_images_are_those_of_a_batch():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         jem = timm_jem.create_model("test_resnet", num_classes=10, input_size=(1, 8, 8))
-    images, y, seen = to_pixels(load_splits(DataConfig()).test.images[:5]), torch.arange(5), []
+    y, seen = torch.arange(5), []
     jem.backbone.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
 
-    def both(batch_size):
-        distal = distal_adversarials(
-            jem, y, generator=torch.Generator().manual_seed(3), steps=20, confidence=0.99, batch_size=batch_size
-        )
-        return [*distal, *vars(counterfactuals(jem, images, y, steps=10, batch_size=batch_size)).values()]
+    def draw(batch_size):
+        generator = torch.Generator().manual_seed(3)
+        return distal_adversarials(jem, y, generator=generator, steps=20, confidence=0.99, batch_size=batch_size)
 
-    for a, b in zip(both(4), both(1), strict=True):
+    for a, b in zip(draw(4), draw(1), strict=True):
         assert torch.equal(a, b)
     assert set(seen) == {4}
 
 
 def test_distal_adversarials_of_a_linear_classifier():
-    jem, y = wrapped(Linear()), torch.tensor([0, 1, 2, 2])
+    jem, y = in_pixels(Linear()), torch.tensor([0, 1, 2, 2])
 
     def draw(**options):
         return distal_adversarials(jem, y, generator=torch.Generator().manual_seed(0), **options)
@@ -170,7 +106,7 @@ def test_distal_adversarials_of_a_linear_classifier():
 
 
 def test_each_distal_adversarial_stops_by_itself():
-    jem = wrapped(Linear())
+    jem = in_pixels(Linear())
     starts = starts_of(64)
     first = jem.backbone(starts).detach().softmax(1)[:, 0]
     u, _ = distal_adversarials(jem, torch.zeros(64, dtype=torch.long), generator=torch.Generator().manual_seed(0))
@@ -184,12 +120,11 @@ def test_each_distal_adversarial_stops_by_itself():
     assert torch.equal(unfinished >= 0.9, sure)  # and those that never were say so
 
 
-def test_a_broken_model_stays_visible(u):
-    jem = wrapped(Linear())
+def test_a_broken_model_stays_visible():
+    jem = in_pixels(Linear())
     with torch.no_grad():
         jem.backbone.w.fill_(math.nan)
     assert distal_adversarials(jem, Y, steps=2)[1].isnan().all()
-    assert counterfactuals(jem, u, Y, steps=2).energy.isnan().all()
 
 
 def test_energies_along_lines_are_those_of_the_model():
@@ -216,18 +151,11 @@ def test_energies_along_lines_are_those_of_the_model():
         (lambda jem, u: distal_adversarials(jem, torch.tensor([], dtype=torch.long)), "at least one"),
         (lambda jem, u: distal_adversarials(jem, Y, confidence=1.5), "confidence"),
         (lambda jem, u: distal_adversarials(jem, Y, step_size=0), "step_size"),
-        (lambda jem, u: counterfactuals(jem, u, Y[:5]), "classes to change to have shape"),
-        (lambda jem, u: counterfactuals(jem, u * 3, Y), "cut them"),
-        (lambda jem, u: counterfactuals(jem, u * math.nan, Y), "up to nan"),
-        (lambda jem, u: counterfactuals(jem, u.expand(-1, 3, -1, -1), Y), "1, H, W"),
-        (lambda jem, u: counterfactuals(jem, u.byte(), Y), "to_pixels"),
-        (lambda jem, u: counterfactuals(jem, u, Y, weight=-1), "weight"),
-        (lambda jem, u: counterfactuals(jem, u, Y, steps=5, keep=(9,)), "keep earlier ones"),
         (lambda jem, u: interpolation_paths(jem, u, u[:5]), "pairs"),
         (lambda jem, u: interpolation_paths(jem, u, u, 1), "at least 2"),
     ],
 )
 def test_bad_input_is_said_in_a_line(u, call, message):
     with pytest.raises(InputError, match=message) as error:
-        call(wrapped(Wells()), u)
+        call(in_pixels(Linear()), u)
     assert "\n" not in str(error.value)

@@ -22,6 +22,10 @@ MAY_IMPORT = {
     "modes": {"errors"},
     "sampling": {"inputs", "errors"},
     "replay_buffer": {"inputs", "errors"},
+    "refinement": {"sampling", "errors"},
+    "counterfactual": {"energy", "sampling", "inputs", "errors"},
+    "restoration": {"sampling", "inputs", "errors"},
+    "adaptation": {"energy", "modes", "errors"},
     "gaussians": {"sampling", "inputs", "errors"},
     "objectives": {"energy", "inputs", "errors"},
     "models": {"models", "errors"},
@@ -29,18 +33,22 @@ MAY_IMPORT = {
     "inputs": {"errors"},
     "hub": {"files", "pixels", "inputs", "gaussians", "models", "hub", "errors"},
     "model": {
-        "energy", "modes", "sampling", "gaussians", "backbone", "inputs", "hub", "prediction", "preprocessing", "reference",
-        "errors",
+        "energy", "modes", "sampling", "refinement", "counterfactual", "restoration", "adaptation", "gaussians", "backbone",
+        "inputs", "hub", "prediction", "preprocessing", "reference", "errors",
     },
     "wrap": {"files", "sampling", "gaussians", "models", "backbone", "hub", "model", "reference", "errors"},
     "data": {"decoding", "files", "pixels", "data", "errors"},
     "evaluation": {
-        "energy", "files", "inputs", "pixels", "modes", "sampling", "models", "model", "wrap", "data", "evaluation",
-        "temperature", "errors",
+        "energy", "files", "inputs", "pixels", "modes", "sampling", "refinement", "models", "model", "wrap", "data",
+        "evaluation", "temperature", "errors",
     },
     "training": {
         "command_line", "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models",
         "hub", "model", "wrap", "data", "evaluation", "training", "version", "errors",
+    },
+    "demo": {
+        "files", "pixels", "modes", "decoding", "prediction", "reference", "backbone", "model", "data", "evaluation", "demo",
+        "version", "errors",
     },
     "stability": {"evaluation", "stability", "training", "errors"},
     "__init__": {

@@ -20,7 +20,7 @@ from timm_jem.evaluation.generation import (
     thumbnails,
     within_class_distance,
 )
-from timm_jem.evaluation.illustrations import counterfactuals, distal_adversarials, interpolation_paths
+from timm_jem.evaluation.illustrations import distal_adversarials, interpolation_paths
 from timm_jem.evaluation.judges import fit_judge
 from timm_jem.evaluation.ood import ood_metrics, ood_scores
 from timm_jem.evaluation.ood_sets import interpolations
@@ -53,7 +53,6 @@ OF_LABELS = {
     "interpolations": lambda jem, y: interpolations(IMAGES, y, 4, seeded()),
     "fit_judge": lambda jem, y: fit_judge(IMAGES, y),
     "judge.accuracy": lambda jem, y: fit_judge(IMAGES, Y).accuracy(IMAGES, y),
-    "counterfactuals": lambda jem, y: counterfactuals(jem, PIXELS, y, steps=1),
     "within_class_distance": lambda jem, y: within_class_distance(IMAGES, y),
 }
 BAD_LABELS = {
@@ -100,7 +99,6 @@ BAD_UNIT = {
 }
 OF_PIXELS = {
     "interpolation_paths": lambda jem, u: interpolation_paths(jem, u, PIXELS),
-    "counterfactuals": lambda jem, u: counterfactuals(jem, u, Y, steps=1),
     "best_num_steps": lambda jem, u: best_num_steps(jem, u, Y, [21], generator=seeded()),
 }
 BAD_PIXELS = {

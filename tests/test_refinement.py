@@ -1,9 +1,11 @@
 import pytest
 import torch
+from small_networks import Gaussian, Kept, in_pixels, trained_on_digits
 from torch import nn
 
 import timm_jem
 from timm_jem import InputError, SGLDConfig
+from timm_jem.data import DataConfig, load_splits
 from timm_jem.evaluation.attacks import PGDConfig, margin, pgd, pixel_classifier
 from timm_jem.evaluation.refinement import RefinementConfig, refined_classifier
 
@@ -187,3 +189,57 @@ def test_another_gradient_is_refused(jem):
 def test_settings_that_are_none_are_not_the_models_own():
     with pytest.raises(InputError, match="is a dict: give a timm_jem"):
         RefinementConfig(sgld={})
+
+
+def test_refined_images_are_those_of_chains(jem, images):
+    """JEM.refine: k steps of SGLD, each image by a chain of its own; flags left alone."""
+    x, kept = jem.normalize(2 * images - 1), Kept(jem)
+    found = jem.refine(x, 4, sgld_config=STILL)
+    kept.check()
+    jem.eval()
+    torch.testing.assert_close(found, jem.normalize(timm_jem.sgld(jem.pixel_energy, 2 * images - 1, STILL, num_steps=4)))
+    noisy = jem.refine(x, 4, generator=seeded(), sgld_config=NOISY)
+    assert not torch.allclose(noisy, found, atol=0.01)
+    torch.testing.assert_close(jem.refine(x[:2], 4, generator=seeded(), sgld_config=NOISY, batch_size=1), noisy[:2])
+    with torch.inference_mode():
+        assert torch.equal(jem.refine(x, 4, generator=seeded(), sgld_config=NOISY), noisy)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.3])
+def test_refinement_of_a_gaussian_energy(noise_std):
+    """Of a curvature c and step α each step takes images (1 − α c) of the way, and adds noise: a geometric sum."""
+    jem = in_pixels(Gaussian(0.5 * torch.eye(4), torch.full((4,), 0.2)), (1, 2, 2), step_size=0.4, noise_std=noise_std)
+    x = torch.tensor([0.9, -0.9, 0.2, 0.0]).view(1, 1, 2, 2).expand(3000, -1, -1, -1)
+    found = jem.refine(x, 3, generator=seeded(), batch_size=3000).flatten(1)
+    torch.testing.assert_close(found.mean(0), 0.2 + 0.8**3 * (x[0].flatten() - 0.2), atol=max(1e-6, 0.1 * noise_std), rtol=0)
+    variance = noise_std**2 * (1 + 0.8**2 + 0.8**4)
+    torch.testing.assert_close(found.var(0), torch.full((4,), variance), rtol=0.1, atol=1e-6)
+
+
+def test_refined_digits_are_likelier_and_still_themselves():
+    splits = load_splits(DataConfig())
+    network = trained_on_digits(splits, 0)
+    network.num_classes = 10
+    jem = timm_jem.JEM(network, data_config={"input_size": (1, 8, 8), "mean": (0.0,), "std": (1.0,)})
+    x, y = splits.test.images[:100] / 255, splits.test.labels[:100]
+    refined = jem.refine(x, 5, generator=seeded(), sgld_config=SGLDConfig(step_size=0.01, noise_std=0.01))
+    assert (jem.energy(refined) < jem.energy(x)).all()
+    assert (jem(refined).argmax(1) == y).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps of a refinement"),
+        ({"steps": 1.5}, "steps of a refinement"),
+        ({"generator": 3}, "generator"),
+        ({"sgld_config": {}}, "sgld_config"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"x": torch.zeros(0, 1, 2, 2, dtype=torch.float64)}, "at least one"),
+        ({"x": torch.zeros(2, 1, 2, 2)}, "dtype"),
+    ],
+)
+def test_bad_input_of_refine_is_said_in_a_line(jem, images, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        jem.refine(**{"x": images, **options})
+    assert "\n" not in str(error.value)

@@ -1,15 +1,18 @@
 """JEM: a timm classifier seen as an energy-based model."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from timm_jem.adaptation import Adapt, adapted
 from timm_jem.backbone import architecture, normalisation, parameter_groups
+from timm_jem.counterfactual import Counterfactual, counterfactual
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, check_whole, quoted
 from timm_jem.gaussians import ClassGaussians
@@ -30,6 +33,8 @@ from timm_jem.modes import frozen
 from timm_jem.prediction import Prediction, Predictor, imagenet_names
 from timm_jem.preprocessing import preprocessing_of
 from timm_jem.reference import Reference, fit
+from timm_jem.refinement import refine
+from timm_jem.restoration import restore, with_unknown
 from timm_jem.sampling import MOST_STEPS, Generators, SGLDConfig, chain_generators, draw_seeds, sgld, uniform_noise
 
 __all__ = ["JEM"]
@@ -345,9 +350,7 @@ class JEM(nn.Module):
                 more published chains than there are, seeds with a generator or for published chains.
         """
         self._check_weights()
-        config = self.sgld if sgld_config is None else sgld_config
-        if not isinstance(config, SGLDConfig):
-            raise InputError(f"sgld_config is a {type(config).__name__}: give a timm_jem.SGLDConfig")
+        config = self._settings_of_chains(sgld_config)
         check_drawing(init, generator, seeds, batch_size, on_step)
         goes_on = isinstance(init, Tensor) or init == "buffer"
         if num_steps is None:
@@ -356,8 +359,7 @@ class JEM(nn.Module):
         generators = None if seeds is None else chain_generators(seeds)
         y = None if y is None else as_labels(y, self.num_classes)
         n, device = how_many(n, init, y, generators, self.input_size), self.device
-        if y is not None:
-            y = check_labels(y.expand(n) if y.ndim == 0 else y, n, self.num_classes, device)
+        y = self._classes(y, n)
         if isinstance(init, Tensor):
             self._check_x(init)
             u = self.denormalize(init.to(device))
@@ -416,6 +418,154 @@ class JEM(nn.Module):
     @chains.setter
     def chains(self, chains: PublishedChains | None) -> None:
         self._chains = self._fitting("chains", chains, PublishedChains)
+
+    def counterfactual(self, x: Tensor, y: Tensor | list[int] | int, **options: Any) -> Counterfactual:
+        """The least change that takes images to other classes, with their energies on the way; in eval mode.
+
+        Each image descends E(x, y) and a price of distance, within [-1, 1], until p(y|x) ≥ ``confidence``.
+
+        Args:
+            x: model input, shape (B, C, H, W), of pixels within [-1, 1].
+            y: the classes to change to, integers, shape (B,), or one for all.
+            options: ``confidence=0.9``, ``weight=0.05``, ``sparsity=0``, ``limit=None``, ``steps=200``, ``step_size=None``,
+                ``batch_size=256``, ``on_step=None``: see :func:`timm_jem.counterfactual.counterfactual`, also for sources.
+
+        Returns:
+            A :class:`timm_jem.counterfactual.Counterfactual` whose images are model input, in which values that didn't
+            change are those of ``x``, bit for bit.
+
+        Raises:
+            InputError: as :meth:`energy`, pixels outside [-1, 1], or an option out of range.
+        """
+        self._check_x(x)
+        x = x.detach().to(self.device)
+        u, y = self.denormalize(x), self._classes(y, len(x))
+        with frozen(self):
+            found = counterfactual(lambda v: self._logits(self.normalize(v)), u, y, **options)
+        same = found.images == u.clamp(-1, 1)
+        return replace(found, images=torch.where(same, x, self.normalize(found.images)))
+
+    def restore(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        y: Tensor | list[int] | int | None = None,
+        noise: float | None = None,
+        generator: torch.Generator | None = None,
+        num_steps: int | None = None,
+        sgld_config: SGLDConfig | None = None,
+        batch_size: int = 256,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Fill in unknown pixels, or take noise out of known ones, by chains of E(x), or of E(x, y); in eval mode.
+
+        Args:
+            x: model input, shape (B, C, H, W); where ``mask`` is True it is not looked at, and may be NaN.
+            mask: True where pixels are unknown, bool, shape (H, W), (1, H, W), (B, 1, H, W) or (B, C, H, W); None: nowhere.
+                They start where fresh chains of :meth:`sample` do, or from noise in images of another size.
+            y: the images' classes, integers, shape (B,), or one for all; None: unknown.
+            noise: standard deviation of Gaussian noise on the known pixels, in pixels in [-1, 1]: they move, too, held by
+                its likelihood. None: there is none, and they come back bit for bit.
+            generator, num_steps, sgld_config, batch_size, on_step: as of :meth:`sample`, for fresh chains.
+
+        Returns:
+            Model input, shape (B, C, H, W). See :func:`timm_jem.restoration.restore` for what is sampled.
+
+        Raises:
+            InputError: as :meth:`energy`, neither mask nor noise, a mask of another shape or type, or an option out of range.
+        """
+        if mask is None and noise is None:
+            raise InputError("restore has nothing to do: give mask, True where pixels are unknown, or noise, or both")
+        config = self._settings_of_chains(sgld_config)
+        check_drawing(None, generator, None, batch_size, on_step)
+        x, unknown = with_unknown(x, mask)
+        self._check_x(x)
+        x, unknown, y = x.detach().to(self.device), unknown.to(self.device), self._classes(y, len(x))
+        generators = chain_generators(draw_seeds(len(x), generator))
+        options = {"y": y, "noise": noise, "generator": generators, "batch_size": batch_size, "on_step": on_step}
+        options |= {"num_steps": config.sample_steps if num_steps is None else num_steps, "denoise_steps": config.denoise_steps}
+        with frozen(self):
+            if x.shape[1:] == self.input_size:
+                start = self.fresh(len(x), y=y, generator=generators)
+            else:
+                start = uniform_noise(x.shape, generator=generators)
+            found = self.normalize(restore(self.pixel_energy, self.denormalize(x), unknown, start, config, **options))
+        return found if noise is not None else torch.where(unknown, found, x)
+
+    def refine(
+        self,
+        x: Tensor,
+        steps: int = 10,
+        *,
+        generator: torch.Generator | None = None,
+        sgld_config: SGLDConfig | None = None,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Images after ``steps`` steps of SGLD on E(x), to be classified then: JEM-k (arXiv 1912.03263, section 5.4).
+
+        Args:
+            x: model input, shape (B, C, H, W).
+            steps: k (paper: 1 and 10).
+            generator, sgld_config, batch_size: as of :meth:`sample`; each image has a chain of its own.
+
+        Returns:
+            Model input, shape (B, C, H, W).
+
+        Raises:
+            InputError: as :meth:`energy`, or ``steps`` below 1.
+        """
+        config = self._settings_of_chains(sgld_config)
+        check_drawing(None, generator, None, batch_size, None)
+        self._check_x(x)
+        with frozen(self):
+            u, generators = self.denormalize(x.detach().to(self.device)), chain_generators(draw_seeds(len(x), generator))
+            options = {"steps": steps, "generator": generators, "batch_size": batch_size}
+            return self.normalize(refine(self.pixel_energy, u, config, **options))
+
+    def adapted(
+        self,
+        x: Tensor,
+        method: Literal["energy", "tent", "statistics"] = "energy",
+        *,
+        steps: int = 10,
+        lr: float = 1e-3,
+        negatives: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        sgld_config: SGLDConfig | None = None,
+    ) -> contextlib.AbstractContextManager[Adapt]:
+        """A context in which the model is adapted to unlabelled test images by its normalisation layers, and in eval mode."""
+        self._check_x(x)
+        if negatives is not None:
+            if not isinstance(negatives, Tensor) or negatives.ndim != 4 or not len(negatives):
+                raise InputError(f"negatives are {kind(negatives)}: give model input, shape (N, C, H, W), at least one image")
+            self._check_x(negatives)
+        self._settings_of_chains(sgld_config)
+        check_drawing(None, generator, None, 1, None)
+        last = None
+
+        def draw(n: int) -> Tensor:
+            nonlocal last
+            if negatives is not None:
+                return negatives.to(self.device)
+            init = last if last is not None and len(last) == n else None
+            last = self.sample(n, init=init, generator=generator, sgld_config=sgld_config)
+            return last
+
+        return adapted(self, x.to(self.device), method, steps=steps, lr=lr, negatives=draw)
+
+    def _settings_of_chains(self, sgld_config: SGLDConfig | None) -> SGLDConfig:
+        config = self.sgld if sgld_config is None else sgld_config
+        if not isinstance(config, SGLDConfig):
+            raise InputError(f"sgld_config is a {type(config).__name__}: give a timm_jem.SGLDConfig")
+        return config
+
+    def _classes(self, y: Tensor | list[int] | int | None, n: int) -> Tensor | None:
+        """One class a chain or image, of those given or of one for all."""
+        if y is None:
+            return None
+        y = as_labels(y, self.num_classes)
+        return check_labels(y.expand(n) if y.ndim == 0 else y, n, self.num_classes, self.device)
 
     def _fitting(self, name: str, value: Any, kind: type) -> Any:
         """``value``, None or of a kind that fits the model, which may have another head than when it was set."""

@@ -1,8 +1,6 @@
-"""What a model believes, as pictures: images that it is sure of, least changes between classes, and lines of energy."""
+"""What a model believes, as pictures: images that it is sure of, and lines of energy."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from accelerate.utils import tqdm
@@ -15,7 +13,7 @@ from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.sampling import chain_generators, draw_seeds, filled, uniform_noise
 
-__all__ = ["Counterfactuals", "counterfactuals", "distal_adversarials", "interpolation_paths"]
+__all__ = ["distal_adversarials", "interpolation_paths"]
 
 
 def distal_adversarials(
@@ -81,123 +79,6 @@ def distal_adversarials(
             images.append(u[:count].detach().cpu())
             probabilities.append(log_p[:count].detach().exp().cpu())
     return torch.cat(images), torch.cat(probabilities)
-
-
-@dataclass(frozen=True)
-class Counterfactuals:
-    """Images changed to other classes, all on the CPU.
-
-    Attributes:
-        u: pixels in [-1, 1], shape (N, C, H, W).
-        energy: E(u, y) under the new class, shape (N,); ``energy_before``: that of the images they came from.
-        energy_x: E(u), shape (N,).
-        probability: p(y|u), shape (N,).
-        distance: ‖u − u₀‖₂ in pixels in [-1, 1], shape (N,).
-        frames: pixels on the way, shape (N, len(keep), C, H, W).
-    """
-
-    u: Tensor
-    energy: Tensor
-    energy_before: Tensor
-    energy_x: Tensor
-    probability: Tensor
-    distance: Tensor
-    frames: Tensor
-
-
-def counterfactuals(
-    jem: JEM,
-    u: Tensor,
-    y: Tensor,
-    *,
-    weight: float = 0.05,
-    steps: int = 200,
-    step_size: float | None = None,
-    keep: Sequence[int] = (),
-    batch_size: int = 256,
-) -> Counterfactuals:
-    """The least change of images to other classes under the joint energy: argmin_v E(v, y) + weight/2 · ‖v − u‖².
-
-    Wachter et al. (arXiv 1711.00399) weigh a prediction's loss against a distance; here −log p(v, y) takes the loss's
-    place, so that the result is the most likely image under p(v, y) · N(v; u, I/weight): close to ``u`` and like the class,
-    instead of what fools the classifier soonest. It is SGLD (JEM, arXiv 1912.03263, eq. 3) without noise on that sum, within
-    [-1, 1]. A step that would raise an image's sum is not taken, and that image's steps are halved: SGLD's own step is too
-    long to settle by itself. The minimum is a local one.
-
-    Args:
-        jem: the model; its flags are left as they were.
-        u: pixels in [-1, 1], shape (N, C, H, W).
-        y: the classes to change to, int64, shape (N,).
-        weight: price of distance, in nats per squared pixel; the default is ours.
-        steps: of gradient descent, those not taken included.
-        step_size: factor of the gradient at first; None: the model's own SGLD step.
-        keep: numbers of steps after which the images are kept too, 0 being ``u`` itself.
-        batch_size: images through the network at once, though never fewer than four are.
-
-    Raises:
-        InputError: images that aren't pixels, labels that don't fit, or a setting out of range.
-    """
-    check_number("weight of counterfactuals", weight, least=0)
-    check_whole("steps of counterfactuals", steps, 1)
-    check_whole("batch_size", batch_size, 1)
-    size = jem.sgld.step_size if step_size is None else step_size
-    check_number("step_size of counterfactuals", size, above=0)
-    for step in keep:
-        check_whole("a step to keep", step, 0)
-    if max(keep, default=0) > steps:
-        raise InputError(f"step {max(keep)} of counterfactuals is to be kept and there are {steps}: keep earlier ones")
-    _check_pixels(jem, u)
-    if u.abs().max() > 1 + 1e-4:
-        raise InputError(f"images to change have pixels of up to {u.abs().max():.3g}: cut them, u.clamp(-1, 1)")
-    y = class_labels(y, len(u), jem.num_classes, "classes to change to")
-    found = []
-    with torch.inference_mode(False), torch.enable_grad(), frozen(jem):
-        batches = list(zip(u.split(batch_size), y.split(batch_size), strict=True))
-        for images, labels in tqdm(batches, desc="counterfactuals", leave=False):
-            start = filled(images.detach()).clone().to(jem.mean.device)
-            changed = _descend(jem, start, filled(labels).clone().to(start.device), weight, steps, size, keep)
-            found.append([part[: len(images)] for part in changed])
-    return Counterfactuals(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
-
-
-def _descend(
-    jem: JEM, start: Tensor, y: Tensor, weight: float, steps: int, step_size: float, keep: Sequence[int]
-) -> tuple[Tensor, ...]:
-    """The fields of :class:`Counterfactuals` of one batch."""
-
-    def cost_and_slope(v: Tensor) -> tuple[Tensor, Tensor]:
-        v = v.detach().requires_grad_(True)
-        cost = jem.pixel_energy(v, y) + weight / 2 * (v - start).square().flatten(1).sum(1)
-        return cost.detach(), torch.autograd.grad(cost.sum(), v)[0]
-
-    v, size = start.clamp(-1, 1), torch.full((len(start), 1, 1, 1), step_size, device=start.device, dtype=start.dtype)
-    cost, slope = cost_and_slope(v)
-    frames = {0: v.cpu()}
-    for step in range(1, steps + 1):
-        next_v = (v - size * slope).clamp(-1, 1)
-        next_cost, next_slope = cost_and_slope(next_v)
-        better = next_cost <= cost
-        mask = better[:, None, None, None]
-        v, slope, cost = (
-            torch.where(mask, next_v, v),
-            torch.where(mask, next_slope, slope),
-            torch.where(better, next_cost, cost),
-        )
-        size = torch.where(mask, size, size / 2)
-        if step in keep:
-            frames[step] = v.cpu()
-    with torch.no_grad():
-        logits = jem(jem.normalize(v)).float()
-        own = y[:, None]
-        return (
-            v,
-            -logits.gather(1, own).squeeze(1),
-            jem.pixel_energy(start, y),
-            -logits.logsumexp(1),
-            logits.softmax(1).gather(1, own).squeeze(1),
-            (v - start).flatten(1).norm(dim=1),
-            torch.stack([frames[step] for step in keep], 1) if keep else v.cpu()[:, None][:, :0],
-        )
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from timm_jem.evaluation.illustrations import counterfactuals, distal_adversarials, interpolation_paths
+from timm_jem.evaluation.illustrations import distal_adversarials, interpolation_paths
 from timm_jem.evaluation.pictures import image_grid, stack_pictures
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import EvaluationConfig
@@ -62,18 +62,19 @@ def _distal(subject: Subject, config: EvaluationConfig, section: Section) -> Non
 
 def _counterfactuals(subject: Subject, config: EvaluationConfig, section: Section, images: Tensor) -> None:
     """``images``, pixels in [-1, 1], shape (n, C, H, W), each changed to each of up to ten classes."""
-    targets = torch.arange(min(subject.model.num_classes, 10))
-    starts = images.repeat_interleave(len(targets), 0)
-    changed = counterfactuals(subject.model, starts, targets.repeat(len(images)), batch_size=config.batch_size)
-    captions, cells = [], []
+    model, targets = subject.model, torch.arange(min(subject.model.num_classes, 10))
+    starts = model.normalize(images.repeat_interleave(len(targets), 0))
+    changed = model.counterfactual(starts, targets.repeat(len(images)), confidence=None, batch_size=config.batch_size)
+    numbers = zip(changed.probability.tolist(), changed.energies[:, -1].tolist(), changed.distance.tolist(), strict=True)
+    texts, captions, cells = [f"p {p:.2f}  E {e:.1f}  d {d:.1f}" for p, e, d in numbers], [], []
     for i, image in enumerate(images):
         of_image = slice(i * len(targets), (i + 1) * len(targets))
-        energies, distances = changed.energy[of_image].tolist(), changed.distance[of_image].tolist()
-        cells += [image[None], changed.u[of_image]]
-        captions += ["test image", *(f"E {a:.1f}  d {d:.1f}" for a, d in zip(energies, distances, strict=True))]
+        cells += [image[None], model.denormalize(changed.images[of_image]).cpu()]
+        captions += ["test image", *texts[of_image]]
     columns = ["from", *(f"to {subject.class_names[label]}" for label in targets)]
     grid = image_grid(torch.cat(cells), len(columns), captions=captions, column_names=columns)
     caption = (
-        "Counterfactuals: the least change to each class under E(x, y), with E(x, y) and the ℓ2 distance in [-1, 1] pixels."
+        "Counterfactuals: the least change to each class under E(x, y), with p(y|x), E(x) and the ℓ2 distance in [-1, 1] "
+        "pixels."
     )
     section.picture("counterfactuals.png", grid, caption)

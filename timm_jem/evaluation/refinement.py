@@ -17,7 +17,8 @@ from timm_jem.evaluation.attacks import Classifier
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.pixels import from_unit
-from timm_jem.sampling import SGLDConfig, randn, sgld_step
+from timm_jem.refinement import refine
+from timm_jem.sampling import SGLDConfig
 
 __all__ = ["RefinementConfig", "check_second_derivatives", "refined_classifier"]
 
@@ -79,14 +80,6 @@ def refined_classifier(
     if gradient == "through":
         check_second_derivatives(jem)
 
-    def refine(u: Tensor, create_graph: bool) -> Tensor:
-        for _ in range(config.steps):
-            slope = torch.autograd.grad(jem.pixel_energy(u).sum(), u, create_graph=create_graph)[0]
-            noise = randn(u.shape, generator=generator, device=u.device, dtype=u.dtype) if settings.noise_std else None
-            u = sgld_step(u, slope, noise, settings)
-            u = u if create_graph else u.detach().requires_grad_(True)
-        return u
-
     def classify(images: Tensor) -> Tensor:
         attacked = images.requires_grad and torch.is_grad_enabled()
         through = attacked and gradient == "through"
@@ -95,10 +88,9 @@ def refined_classifier(
             parts = []
             for _ in range(config.chains):
                 with torch.inference_mode(False), torch.enable_grad():
-                    u = start if through else start.detach().clone().requires_grad_(True)
-                    u = refine(u, create_graph=through)
+                    u = refine(jem.pixel_energy, start, settings, steps=config.steps, generator=generator, create_graph=through)
                 if not through:
-                    u = u.detach() + (start - start.detach())  # the value of u, and the gradient of the identity
+                    u = u + (start - start.detach())  # the value of u, and the gradient of the identity
                 logits = jem(jem.normalize(u))
                 parts.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1))
         return torch.stack(parts).logsumexp(0) - math.log(config.chains)
