@@ -43,6 +43,7 @@ setup(
     package_dir={"timm_jem.recipes": "recipes"},
     package_data={
         "timm_jem": ["py.typed"],
+        "timm_jem.demo": ["*.css", "*.js"],
         "timm_jem.hub": ["card_template.md"],
         "timm_jem.recipes": ["configs/*.yaml", "variants/*.yaml"],
     },
@@ -64,6 +65,7 @@ setup(
         "plots": plots,  # recipes/stability.py
         "eval": [*plots, *evaluation],  # recipes/evaluate.py
         "robust": robust,  # AutoAttack
+        "demo": ["gradio>=6.31,<7"],  # recipes/demo.py
         "trackers": ["tensorboard", "trackio", "wandb"],
         "test": [
             *plots,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import benchmark
+import demo
 import evaluate
 import jsonargparse
 import predict
@@ -14,7 +15,7 @@ import pytest
 import stability
 import train
 
-RECIPES = [benchmark, evaluate, predict, push, stability, train]
+RECIPES = [benchmark, demo, evaluate, predict, push, stability, train]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
@@ -43,7 +44,7 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("matplotlib", "pyautoattack", "torch_fidelity"):
+        if name.partition(".")[0] in ("gradio", "matplotlib", "pyautoattack", "torch_fidelity"):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Missing())

@@ -47,8 +47,8 @@ MAY_IMPORT = {
         "hub", "model", "wrap", "data", "evaluation", "training", "version", "errors",
     },
     "demo": {
-        "files", "pixels", "modes", "decoding", "prediction", "reference", "backbone", "model", "data", "evaluation", "demo",
-        "version", "errors",
+        "files", "pixels", "modes", "sampling", "decoding", "prediction", "reference", "backbone", "model", "data",
+        "evaluation", "demo", "version", "errors",
     },
     "stability": {"evaluation", "stability", "training", "errors"},
     "__init__": {

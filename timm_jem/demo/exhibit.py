@@ -13,6 +13,7 @@ from timm_jem.errors import InputError
 from timm_jem.evaluation.subject import check_classes, data_config, display_name, load_model, some
 from timm_jem.model import JEM
 from timm_jem.pixels import to_pixels
+from timm_jem.sampling import uniform_noise
 
 __all__ = ["Exhibit", "load_exhibit"]
 
@@ -75,7 +76,13 @@ def load_exhibit(
             raise
         examples, of_examples = _drawn(jem, seed)
         told = f"no held-out images ({error}): {of_examples}"
-    return Exhibit(display_name(name), jem, list(names), examples.to(device), of_examples), told
+    return Exhibit(_called(name, jem), jem, list(names), examples.to(device), of_examples), told
+
+
+def _called(name: str, jem: JEM) -> str:
+    """The model's name; of a folder "model", as runs and Spaces have it, the data set's."""
+    shown = display_name(name)
+    return display_name(str(jem.provenance.get("dataset") or "this model")) if shown == "model" else shown
 
 
 def _held_out(jem: JEM, name: str, given: DataConfig | None, seed: int) -> tuple[Tensor, str]:
@@ -92,7 +99,9 @@ def _held_out(jem: JEM, name: str, given: DataConfig | None, seed: int) -> tuple
     classes = len(splits.class_names)
     chosen = _of_all_classes(y, _EXAMPLES - _EXAMPLES % classes if classes <= _EXAMPLES else _EXAMPLES)
     held_out = "held-out images" if alike else "test images"
-    return jem.normalize(to_pixels(images[chosen])), f"{held_out} of {display_name(data.dataset)}"
+    noise = uniform_noise((1, *jem.input_size), generator=torch.Generator().manual_seed(seed))
+    shown = torch.cat([to_pixels(images[chosen]), noise])
+    return jem.normalize(shown), f"{held_out} of {display_name(data.dataset)}, and noise"
 
 
 def _of_all_classes(y: Tensor, count: int) -> Tensor:

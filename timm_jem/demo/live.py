@@ -34,7 +34,7 @@ class Live:
         self._error: BaseException | None = None
         self._steps: queue.Queue = queue.Queue(maxsize=1)
         self._left = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(work,), name="live", daemon=True)
 
     def __enter__(self) -> "Live":
         self._thread.start()

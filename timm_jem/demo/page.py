@@ -28,32 +28,48 @@ _PAINTER = """<div class="painter" tabindex="0" role="application"
 <div class="cells" style="--side:${side}">${"<i></i>".repeat(side * side)}</div></div>"""
 
 
-def launch(exhibit: Exhibit, *, host: str | None, port: int | None, share: bool, open_browser: bool) -> None:
-    """Serve the page until Ctrl-C.
+def launch(
+    exhibit: Exhibit,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    open_browser: bool = False,
+    wait: bool = True,
+) -> gr.Blocks:
+    """Serve the page.
 
     Args:
         exhibit: what it is about.
         host, port: where; None: this machine alone, the first free port from 7860 on.
         share: also a public link, by Gradio's tunnel.
         open_browser: show it at once.
+        wait: until Ctrl-C.
+
+    Returns:
+        What is served, at its ``local_url``; ``close()`` ends it.
 
     Raises:
         OSError: there is no such host, or its port is taken.
     """
     # A file grows by a third as text.
     gate = Middleware(Gate, most=panels.MOST_BYTES * 4 // 3 + 2**20)
-    build(exhibit).launch(
+    page = build(exhibit)
+    page.launch(
         server_name=host,
         server_port=port,
         share=share,
         inbrowser=open_browser,
         app_kwargs={"middleware": [gate]},
         css=_read("page.css"),
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
+        prevent_thread_lock=not wait,
+        quiet=not wait,
     )
+    return page
 
 
 def build(exhibit: Exhibit) -> gr.Blocks:
@@ -62,10 +78,10 @@ def build(exhibit: Exhibit) -> gr.Blocks:
     title = f"What {exhibit.name} believes"
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         picture = gr.State(first)
-        gr.HTML(f'<div class="title"><h1>{views.text(title)}</h1><p>{views.text(exhibit.about)}</p></div>')
-        believed = gr.HTML(panels.look(exhibit, first), elem_id="believed")
-        said = gr.HTML(elem_id="said")
-        chooser = gr.HTML(panels.chooser(exhibit), js_on_load=_read("chooser.js"), most=panels.MOST_BYTES, elem_id="chooser")
+        _html(f'<div class="title"><h1>{views.text(title)}</h1><p>{views.text(exhibit.about)}</p></div>')
+        believed = _html(panels.look(exhibit, first), elem_id="believed")
+        said = _html(elem_id="said")
+        chooser = _html(panels.chooser(exhibit), js_on_load=_read("chooser.js"), most=panels.MOST_BYTES, elem_id="chooser")
         with gr.Tabs():
             _draw_tab(exhibit)
             tabs = [tab(exhibit, picture) for tab in (_attack_tab, _change_tab, _erase_tab)]
@@ -114,7 +130,7 @@ def _draw_tab(exhibit: Exhibit) -> None:
         return panels.draw(exhibit, None if y < 0 else y, count, secrets.randbelow(2**32))
 
     with gr.Tab("Draw"):
-        gr.HTML(views.note("Chains start from noise and move to lower energies: towards what the model takes for likely."))
+        _html(views.note("Chains start from noise and move to lower energies: towards what the model takes for likely."))
         with gr.Row():
             y = gr.Dropdown([("whatever it likes", -1), *_classes(exhibit)], value=0, label="What to draw")
             count = gr.Slider(1, panels.MOST_DRAWN, panels.drawn_at_once(exhibit), step=1, label="How many")
@@ -126,7 +142,7 @@ def _attack_tab(exhibit: Exhibit, picture: gr.State) -> _Tab:
         return panels.attack(exhibit, _there(x), levels)
 
     with gr.Tab("Attack"):
-        gr.HTML(views.note("Every pixel moves a little, the way that changes the model's mind soonest."))
+        _html(views.note("Every pixel moves a little, the way that changes the model's mind soonest."))
         levels = gr.Slider(1, panels.MOST_LEVELS, 16, step=1, label="How far a pixel may move, of 255 grey levels")
         event, attacked = _action("Attack", attack, [picture, levels], "attacked")
     return _Tab(event, {attacked: lambda x: ""})
@@ -142,7 +158,7 @@ def _change_tab(exhibit: Exhibit, picture: gr.State) -> _Tab:
                 yield shown[last], shown, gr.Slider(maximum=last, value=last, interactive=True)
 
     with gr.Tab("Change"):
-        gr.HTML(views.note("The least change after which the model is sure that it sees another class."))
+        _html(views.note("The least change after which the model is sure that it sees another class."))
         y = gr.Dropdown(_classes(exhibit), value=min(1, len(exhibit.names) - 1), label="What it is to become")
         way = gr.State(None)
         along = gr.Slider(0, 1, 1, step=1, label="Along the way", interactive=False, render=False, elem_id="along")
@@ -158,10 +174,10 @@ def _erase_tab(exhibit: Exhibit, picture: gr.State) -> _Tab:
         return panels.restore(exhibit, _there(x), cells, secrets.randbelow(2**32))
 
     with gr.Tab("Erase and restore"):
-        gr.HTML(views.note("Paint over a part of the picture. A chain fills it in with what the model takes for likely there."))
+        _html(views.note("Paint over a part of the picture. A chain fills it in with what the model takes for likely there."))
         canvas, side = panels.canvas(exhibit, picture.value), panels.side_of_mask(exhibit)
         options = {"html_template": _PAINTER, "js_on_load": _read("painter.js"), "picture": canvas, "side": side}
-        painter = gr.HTML("", **options, elem_id="painter")
+        painter = _html("", **options, elem_id="painter")
         event, restored = _action("Restore", restore, [picture, painter], "restored")
     return _Tab(event, {painter: lambda x: gr.HTML(picture=panels.canvas(exhibit, x)), restored: lambda x: ""})
 
@@ -170,7 +186,7 @@ def _action(name: str, panel: Callable, inputs: list, result: str, more: Sequenc
     """A button that begins, one that stops, and where each step is shown; ``more``: what else a step changes."""
     with gr.Row():
         start, stop = gr.Button(name, variant="primary"), gr.Button("Stop")
-    shown = gr.HTML(elem_id=result)
+    shown = _html(elem_id=result)
 
     def moving(*given: Any) -> Iterator[Any]:
         try:
@@ -178,9 +194,14 @@ def _action(name: str, panel: Callable, inputs: list, result: str, more: Sequenc
         except InputError as error:
             yield {shown: views.problem(error)}
 
-    event = start.click(moving, inputs, [shown, *more], show_progress="minimal", api_visibility="private")
+    options = {"show_progress": "minimal", "concurrency_id": "chains", "concurrency_limit": _AT_ONCE}
+    event = start.click(moving, inputs, [shown, *more], api_visibility="private", **options)
     stop.click(None, cancels=[event])
     return event, shown
+
+
+def _html(value: str = "", **options: Any) -> gr.HTML:
+    return gr.HTML(value, apply_default_css=False, **options)
 
 
 def _there(x: Tensor | None) -> Tensor:

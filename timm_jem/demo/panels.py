@@ -12,7 +12,7 @@ from torch import Tensor
 from timm_jem.decoding import UNREADABLE, BrokenImage, open_image, open_lazily
 from timm_jem.demo.exhibit import Exhibit
 from timm_jem.demo.live import Live
-from timm_jem.demo.views import belief, curve, grid, note, percent, picture
+from timm_jem.demo.views import belief, curve, grid, note, number, percent, picture
 from timm_jem.errors import InputError, check_whole, quoted
 from timm_jem.evaluation.attacks import PGDConfig, pgd, pixel_classifier
 from timm_jem.modes import frozen
@@ -41,7 +41,8 @@ MOST_DRAWN = 16  # pictures at once
 MOST_LEVELS = 64  # of 255, by which an attack moves a pixel
 _MOST_PIXELS = 50_000_000  # of an upload: 150 MB once decoded
 _PACE = 0.05  # seconds a step is looked at
-_STEPS = 40  # of an attack
+_ATTACK_STEPS = 40
+_CHANGE_STEPS = 200
 _MOST_CELLS = 16  # a side of the grid in which pictures are erased
 _MOST_FRAMES = 24  # of a path
 _SMALL = 64  # a side; of larger images fewer are drawn at once
@@ -134,7 +135,7 @@ def draw(exhibit: Exhibit, y: int | None, count: int, seed: int) -> Iterator[str
             energies = _energies(exhibit, u)
             means.append(sum(energies) / len(energies))
             alts = [f"drawn picture {i + 1} of {asked}" for i in range(count)]
-            yield grid(u, alts, [f"{e:.1f}" for e in energies]) + curve(means, total, jem.reference)
+            yield grid(u, alts, [f"energy {number(e, 1)}" for e in energies]) + curve(means, total, jem.reference)
     named = "" if y is None else f"y={y}, "
     yield (
         grid(u, alts, [f"{p.label} {percent(p.p)}" for p in jem.predict(steps.result)])
@@ -148,7 +149,7 @@ def attack(exhibit: Exhibit, x: Tensor, grey_levels: int) -> Iterator[str]:
     jem = exhibit.jem
     check_whole("the largest change of a pixel", grey_levels, 1, MOST_LEVELS)
     before, images = jem.predict(x)[0], jem.denormalize(x).add(1).div(2).clamp(0, 1)
-    y, classify, energies, total = torch.tensor([before.y]), pixel_classifier(jem), [], _STEPS
+    y, classify, energies, total = torch.tensor([before.y]), pixel_classifier(jem), [], _ATTACK_STEPS
     config = PGDConfig(eps=grey_levels / 255, steps=total, step_size=2.5 * grey_levels / 255 / total)
 
     def work(report: Callable[..., None]) -> Tensor:
@@ -171,7 +172,7 @@ def attack(exhibit: Exhibit, x: Tensor, grey_levels: int) -> Iterator[str]:
         )
         alts = ("the picture before the attack", "the picture after the attack", "the difference")
         still = f"{before.label} is now {percent(after.probabilities[before.y].item())}."
-        told = f"{still} Energy {before.energy:.2f} → {after.energy:.2f}."
+        told = f"{still} Energy {number(before.energy)} → {number(after.energy)}."
         shown = grid(2 * torch.cat([images, now, difference]) - 1, alts, captions)
         return shown + curve(energies, total + 3, jem.reference) + note(told)
 
@@ -185,8 +186,7 @@ def change(exhibit: Exhibit, x: Tensor, y: int) -> Iterator[str | tuple[str, ...
     """The least change towards class ``y`` as it is made, and in the end the whole way, at most 24 pictures of it."""
     jem = exhibit.jem
     check_whole("the class", y, 0, len(exhibit.names) - 1)
-    kept, total = [jem.denormalize(x)], 200
-    energies = [jem.predict(x)[0].energy]
+    kept, energies = [jem.denormalize(x)], [jem.predict(x)[0].energy]
 
     def shown(u: Tensor, at: int) -> str:
         now = jem.predict(jem.normalize(u))[0]
@@ -197,7 +197,7 @@ def change(exhibit: Exhibit, x: Tensor, y: int) -> Iterator[str | tuple[str, ...
         pictures = grid(torch.cat([kept[0], u]), alts, captions)
         return pictures + curve(energies, len(energies) - 1, jem.reference, at) + note(told)
 
-    with Live(lambda report: jem.counterfactual(x, y, steps=total, on_step=report)) as steps:
+    with Live(lambda report: jem.counterfactual(x, y, steps=_CHANGE_STEPS, on_step=report)) as steps:
         for step, u in _paced(steps):
             kept.append(u)
             energies.extend(_energies(exhibit, u))

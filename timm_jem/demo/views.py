@@ -14,7 +14,7 @@ from timm_jem.pixels import eight_bit
 from timm_jem.prediction import Prediction
 from timm_jem.reference import Reference
 
-__all__ = ["belief", "curve", "grid", "histogram", "note", "picture", "problem", "text"]
+__all__ = ["belief", "curve", "grid", "histogram", "note", "number", "percent", "picture", "problem", "text"]
 
 _WIDTH, _HEIGHT = 360, 120  # of a chart, in its own units, which are about pixels on a phone
 _LEFT, _RIGHT, _TOP, _BOTTOM = 6, 6, 16, 30
@@ -68,10 +68,15 @@ def belief(u: Tensor, prediction: Prediction, names: Sequence[str], reference: R
     )
     return (
         f'<div class="belief"><div class="subject">{picture(u, "the picture as the model sees it")}</div><div>'
-        f'<p class="verdict"><b>{text(prediction.label)}</b> <span>{percent(prediction.p)}</span></p>'
+        f'<p class="verdict"><b>{text(prediction.label)}</b> <span>{text(percent(prediction.p))}</span></p>'
         f"{_bars(prediction.probabilities, names)}{note(f'Probabilities {calibrated}.')}</div>"
         f"<div>{_flag(prediction, reference)}{histogram(prediction.energy, reference)}</div></div>"
     )
+
+
+def number(value: float, digits: int = 2) -> str:
+    """With a minus sign, not a hyphen."""
+    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def percent(p: float) -> str:
@@ -83,7 +88,7 @@ def _bars(probabilities: Tensor, names: Sequence[str]) -> str:
     likeliest = probabilities.topk(min(_SHOWN, len(probabilities)))
     rows = "".join(
         f'<tr><th scope="row">{text(names[i])}</th><td class="bar"><i style="width:{100 * p:.1f}%"></i></td>'
-        f"<td>{percent(p)}</td></tr>"
+        f"<td>{text(percent(p))}</td></tr>"
         for p, i in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
     )
     return f'<table class="bars"><caption class="hidden">The likeliest classes</caption>{rows}</table>'
@@ -93,13 +98,13 @@ def _flag(prediction: Prediction, reference: Reference | None) -> str:
     """Whether the image is like the held-out ones, in words."""
     if reference is None:
         return (
-            f'<p class="flag unknown"><b>Energy {prediction.energy:.2f}</b> '
+            f'<p class="flag unknown"><b>Energy {number(prediction.energy)}</b> '
             "There are no held-out images to compare it with, so nothing is flagged.</p>"
         )
     share = f"{prediction.percentile:.0f} % of {reference.n:,} held-out images have a lower energy."
     if prediction.outlier:
-        return f'<p class="flag outlier"><b>Unlike the training data</b> Energy {prediction.energy:.2f}: {share}</p>'
-    return f'<p class="flag usual"><b>Like the training data</b> Energy {prediction.energy:.2f}: {share}</p>'
+        return f'<p class="flag outlier"><b>Unlike the training data</b> Energy {number(prediction.energy)}: {share}</p>'
+    return f'<p class="flag usual"><b>Like the training data</b> Energy {number(prediction.energy)}: {share}</p>'
 
 
 def histogram(energy: float, reference: Reference | None) -> str:
@@ -124,14 +129,14 @@ def histogram(energy: float, reference: Reference | None) -> str:
     says = f"{off}this picture" if off.startswith("‹") else f"this picture{off}"
     anchor = "start" if at < _WIDTH / 4 else "end" if at > 3 * _WIDTH / 4 else "middle"
     edge = x(min(max(reference.threshold, low), high))
-    told = f"Energies of held-out images from {known[0]:.2f} to {known[-1]:.2f}, of this picture {energy:.2f}"
+    told = f"Energies of held-out images from {number(known[0])} to {number(known[-1])}, of this picture {number(energy)}"
     return _svg(
         f"{bars}"
         f'<line x1="{edge:.1f}" x2="{edge:.1f}" y1="{_TOP}" y2="{base}" class="threshold"/>'
         f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{base}" class="here"/>'
         f'<text x="{at:.1f}" y="{_TOP - 5}" text-anchor="{anchor}" class="here">{says}</text>'
-        f'<text x="{_LEFT}" y="{base + 13}">{low:.1f}</text>'
-        f'<text x="{_WIDTH - _RIGHT}" y="{base + 13}" text-anchor="end">{high:.1f}</text>'
+        f'<text x="{_LEFT}" y="{base + 13}">{number(low, 1)}</text>'
+        f'<text x="{_WIDTH - _RIGHT}" y="{base + 13}" text-anchor="end">{number(high, 1)}</text>'
         f'<text x="{_WIDTH / 2}" y="{base + 13}" text-anchor="middle">held-out images</text>'
         f'<text x="{_LEFT}" y="{base + 26}">← likelier</text>'
         f'<text x="{_WIDTH - _RIGHT}" y="{base + 26}" text-anchor="end">stranger →</text>',
@@ -167,10 +172,10 @@ def curve(energies: Sequence[float], total: int, reference: Reference | None, at
     dot = f'<circle cx="{x(at):.1f}" cy="{y(now):.1f}" r="4" class="here"/>' if math.isfinite(now) else ""
     return _svg(
         f'{band}<polyline points="{points}"/>{dot}'
-        f'<text x="{_LEFT}" y="{_TOP - 5}" class="here">energy {now:.2f}</text>'
+        f'<text x="{_LEFT}" y="{_TOP - 5}" class="here">energy {number(now)}</text>'
         f'<text x="{_WIDTH - _RIGHT}" y="{_TOP - 5}" text-anchor="end">step {at} of {total}</text>'
         f'<text x="{_LEFT}" y="{base + 26}">steps →</text>{key}',
-        f"Energy from {energies[0]:.2f} to {now:.2f} after {at} of {total} steps",
+        f"Energy from {number(energies[0])} to {number(now)} after {at} of {total} steps",
     )
 
 
