@@ -133,7 +133,7 @@ def test_a_histogram_tells_where_a_picture_is():
     ]
     assert at == sorted(at)
     assert abs(at[1] - 180) < 1
-    assert views.histogram(0.5, held_out).count('class="beyond"') in (1, 2)
+    assert views.histogram(0.5, held_out).count('class="beyond"') <= 3
     assert "this picture ›" in views.histogram(99, held_out)
     assert "‹ this picture" in views.histogram(-99, held_out)
 

@@ -184,7 +184,7 @@ def test_an_attack_is_watched(visitor):
     visitor.open("Attack")
     visitor.press("Attack")
     visitor.see("#attacked figcaption", "before:")
-    visitor.see("#attacked svg", "step 43 of 43")
+    visitor.see("#attacked svg", "step 42 of 42")
     assert nothing_moves()
     before, after, _ = visitor.sources("#attacked")
     assert before != after
@@ -260,7 +260,7 @@ def test_two_visitors_do_not_mix(visitor, page):
         one.open("Attack")
         one.press("Attack")
     for one, row in ((visitor, 3), (other, 5)):
-        one.see("#attacked svg", "step 43 of 43")
+        one.see("#attacked svg", "step 42 of 42")
         assert one.sources("#attacked")[0] == pictures[row]
     other.driver.close()
     visitor.driver.switch_to.window(visitor.window)

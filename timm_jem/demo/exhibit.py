@@ -117,9 +117,10 @@ def _of_all_classes(y: Tensor, count: int) -> Tensor:
 def _drawn(jem: JEM, seed: int) -> tuple[Tensor, str]:
     generator = torch.Generator().manual_seed(seed)
     if jem.chains is not None:
-        count = min(_EXAMPLES, len(jem.chains))
-        return jem.sample(count, init="buffer", generator=generator, num_steps=1), "images that the model drew in training"
-    if math.prod(jem.input_size) > _QUICK:
+        count, drawn = min(_EXAMPLES, len(jem.chains)), "images that the model drew in training"
+        x = jem.sample(count, init="buffer", generator=generator, num_steps=1)
+    elif math.prod(jem.input_size) <= _QUICK:
+        x, drawn = jem.sample(y=torch.arange(_EXAMPLES) % jem.num_classes, generator=generator), "images that the model draws"
+    else:
         return torch.zeros(0, *jem.input_size), "upload a picture"
-    y = torch.arange(_EXAMPLES) % jem.num_classes
-    return jem.sample(y=y, generator=generator), "images that the model draws"
+    return jem.normalize(jem.denormalize(x).clamp(-1, 1)), drawn

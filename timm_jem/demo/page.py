@@ -23,6 +23,7 @@ __all__ = ["build", "launch"]
 
 _WAITING = 100  # requests in the queue; more are told to come back later
 _AT_ONCE = 2  # chains that move at once
+_VISITORS = 200  # whose pictures are kept, at most some megabytes each
 _PAINTER = """<div class="painter" tabindex="0" role="application"
  aria-label="The picture to paint on. Arrow keys move, space erases.">${picture}
 <div class="cells" style="--side:${side}">${"<i></i>".repeat(side * side)}</div></div>"""
@@ -66,6 +67,8 @@ def launch(
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
+        pwa=False,
+        state_session_capacity=_VISITORS,
         prevent_thread_lock=not wait,
         quiet=not wait,
     )
@@ -96,10 +99,10 @@ def build(exhibit: Exhibit) -> gr.Blocks:
             return {picture: x, believed: panels.look(exhibit, x), said: "", **{c: value(x) for c, value in renewed.items()}}
 
         def choose_example(event: gr.EventData) -> dict[Any, Any]:
-            return shown(lambda: panels.example(exhibit, event._data))
+            return shown(lambda: panels.example(exhibit, event._data or {}))
 
         def choose_file(event: gr.EventData) -> dict[Any, Any]:
-            return shown(lambda: panels.uploaded(exhibit, event._data))
+            return shown(lambda: panels.uploaded(exhibit, event._data or {}))
 
         options = {
             "outputs": [picture, believed, said, *renewed],
@@ -155,7 +158,7 @@ def _change_tab(exhibit: Exhibit, picture: gr.State) -> _Tab:
                 yield shown, None, gr.Slider(interactive=False)
             else:
                 last = len(shown) - 1
-                yield shown[last], shown, gr.Slider(maximum=last, value=last, interactive=True)
+                yield shown[last], shown, gr.Slider(maximum=max(last, 1), value=last, interactive=True)
 
     with gr.Tab("Change"):
         _html(views.note("The least change after which the model is sure that it sees another class."))

@@ -4,6 +4,7 @@ import base64
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -149,8 +150,8 @@ def attack(exhibit: Exhibit, x: Tensor, grey_levels: int) -> Iterator[str]:
     jem = exhibit.jem
     check_whole("the largest change of a pixel", grey_levels, 1, MOST_LEVELS)
     before, images = jem.predict(x)[0], jem.denormalize(x).add(1).div(2).clamp(0, 1)
-    y, classify, energies, total = torch.tensor([before.y]), pixel_classifier(jem), [], _ATTACK_STEPS
-    config = PGDConfig(eps=grey_levels / 255, steps=total, step_size=2.5 * grey_levels / 255 / total)
+    y, classify, energies = torch.tensor([before.y]), pixel_classifier(jem), []
+    config = PGDConfig(eps=grey_levels / 255, steps=_ATTACK_STEPS)
 
     def work(report: Callable[..., None]) -> Tensor:
         def watched(images: Tensor) -> Tensor:
@@ -174,10 +175,10 @@ def attack(exhibit: Exhibit, x: Tensor, grey_levels: int) -> Iterator[str]:
         still = f"{before.label} is now {percent(after.probabilities[before.y].item())}."
         told = f"{still} Energy {number(before.energy)} → {number(after.energy)}."
         shown = grid(2 * torch.cat([images, now, difference]) - 1, alts, captions)
-        return shown + curve(energies, total + 3, jem.reference) + note(told)
+        return shown + curve(energies, _ATTACK_STEPS + 2, jem.reference) + note(told)
 
     with Live(work) as steps:
-        for (now,) in _paced(steps):
+        for (now,) in islice(_paced(steps), 1, None):  # of the picture itself, which is looked at twice
             yield shown(now[:1])
     yield shown(steps.result)
 

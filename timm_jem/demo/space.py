@@ -58,5 +58,9 @@ def write_space(jem: JEM, folder: str | os.PathLike, *, title: str, app: Path) -
 
 def _requirements() -> list[str]:
     """Of this package, without its extras, and PyTorch's wheels for CPUs."""
-    needed = [line for line in metadata.requires("timm_jem") or [] if not re.search(r"\bextra\s*==", line)]
+    try:
+        needed = metadata.requires("timm_jem") or []
+    except metadata.PackageNotFoundError as error:
+        raise InputError("timm_jem is not installed, so what it needs is unknown: pip install -e . first") from error
+    needed = [line for line in needed if not re.search(r"\bextra\s*==", line)]
     return ["--extra-index-url https://download.pytorch.org/whl/cpu", *needed]
