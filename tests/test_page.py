@@ -5,6 +5,7 @@ It needs Gradio, Selenium and Chromium: pip install -e '.[demo]' selenium; apt-g
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -82,7 +83,7 @@ class Visitor:
         raise AssertionError(f"no {css} with {words!r}; there is {[one.text for one in self.all(css)]}")
 
     def press(self, name: str) -> None:
-        next(button for button in self.all("button") if button.text.strip() == name).click()
+        next(button for button in self.all("button.lg") if button.text.strip() == name).click()
 
     def open(self, tab: str) -> None:
         next(button for button in self.all('button[role="tab"]') if button.text == tab).click()
@@ -165,7 +166,7 @@ def test_chains_are_watched(visitor):
     seen = set()
     deadline = time.monotonic() + PATIENCE
     while "Again in Python" not in visitor.see("#drawn").text and time.monotonic() < deadline:
-        seen.add(visitor.see("#drawn svg").text.split("step")[-1])
+        seen.add(re.search(r"step \d+ of 20", visitor.see("#drawn svg").text)[0])
     assert len(visitor.sources("#drawn")) == 8
     assert len(seen) >= 3
 
@@ -295,8 +296,8 @@ def test_a_phone_shows_all_of_it(visitor):
     try:
         for tab in ("Draw", "Attack", "Change", "Erase and restore"):
             if not [one for one in visitor.all('button[role="tab"]') if one.text == tab]:
-                visitor.all(".overflow-menu button")[0].click()
-            next(one for one in visitor.all("button") if one.text == tab).click()
+                visitor.all(".overflow-menu > button")[0].click()
+            next(one for one in visitor.all('[role="tab"], .overflow-dropdown button') if one.text == tab).click()
             if tab != "Erase and restore":
                 visitor.press(tab)
                 visitor.see({"Draw": "#drawn", "Attack": "#attacked", "Change": "#changed"}[tab] + " img")

@@ -24,9 +24,6 @@ __all__ = ["build", "launch"]
 _WAITING = 100  # requests in the queue; more are told to come back later
 _AT_ONCE = 2  # chains that move at once
 _VISITORS = 200  # whose pictures are kept, at most some megabytes each
-_PAINTER = """<div class="painter" tabindex="0" role="application"
- aria-label="The picture to paint on. Arrow keys move, space erases.">${picture}
-<div class="cells" style="--side:${side}">${"<i></i>".repeat(side * side)}</div></div>"""
 
 
 def launch(
@@ -146,7 +143,9 @@ def _attack_tab(exhibit: Exhibit, picture: gr.State) -> _Tab:
 
     with gr.Tab("Attack"):
         _html(views.note("Every pixel moves a little, the way that changes the model's mind soonest."))
-        levels = gr.Slider(1, panels.MOST_LEVELS, 16, step=1, label="How far a pixel may move, of 255 grey levels")
+        levels = gr.Slider(
+            1, panels.MOST_LEVELS, panels.levels_moved(exhibit), step=1, label="How far a pixel may move, of 255 grey levels"
+        )
         event, attacked = _action("Attack", attack, [picture, levels], "attacked")
     return _Tab(event, {attacked: lambda x: ""})
 
@@ -178,11 +177,11 @@ def _erase_tab(exhibit: Exhibit, picture: gr.State) -> _Tab:
 
     with gr.Tab("Erase and restore"):
         _html(views.note("Paint over a part of the picture. A chain fills it in with what the model takes for likely there."))
-        canvas, side = panels.canvas(exhibit, picture.value), panels.side_of_mask(exhibit)
-        options = {"html_template": _PAINTER, "js_on_load": _read("painter.js"), "picture": canvas, "side": side}
-        painter = _html("", **options, elem_id="painter")
+        canvas = panels.canvas(exhibit, picture.value)
+        options = {"html_template": "${canvas}", "js_on_load": _read("painter.js"), "elem_id": "painter"}
+        painter = _html(canvas=canvas, **options)  # its value is what is painted
         event, restored = _action("Restore", restore, [picture, painter], "restored")
-    return _Tab(event, {painter: lambda x: gr.HTML(picture=panels.canvas(exhibit, x)), restored: lambda x: ""})
+    return _Tab(event, {painter: lambda x: gr.HTML(canvas=panels.canvas(exhibit, x)), restored: lambda x: ""})
 
 
 def _action(name: str, panel: Callable, inputs: list, result: str, more: Sequence = ()) -> tuple[Any, gr.HTML]:

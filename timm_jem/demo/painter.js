@@ -2,7 +2,7 @@
 let at = 0, paints = null;
 const cells = () => [...element.querySelectorAll(".cells i")];
 const told = () => { props.value = cells().map((cell) => (cell.classList.contains("gone") ? "1" : "0")).join(""); };
-watch("picture", told); // over which nothing is painted yet
+watch("canvas", told); // over which nothing is painted yet
 const under = (event) => {
   const box = element.querySelector(".cells").getBoundingClientRect(), side = Math.sqrt(cells().length);
   const place = (from, start, length) => Math.min(side - 1, Math.max(0, Math.floor(((from - start) / length) * side)));

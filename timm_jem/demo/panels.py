@@ -30,6 +30,7 @@ __all__ = [
     "drawn_at_once",
     "example",
     "frame",
+    "levels_moved",
     "look",
     "opened",
     "restore",
@@ -39,7 +40,7 @@ __all__ = [
 
 MOST_BYTES = 20 * 2**20  # of an upload
 MOST_DRAWN = 16  # pictures at once
-MOST_LEVELS = 64  # of 255, by which an attack moves a pixel
+MOST_LEVELS = 128  # of 255, by which an attack moves a pixel
 _MOST_PIXELS = 50_000_000  # of an upload: 150 MB once decoded
 _PACE = 0.05  # seconds a step is looked at
 _ATTACK_STEPS = 40
@@ -136,13 +137,18 @@ def draw(exhibit: Exhibit, y: int | None, count: int, seed: int) -> Iterator[str
             energies = _energies(exhibit, u)
             means.append(sum(energies) / len(energies))
             alts = [f"drawn picture {i + 1} of {asked}" for i in range(count)]
-            yield grid(u, alts, [f"energy {number(e, 1)}" for e in energies]) + curve(means, total, jem.reference)
+            yield grid(u, alts, [f"energy {number(e, 1)}" for e in energies]) + curve(means, total, jem.reference, first=1)
     named = "" if y is None else f"y={y}, "
     yield (
         grid(u, alts, [f"{p.label} {percent(p.p)}" for p in jem.predict(steps.result)])
-        + curve(means, total, jem.reference)
+        + curve(means, total, jem.reference, first=1)
         + note(f"Again in Python: jem.sample({count}, {named}generator=torch.Generator().manual_seed({seed}))")
     )
+
+
+def levels_moved(exhibit: Exhibit) -> int:
+    """How far an attack moves a pixel, if nobody says: 8 of 255 is usual in colour, and little for strokes on black."""
+    return 8 if exhibit.jem.input_size[0] == 3 else 48
 
 
 def attack(exhibit: Exhibit, x: Tensor, grey_levels: int) -> Iterator[str]:
@@ -150,7 +156,7 @@ def attack(exhibit: Exhibit, x: Tensor, grey_levels: int) -> Iterator[str]:
     jem = exhibit.jem
     check_whole("the largest change of a pixel", grey_levels, 1, MOST_LEVELS)
     before, images = jem.predict(x)[0], jem.denormalize(x).add(1).div(2).clamp(0, 1)
-    y, classify, energies = torch.tensor([before.y]), pixel_classifier(jem), []
+    y, classify, energies, shares = torch.tensor([before.y]), pixel_classifier(jem), [], []
     config = PGDConfig(eps=grey_levels / 255, steps=_ATTACK_STEPS)
 
     def work(report: Callable[..., None]) -> Tensor:
@@ -165,6 +171,7 @@ def attack(exhibit: Exhibit, x: Tensor, grey_levels: int) -> Iterator[str]:
         moved = jem.normalize(2 * now - 1)
         after = jem.predict(moved)[0]
         energies.append(after.energy)
+        shares.append(after.probabilities[before.y].item())
         difference = ((now - images) / (2 * config.eps) + 0.5).clamp(0, 1)  # grey where nothing changed
         captions = (
             f"before: {before.label} {percent(before.p)}",
@@ -172,10 +179,10 @@ def attack(exhibit: Exhibit, x: Tensor, grey_levels: int) -> Iterator[str]:
             "what changed, enhanced",
         )
         alts = ("the picture before the attack", "the picture after the attack", "the difference")
-        still = f"{before.label} is now {percent(after.probabilities[before.y].item())}."
-        told = f"{still} Energy {number(before.energy)} → {number(after.energy)}."
         shown = grid(2 * torch.cat([images, now, difference]) - 1, alts, captions)
-        return shown + curve(energies, _ATTACK_STEPS + 2, jem.reference) + note(told)
+        told = f"The model believes in {before.label} by {percent(shares[-1])}, and the energy is {number(after.energy)}"
+        told += f", from {percent(before.p)} and {number(before.energy)}."
+        return shown + curve(energies, _ATTACK_STEPS + 2, jem.reference, shares=shares, share_of=before.label) + note(told)
 
     with Live(work) as steps:
         for (now,) in islice(_paced(steps), 1, None):  # of the picture itself, which is looked at twice
@@ -191,12 +198,12 @@ def change(exhibit: Exhibit, x: Tensor, y: int) -> Iterator[str | tuple[str, ...
 
     def shown(u: Tensor, at: int) -> str:
         now = jem.predict(jem.normalize(u))[0]
-        asked = f"{exhibit.names[y]} {percent(now.probabilities[y].item())}"
+        asked = f"The model believes in {exhibit.names[y]} by {percent(now.probabilities[y].item())}"
         captions = ("before", f"{now.label} {percent(now.p)}")
         alts = ("the picture as it was", f"the picture on its way to {exhibit.names[y]}")
-        told = f"{asked}. It has moved {(u - kept[0]).norm():.2f} from the picture (pixels from −1 to 1)."
+        told = f"{asked}. The picture has moved by {(u - kept[0]).norm():.2f}, in pixels from −1 to 1."
         pictures = grid(torch.cat([kept[0], u]), alts, captions)
-        return pictures + curve(energies, len(energies) - 1, jem.reference, at) + note(told)
+        return pictures + curve(energies, len(energies) - 1, jem.reference, at=at) + note(told)
 
     with Live(lambda report: jem.counterfactual(x, y, steps=_CHANGE_STEPS, on_step=report)) as steps:
         for step, u in _paced(steps):
@@ -219,8 +226,15 @@ def side_of_mask(exhibit: Exhibit) -> int:
 
 
 def canvas(exhibit: Exhibit, x: Tensor | None) -> str:
-    """The picture that is painted over."""
-    return "" if x is None else picture(exhibit.jem.denormalize(x)[0], "the picture to paint over")
+    """The picture to paint over, under a grid of cells."""
+    if x is None:
+        return note("There is no picture yet.")
+    side = side_of_mask(exhibit)
+    shown, cells = picture(exhibit.jem.denormalize(x)[0], "the picture to paint over"), "<i></i>" * side**2
+    return (
+        '<div class="painter" tabindex="0" role="application" aria-label="Paint over the picture: arrows move, space erases">'
+        f'{shown}<div class="cells" style="--side:{side}">{cells}</div></div>'
+    )
 
 
 def restore(exhibit: Exhibit, x: Tensor, cells: str, seed: int) -> Iterator[str]:
@@ -241,7 +255,7 @@ def restore(exhibit: Exhibit, x: Tensor, cells: str, seed: int) -> Iterator[str]
         now = jem.predict(jem.normalize(u))[0]
         captions = ("before", "erased", f"restored: {now.label} {percent(now.p)}")
         alts = ("the picture as it was", "the picture with a part erased", "the picture restored")
-        return grid(torch.cat([before, hole, u]), alts, captions) + curve(energies, total, jem.reference)
+        return grid(torch.cat([before, hole, u]), alts, captions) + curve(energies, total, jem.reference, first=1)
 
     generator = torch.Generator().manual_seed(seed)
     with Live(lambda report: jem.restore(x, mask, generator=generator, on_step=report)) as steps:

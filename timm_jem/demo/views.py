@@ -144,14 +144,16 @@ def histogram(energy: float, reference: Reference | None) -> str:
     )
 
 
-def curve(energies: Sequence[float], total: int, reference: Reference | None, at: int | None = None) -> str:
+def curve(energies: Sequence[float], total: int, reference: Reference | None, *, first: int = 0, at: int | None = None) -> str:
     """Energy against steps, above the range of nine in ten held-out images.
 
     Args:
-        energies: E(x) from the start on.
-        total: how many steps there may be.
+        energies: E(x), one a step.
+        total: the last step there may be.
         reference: held-out images, or None.
-        at: the step that is shown; None: the last.
+        first: the step of the first energy.
+        at: which of them is shown; None: the last.
+        shares: probabilities of the class ``share_of``, one a step, or none.
     """
     usual = () if reference is None else (reference.quantiles[5], reference.quantiles[95])
     finite = [e for e in (*energies, *usual) if math.isfinite(e)]
@@ -161,21 +163,27 @@ def curve(energies: Sequence[float], total: int, reference: Reference | None, at
     x, base = _scale(0, max(total, 1), _LEFT, _WIDTH - _RIGHT), _HEIGHT - _BOTTOM
     y = _scale(low, high, base, _TOP)
     at = len(energies) - 1 if at is None else at
-    points = " ".join(f"{x(i):.1f},{y(e):.1f}" for i, e in enumerate(energies) if math.isfinite(e))
+    points = " ".join(f"{x(first + i):.1f},{y(e):.1f}" for i, e in enumerate(energies) if math.isfinite(e))
     band = key = ""
     if usual:
         top, bottom = y(usual[1]), y(usual[0])
         size = f'y="{top:.1f}" width="{_WIDTH - _LEFT - _RIGHT}" height="{max(bottom - top, 1):.1f}"'
         band = f'<rect x="{_LEFT}" {size} class="usual"/>'
         key = f'<text x="{_WIDTH - _RIGHT}" y="{base + 26}" text-anchor="end">shaded: 9 in 10 held-out images</text>'
+    if shares:
+        along, up = " ".join(f"{x(first + i):.1f},{base + (_TOP - base) * p:.1f}" for i, p in enumerate(shares)), shares[at]
+        band += f'<polyline points="{along}" class="share"/>'
+        band += (
+            f'<text x="{_WIDTH / 2}" y="{_TOP - 5}" text-anchor="middle">dashed: {text(share_of)} {text(percent(up))}</text>'
+        )
     now = energies[at]
-    dot = f'<circle cx="{x(at):.1f}" cy="{y(now):.1f}" r="4" class="here"/>' if math.isfinite(now) else ""
+    dot = f'<circle cx="{x(first + at):.1f}" cy="{y(now):.1f}" r="4" class="here"/>' if math.isfinite(now) else ""
     return _svg(
         f'{band}<polyline points="{points}"/>{dot}'
         f'<text x="{_LEFT}" y="{_TOP - 5}" class="here">energy {number(now)}</text>'
-        f'<text x="{_WIDTH - _RIGHT}" y="{_TOP - 5}" text-anchor="end">step {at} of {total}</text>'
+        f'<text x="{_WIDTH - _RIGHT}" y="{_TOP - 5}" text-anchor="end">step {first + at} of {total}</text>'
         f'<text x="{_LEFT}" y="{base + 26}">steps →</text>{key}',
-        f"Energy from {number(energies[0])} to {number(now)} after {at} of {total} steps",
+        f"Energy from {number(energies[0])} to {number(now)} at step {first + at} of {total}",
     )
 
 
