@@ -133,13 +133,13 @@ def test_negatives_are_chains_that_go_on():
     config = timm_jem.SGLDConfig(num_steps=2, sample_steps=5)
     sample = jem.sample
     jem.sample = lambda n, **options: seen.append((n, options["init"])) or sample(n, **options)
-    with jem.adapted(images(6, (3, 16, 16)), steps=2, generator=seeded(), sgld_config=config) as adapt:
+    with jem.adapted(images(6, (3, 16, 16)), "energy", steps=2, generator=seeded(), sgld_config=config) as adapt:
         adapt(images(6, (3, 16, 16)))
         adapt(images(4, (3, 16, 16)))
         first = jem(images(2, (3, 16, 16)))
     assert [n for n, _ in seen] == [6] * 4 + [4] * 2
     assert [init is None for _, init in seen] == [True, False, False, False, True, False]
-    with jem.adapted(images(6, (3, 16, 16)), steps=2, generator=seeded(), sgld_config=config) as adapt:
+    with jem.adapted(images(6, (3, 16, 16)), "energy", steps=2, generator=seeded(), sgld_config=config) as adapt:
         adapt(images(6, (3, 16, 16)))
         adapt(images(4, (3, 16, 16)))
         assert torch.equal(jem(images(2, (3, 16, 16))), first)
@@ -153,8 +153,9 @@ def test_a_stream_goes_on_from_where_it_was():
         adapt(second)
         torch.testing.assert_close(jem.backbone.norm.running_mean[0], second.mean())
         assert abs(jem.backbone.norm.weight.item() - after_first) > LR  # Adam's momentum is not forgotten
-        with pytest.raises(InputError, match="give a batch"):
-            adapt(second[:1])
+        for bad, message in ((second[:1], "give a batch"), (second * math.nan, "NaN"), (second.tolist(), "a list")):
+            with pytest.raises(InputError, match=message):
+                adapt(bad)
     kept.check()
 
 
@@ -221,7 +222,7 @@ def test_a_loss_that_ran_away_is_said_and_undone():
 @pytest.mark.parametrize(
     ("backbone", "options", "message"),
     [
-        (nn.BatchNorm2d(1), {"method": "tea"}, "'energy', 'tent', 'statistics'"),
+        (nn.BatchNorm2d(1), {"method": "tea"}, "'statistics', 'energy', 'tent'"),
         (nn.BatchNorm2d(1), {"method": None}, "method of an adaptation is None"),
         (nn.BatchNorm2d(1), {"steps": 0}, "steps"),
         (nn.BatchNorm2d(1), {"lr": 0}, "lr"),
@@ -236,17 +237,17 @@ def test_a_loss_that_ran_away_is_said_and_undone():
         (nn.BatchNorm2d(1), {"negatives": "chains"}, "negatives"),
         (nn.BatchNorm2d(1), {"generator": 3}, "generator"),
         (nn.BatchNorm2d(1), {"sgld_config": {}}, "sgld_config"),
-        (nn.BatchNorm2d(1, affine=False), {"method": "tent"}, "no normalisation layers with weights"),
+        (nn.BatchNorm2d(1, affine=False), {"method": "tent"}, "no normalisation layers"),
         (nn.LayerNorm([1, 1, 2]), {"method": "statistics"}, "no BatchNorm layers"),
         (nn.LayerNorm([1, 1, 2]), {"x": batch(0)}, "at least one"),
         (nn.Identity(), {"method": "energy"}, "no normalisation layers"),
-        (nn.Identity(), {"method": "statistics"}, "no BatchNorm layers"),
+        (nn.Identity(), {"method": "statistics"}, "no normalisation layers"),
     ],
 )
 def test_bad_input_is_said_in_a_line(backbone, options, message):
     jem = in_pixels(Scaled(backbone), (1, 1, 2))
     kept = Kept(jem)
-    with pytest.raises(InputError, match=message) as error, jem.adapted(**{"x": batch(), **options}):
+    with pytest.raises(InputError, match=message) as error, jem.adapted(**{"x": batch(), "method": "energy", **options}):
         pass
     assert "\n" not in str(error.value)
     kept.check()

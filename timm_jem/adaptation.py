@@ -14,7 +14,7 @@ from timm_jem.modes import frozen
 
 __all__ = ["METHODS", "Adapt", "adapted", "normalisation_layers"]
 
-METHODS = ("energy", "tent", "statistics")
+METHODS = ("statistics", "energy", "tent")
 _TIMM = [kind for kind in vars(norm).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, *_TIMM)  # _NormBase: BatchNorm and InstanceNorm
 
@@ -34,7 +34,8 @@ def adapted(
     *,
     steps: int,
     lr: float,
-    negatives: Callable[[int], Tensor],
+    negatives: Tensor | Callable[[int], Tensor],
+    checked: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Iterator[Adapt]:
     """Within the context ``model`` is in eval mode and adapted to ``x``; then all is as it was, bit for bit.
 
@@ -49,7 +50,8 @@ def adapted(
         x: model input, shape (B, C, H, W).
         method: "energy", "tent", or "statistics", which is BatchNorm's alone.
         steps, lr: of Adam.
-        negatives: draws so many x', model input, from the model as it then is; called once a step, in eval mode.
+        negatives: x', model input; or draws so many of them from the model as it then is, called once a step, in eval mode.
+        checked: a batch to what the model takes, or an exception; for ``x`` and for all further ones.
 
     Yields:
         A function that adapts to a further batch, going on from where the last one led, as the papers do with a stream.
@@ -65,8 +67,12 @@ def adapted(
     counted = [layer for layer in layers if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
     moved = {} if method == "statistics" else _weights(model, layers)
     if not (moved or (counted and method == "statistics")):
-        which = "BatchNorm layers with statistics" if method == "statistics" else "normalisation layers with weights"
-        raise InputError(f"this model has no {which}, which are what {method!r} adapts: give another method or model")
+        if method == "statistics" and layers:
+            raise InputError(
+                "this model has no BatchNorm layers whose statistics could be adapted: give method='energy' or 'tent'"
+            )
+        remedy = "give method='statistics'" if counted else "take one that has some"
+        raise InputError(f"this model has no normalisation layers with weights: {remedy}")
     with torch.inference_mode(False):
         held = [*moved.values(), *(buffer for layer in counted for buffer in layer.buffers())]
         kept = {tensor: tensor.detach().clone() for tensor in held}
@@ -76,15 +82,18 @@ def adapted(
     optimizer = torch.optim.Adam(exact.values(), lr) if exact else None
 
     def adapt(x: Tensor) -> None:
+        x = checked(x)
         if len(x) < (2 if counted else 1):
             few = "have no statistics for BatchNorm layers: give a batch" if counted else "are none: give at least one"
             raise InputError(f"{len(x)} images to adapt to {few}, the larger the better")
         with torch.inference_mode(False), torch.enable_grad():
             x, others = x.detach().clone(), None
             for _ in range(steps if optimizer else 0):
-                if method == "energy":
+                if method == "energy" and callable(negatives):
                     _take_statistics(model, counted, x)
                     others = negatives(len(x))
+                elif method == "energy":
+                    others = negatives
                 loss = _loss(model, {name: exact[name].to(weight.dtype) for name, weight in moved.items()}, counted, x, others)
                 if not loss.isfinite():
                     raise InputError(f"the loss of this adaptation is {loss.item()}: give a smaller lr or fewer steps")

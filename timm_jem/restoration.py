@@ -29,7 +29,8 @@ def with_unknown(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         return x, torch.zeros_like(x, dtype=torch.bool)
     (batch, channels), size = x.shape[:2], tuple(x.shape[2:])
     shapes = [size, (1, *size), (batch, 1, *size), (batch, channels, *size)]
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.is_meta or tuple(mask.shape) not in shapes:
+    is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.layout == torch.strided and not mask.is_meta
+    if not is_mask or tuple(mask.shape) not in shapes:
         shown = ", ".join(map(str, dict.fromkeys(shapes)))
         raise InputError(f"mask is {kind(mask)}: give bool, True where pixels are unknown, of shape {shown}")
     mask = mask.to(x.device).expand(x.shape)
@@ -53,11 +54,12 @@ def restore(
 ) -> Tensor:
     """SGLD chains of which part of the pixels is known, exactly or up to Gaussian noise.
 
-    Without ``noise`` the known pixels are put back after each step. With it a chain descends the posterior energy
-    E(v) + ‖v − u‖² / (2 · noise²), the sum over the known pixels, and all pixels move. That second term takes an implicit
-    step, (v + r · u) / (1 + r) with r = step size / noise², which is stable however small ``noise`` is and becomes the
-    former as it goes to zero; on a Gaussian energy the chains' mean is that of the posterior. As with all SGLD of untied
-    step and noise (JEM, arXiv 1912.03263, eq. 3), chains are colder or warmer than the posterior, likelihood and all.
+    Without ``noise`` the known pixels are put back after each step. With it all pixels move, by the posterior of a density
+    p(v) and a likelihood N(u; v, noise²) of the known ones, where p(v) is what the chains sample: of step α and noise s that
+    is exp(−E(v) / T) with T = s² / (2α), colder than exp(−E(v)) where JEM's are (arXiv 1912.03263, eq. 3, untied). So the
+    likelihood's Langevin step is of size s²/2, whatever α; it is taken implicitly, (v + r · u) / (1 + r) with
+    r = s² / (2 · noise²), which is stable however small ``noise`` is, and puts the known pixels back as it goes to zero. On
+    a Gaussian energy the chains' mean is the posterior's.
 
     Args:
         energy_fn: as of :func:`timm_jem.sgld`.
@@ -73,29 +75,22 @@ def restore(
         Pixels, shape (B, C, H, W); known ones are those of ``u`` unless they have ``noise``.
 
     Raises:
-        InputError: a noise out of range, or as :func:`timm_jem.sgld`.
+        InputError: a noise out of range, or one with chains that have none themselves, or as :func:`timm_jem.sgld`.
     """
     if noise is not None:
-        check_number("noise of the known pixels", noise, above=0, most=2)
+        check_number("noise of the known pixels", noise, least=1e-6, most=2)
+        if not config.noise_std:
+            raise InputError("chains that make no noise sample no posterior: give a sgld_config whose noise_std is above 0")
     if not is_floats(start) or start.shape != u.shape:
         raise InputError(f"the start of a restoration is {kind(start)}: give pixels of shape {tuple(u.shape)}")
     num_steps = config.num_steps if num_steps is None else num_steps
     check_whole("num_steps of a restoration", num_steps, 1, MOST_STEPS)
-    v, pull = torch.where(mask, start.to(u), u), torch.zeros(())
-
-    def measure(chains: Tensor, gradient: Tensor) -> None:
-        """How hard the known pixels pull in this step: as far as the energy's gradient goes, if that is normalised."""
-        nonlocal pull
-        pull = torch.full((), config.step_size / noise**2, dtype=u.dtype, device=u.device)
-        if config.normalize_grad:
-            pull = pull / gradient.flatten(1).norm(dim=1)[:, None, None, None] * gradient[0].numel() ** 0.5
-
+    v = torch.where(mask, start.to(u), u)
+    pull = 0.0 if noise is None else config.noise_std**2 / (2 * noise**2)
     options = {"y": y, "generator": generator, "batch_size": batch_size, "num_steps": 1}
     for step in range(num_steps):
-        quiet = int(step >= num_steps - denoise_steps)
-        v = sgld(energy_fn, v, config, **options, denoise_steps=quiet, on_gradient=None if noise is None else measure)
-        held = u if noise is None else torch.lerp(v, u, 1 - 1 / (1 + pull))  # the whole way where the pull has no end
-        v = torch.where(mask, v, held)
+        v = sgld(energy_fn, v, config, **options, denoise_steps=int(step >= num_steps - denoise_steps))
+        v = torch.where(mask, v, u if noise is None else torch.lerp(v, u, pull / (1 + pull)))
         if on_step is not None:
             on_step(step + 1, v)
     return v

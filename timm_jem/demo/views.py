@@ -144,7 +144,16 @@ def histogram(energy: float, reference: Reference | None) -> str:
     )
 
 
-def curve(energies: Sequence[float], total: int, reference: Reference | None, *, first: int = 0, at: int | None = None) -> str:
+def curve(
+    energies: Sequence[float],
+    total: int,
+    reference: Reference | None,
+    *,
+    first: int = 0,
+    at: int | None = None,
+    shares: Sequence[float] = (),
+    share_of: str = "",
+) -> str:
     """Energy against steps, above the range of nine in ten held-out images.
 
     Args:
