@@ -164,7 +164,7 @@ def main(argv: list[str]) -> str | None:
 
     def rows() -> Iterator[Row]:
         outcomes = jem.predictor().stream(placed(images, files), **options)
-        for file, outcome in zip(files, tqdm(outcomes, total=len(files), desc=images.name, leave=False), strict=True):
+        for file, outcome in zip(files, tqdm(outcomes, total=len(files), desc="images", leave=False), strict=True):
             counts.update(outliers=bool(getattr(outcome, "outlier", None)), broken=isinstance(outcome, BrokenImage))
             yield row_of(file, outcome)
         for folder, why in refused.items():
@@ -181,12 +181,9 @@ def main(argv: list[str]) -> str | None:
     if others:
         print(f"passed over {', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items())[:10])}")
     outliers = "" if jem.reference is None else f", {counts['outliers']:,} outliers"
-    print(f"{len(files) + len(refused):,} rows{outliers}, {counts['broken']:,} with errors: {output}")
-    return (
-        f"{counts['broken']:,} of {len(files) + len(refused):,} could not be read: see error in {output}"
-        if counts["broken"]
-        else None
-    )
+    total, broken = len(files) + len(refused), counts["broken"]
+    print(f"{total:,} row{'s' * (total != 1)}{outliers}, {broken:,} with errors: {output}")
+    return f"{broken:,} of {total:,} could not be read: see error in {output}" if broken else None
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_without_a_reference_and_with_one(model, images, tmp_path, capsys):
     assert (row["file"], row["percentile"], row["outlier"], row["error"]) == ("b.png", None, None, None)
     said = capsys.readouterr().out
     assert "no reference: p is not calibrated and nothing is told of outliers" in said
-    assert f"\n1 rows, 0 with errors: {table}\n" in said
+    assert f"\n1 row, 0 with errors: {table}\n" in said
     (images / "pipe.png").unlink()
     (images / "deep" / "text.png").unlink()
     for name, calibrated in (("plain", "p is not calibrated"), ("saved", "p is calibrated, temperature ")):

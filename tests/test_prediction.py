@@ -201,10 +201,22 @@ def test_none_and_many(jem):
     assert jem.predict(jem.sample(2, num_steps=1))[1].energy is not None
 
 
+class Odd(os.PathLike):
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return self.path
+
+
 NOT_IMAGES = [
     (None, "is None"),
     (7, "is 7"),
     (b"photo.png", "is b'photo.png'"),
+    (Odd(b"photo.png"), "image 0 is <test_prediction.Odd"),
+    (Odd(7), "image 0 is <test_prediction.Odd"),
+    (PILImage.new("RGB", (0, 5)), r"image 0 has an image of size \(0, 5\)"),
+    (PILImage.new("La", (9, 9)), r"^image 0 has colours that can't be converted \(.*\): save it as RGB$"),
     ({"image": 1}, r"is \{'image'"),
     (iter([]), "iterator"),
     ("", "there is no file ''"),

@@ -8,8 +8,8 @@ import struct
 import zlib
 
 import numpy as np
+from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
@@ -93,7 +93,7 @@ def as_channels(image: PILImage.Image, channels: int, what: str) -> PILImage.Ima
     try:
         return image.convert(MODES[channels])
     except UNREADABLE as error:
-        raise BrokenImage(f"{what} has an image of colours that can't be converted ({one_line(error)})", what) from error
+        raise BrokenImage(f"{what} has colours that can't be converted ({one_line(error)}): save it as RGB", what) from error
 
 
 def open_image(stored: dict | None, what: str) -> PILImage.Image:
@@ -113,7 +113,7 @@ def open_image(stored: dict | None, what: str) -> PILImage.Image:
 
 
 def upright(image: PILImage.Image, what: str) -> PILImage.Image:
-    """An image, decoded, as its EXIF tag turns it, with 8 bits a channel; the one that is given is left as it is.
+    """An image, decoded, as its EXIF tag turns it, with 8 bits a channel: another one, where that changes something.
 
     Raises:
         BrokenImage: one that can't be decoded, or has no known range.
@@ -121,10 +121,13 @@ def upright(image: PILImage.Image, what: str) -> PILImage.Image:
     try:
         if image.format == "EPS":
             raise SyntaxError("PostScript is a program, and none is run")
-        image = ImageOps.exif_transpose(image)
         image.load()
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     except UNREADABLE as error:
         raise _broken(error, what) from error
+    if 0 in image.size:
+        raise BrokenImage(f"{what} has an image of size {image.size}: repair or remove it", what)
     if image.mode.startswith("I;16"):
         return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):

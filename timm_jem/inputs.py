@@ -101,7 +101,8 @@ def check_model_input(
         if not (castable and torch.is_autocast_enabled(x.device.type)):
             raise InputError(f"x has dtype {x.dtype} and the model {dtype}: give x.to({dtype})")
     if x.numel() and values_known(x):
-        lowest, highest = torch.stack(torch.aminmax(denormalize(x.detach()))).tolist()
+        of_channels = torch.stack(torch.aminmax(x.detach().flatten(2), dim=2)).flatten(0, 1)  # few, which are quick to scale
+        lowest, highest = torch.stack(torch.aminmax(denormalize(of_channels[..., None, None]))).tolist()
         if not (abs(lowest) < float("inf") and abs(highest) < float("inf")):  # nor is NaN
             broken = int((~x.detach().flatten(1).isfinite()).any(1).sum())
             raise InputError(

@@ -246,6 +246,8 @@ class JEM(nn.Module):
     ) -> Reference:
         """Learn from held-out images how sure the model may be and which energies are ordinary; kept, and saved, with it.
 
+        It is of the weights as they are: where they are trained further, fit it again.
+
         Args:
             x: model input, shape (N, C, H, W), or batches of that, or of (x, y), as a DataLoader gives them.
             y: labels, integers, shape (N,), for the temperature; of batches each has its own. None: no temperature.

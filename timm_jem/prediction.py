@@ -98,7 +98,7 @@ class Predictor:
         return batches[0]
 
     def stream(self, items: Iterable, *, batch_size: int = 64, workers: int = 0) -> Iterator[Prediction | BrokenImage]:
-        """A prediction of each image in order, or why there is none; few more than two batches are in memory.
+        """A prediction of each image in order, or why there is none; about three batches are in memory.
 
         Args:
             items: images.
@@ -167,8 +167,9 @@ class Predictor:
         """Model input, shape (C, H, W)."""
         if is_floats(item) and item.ndim == 3:
             return item
-        what = item if isinstance(item, str) else os.fspath(item) if isinstance(item, os.PathLike) else f"image {number}"
-        return self.see(_picture(item, what), what)
+        path = _path(item)
+        what = f"image {number}" if path is None else path
+        return self.see(_picture(item, what) if path is None else _read(path), what)
 
     def _predictions(self, logits: Tensor) -> list[Prediction]:
         energies, y = energy(logits), logits.argmax(1)
@@ -218,14 +219,24 @@ def _picture(item: Any, what: str) -> PILImage.Image:
         return upright(item, what)
     if isinstance(item, (np.ndarray, Tensor)):
         return _of_array(item, what)
-    if not isinstance(item, (str, os.PathLike)) or not isinstance(what, str):
-        raise BrokenImage(f"{what} is {quoted(item)}: {_GIVE}", what)
-    if os.path.isdir(item):
-        raise BrokenImage(f"{what} is a folder: give the names of its files, or run recipes/predict.py", what)
-    if not os.path.lexists(item):
-        raise BrokenImage(f"there is no file {quoted(what)}: give the name of an image", what)
+    raise BrokenImage(f"{what} is {quoted(item)}: {_GIVE}", what)
+
+
+def _path(item: Any) -> str | None:
+    try:
+        path = os.fspath(item)
+    except TypeError:
+        return None
+    return path if isinstance(path, str) else None
+
+
+def _read(path: str) -> PILImage.Image:
+    if os.path.isdir(path):
+        raise BrokenImage(f"{path} is a folder: give the names of its files, or run recipes/predict.py", path)
+    if not os.path.lexists(path):
+        raise BrokenImage(f"there is no file {quoted(path)}: give the name of an image", path)
     # From the root it is no address of anything elsewhere, whatever the name is.
-    return open_image({"bytes": None, "path": os.path.abspath(item)}, what)
+    return open_image({"bytes": None, "path": os.path.abspath(path)}, path)
 
 
 def _of_array(item: np.ndarray | Tensor, what: str) -> PILImage.Image:

@@ -75,8 +75,9 @@ def preprocessing_of(
     def as_timm_does(image: PILImage.Image, what: str) -> Tensor:
         if settings["crop_mode"] not in ("squash", "border"):  # which don't enlarge a strip until it covers the square
             covering(image.size[::-1], resized, what)
+        image = as_channels(image, channels, what)
         try:
-            return transform(as_channels(image, channels, what)).to(dtype)
+            return transform(image).to(dtype)
         except ValueError as error:
             raise BrokenImage(f"{what} can't be resized as timm does ({one_line(error)}): give another image", what) from error
 
