@@ -117,7 +117,8 @@ def driver():
 @pytest.fixture
 def visitor(page, driver):
     yield Visitor(driver, page.local_url)
-    assert not [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    worst = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [message for message in worst if "AbortError" not in message]  # of a stream that was left
 
 
 def digit(folder, row: int):
@@ -220,6 +221,8 @@ def test_a_change_is_gone_back_by_the_slider(visitor):
 def test_a_part_is_erased_by_hand_or_keyboard_and_restored(visitor):
     from selenium.webdriver import ActionChains, Keys
 
+    visitor.all("#chooser button")[3].click()  # before there is anything to paint on
+    visitor.see('#chooser button[data-row="3"][aria-pressed="true"]')
     visitor.open("Erase and restore")
     visitor.press("Restore")
     visitor.see("#restored .problem", "paint over")

@@ -22,6 +22,7 @@ from timm_jem.errors import InputError
 __all__ = ["build", "launch"]
 
 _WAITING = 100  # requests in the queue; more are told to come back later
+_ANY = -1  # class
 _AT_ONCE = 2  # chains that move at once
 _VISITORS = 200  # whose pictures are kept, at most some megabytes each
 
@@ -126,13 +127,13 @@ class _Tab:
 
 
 def _draw_tab(exhibit: Exhibit) -> None:
-    def draw(y: int, count: int) -> Iterator[str]:
-        return panels.draw(exhibit, None if y < 0 else y, count, secrets.randbelow(2**32))
+    def draw(y: int | None, count: int) -> Iterator[str]:
+        return panels.draw(exhibit, None if y == _ANY else y, count, secrets.randbelow(2**32))
 
     with gr.Tab("Draw"):
         _html(views.note("Chains start from noise and move to lower energies: towards what the model takes for likely."))
         with gr.Row():
-            y = gr.Dropdown([("whatever it likes", -1), *_classes(exhibit)], value=0, label="What to draw")
+            y = gr.Dropdown([("whatever it likes", _ANY), *_classes(exhibit)], value=0, label="What to draw")
             count = gr.Slider(1, panels.MOST_DRAWN, panels.drawn_at_once(exhibit), step=1, label="How many")
         _action("Draw", draw, [y, count], "drawn")
 

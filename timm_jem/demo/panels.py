@@ -128,7 +128,8 @@ def draw(exhibit: Exhibit, y: int | None, count: int, seed: int) -> Iterator[str
     """Chains of E(x, y), or of E(x), as they move."""
     jem = exhibit.jem
     check_whole("the number of pictures", count, 1, MOST_DRAWN)
-    check_whole("seed", seed, 0, 2**32 - 1)
+    if y is not None:
+        check_whole("the class", y, 0, len(exhibit.names) - 1)
     total, means = jem.sgld.sample_steps or jem.sgld.num_steps, []
     generator = torch.Generator().manual_seed(seed)
     asked = "whatever it likes" if y is None else exhibit.names[y]

@@ -80,8 +80,8 @@ def number(value: float, digits: int = 2) -> str:
 
 
 def percent(p: float) -> str:
-    """A probability, without claiming certainty."""
-    return "> 99.9 %" if p > 0.999 else "< 0.1 %" if p < 0.001 else f"{100 * p:.1f} %"
+    """A probability, without claiming certainty and without a line break."""
+    return ">\u00a099.9\u00a0%" if p > 0.999 else "<\u00a00.1\u00a0%" if p < 0.001 else f"{100 * p:.1f}\u00a0%"
 
 
 def _bars(probabilities: Tensor, names: Sequence[str]) -> str:
@@ -183,7 +183,7 @@ def curve(
         along, up = " ".join(f"{x(first + i):.1f},{base + (_TOP - base) * p:.1f}" for i, p in enumerate(shares)), shares[at]
         band += f'<polyline points="{along}" class="share"/>'
         band += (
-            f'<text x="{_WIDTH / 2}" y="{_TOP - 5}" text-anchor="middle">dashed: {text(share_of)} {text(percent(up))}</text>'
+            f'<text x="{_WIDTH / 2}" y="{_TOP - 5}" text-anchor="middle">dashed: p({text(share_of)}) {text(percent(up))}</text>'
         )
     now = energies[at]
     dot = f'<circle cx="{x(first + at):.1f}" cy="{y(now):.1f}" r="4" class="here"/>' if math.isfinite(now) else ""
