@@ -38,7 +38,7 @@ def answer(method: str, path: str, body: bytes = b"", *, pieces: int = 1, kind: 
     "path",
     [
         *("/", "/config", "/theme.css", "/assets/index-Di_Evv.css", "/static/fonts/System/Regular.woff2"),
-        *("/gradio_api/queue/data", "/gradio_api/heartbeat/1a3ws7pd60o", "/gradio_api/startup-events"),
+        *("/gradio_api/queue/data", "/gradio_api/heartbeat/1a3ws7pd60o", "/gradio_api/startup-events", "/gradio_api/app_id"),
     ],
 )
 def test_what_the_page_asks_for_is_answered(path):

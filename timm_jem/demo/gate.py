@@ -14,7 +14,7 @@ Send = Callable[[Message], Awaitable[None]]
 _API = "/gradio_api"
 _GET = re.compile(
     rf"/|/config/?|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/(?:assets|static)/[\w./@+-]+"
-    rf"|{_API}/(?:startup-events|queue/data|heartbeat/\w+)"
+    rf"|{_API}/(?:startup-events|app_id|queue/data|heartbeat/\w+)"
 )
 _POST = re.compile(rf"{_API}/(?:queue/join|cancel|reset)/?")
 _SCALARS = (str, int, float, bool, type(None))
