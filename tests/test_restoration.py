@@ -148,6 +148,9 @@ def test_lengths_are_those_of_fresh_chains():
     assert not torch.equal(seen[4], seen[5])
     torch.testing.assert_close(seen[7], seen[5])  # without noise
     seen.clear()
+    jem.restore(images(), noise=0.5, on_step=seen.__setitem__)
+    assert len(seen) == 3  # from the images, and so no further than in training
+    seen.clear()
     jem.restore(images(), everything, on_step=seen.__setitem__, sgld_config=SGLDConfig(num_steps=4))
     assert len(seen) == 4
 
