@@ -361,7 +361,8 @@ def test_large_models_draw_nothing_before_the_page_opens(tmp_path, monkeypatch):
     assert len(shown.examples) == 0
     assert "Give a picture" in panels.look(shown, None)
     assert "no picture" in panels.canvas(shown, None)
-    assert "upload" in panels.chooser(shown)
+    assert "Press one" not in panels.chooser(shown)
+    assert "Upload, drop or paste" in panels.chooser(shown)
 
 
 def test_data_that_are_given_must_fit(tmp_path):

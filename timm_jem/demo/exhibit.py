@@ -122,5 +122,5 @@ def _drawn(jem: JEM, seed: int) -> tuple[Tensor, str]:
     elif math.prod(jem.input_size) <= _QUICK:
         x, drawn = jem.sample(y=torch.arange(_EXAMPLES) % jem.num_classes, generator=generator), "images that the model draws"
     else:
-        return torch.zeros(0, *jem.input_size), "upload a picture"
+        return torch.zeros(0, *jem.input_size), "none to begin with"
     return jem.normalize(jem.denormalize(x).clamp(-1, 1)), drawn

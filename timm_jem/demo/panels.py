@@ -46,7 +46,7 @@ _PACE = 0.05  # seconds a step is looked at
 _ATTACK_STEPS = 40
 _CHANGE_STEPS = 200
 _MOST_CELLS = 16  # a side of the grid in which pictures are erased
-_MOST_FRAMES = 24  # of a path
+_MOST_FRAMES = 24  # of a way to another class
 _SMALL = 64  # a side; of larger images fewer are drawn at once
 
 
@@ -57,10 +57,11 @@ def chooser(exhibit: Exhibit) -> str:
         f'<button type="button" data-row="{row}">{picture(one, f"picture {row + 1} of {exhibit.of_examples}")}</button>'
         for row, one in enumerate(u)
     )
+    own = "pload, drop or paste a picture of your own."
     return (
         f'<div class="examples">{"".join(buttons)}<label class="upload">Upload a picture'
         '<input class="hidden" type="file" accept="image/*"></label></div>'
-        f"{note(f'Press one of the {exhibit.of_examples}; or upload, drop or paste a picture of your own.')}"
+        f"{note(f'Press one of the {exhibit.of_examples}; or u{own}' if len(u) else f'U{own}')}"
     )
 
 
