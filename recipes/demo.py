@@ -8,6 +8,7 @@ The page is for this machine alone, unless --host or --share says otherwise. Ctr
 shows the model in the folder "model" beside it.
 """
 
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,27 @@ def parse(argv: list[str]) -> tuple[Any, DataConfig | None]:
     parser.add_argument("--open_browser", type=bool, default=True, help="show the page at once")
     parser.add_argument("--space", type=str | None, default=None, help="serve nothing, and write a Space to this new folder")
     given = parse_flags(parser, read_flags(parser, argv))
-    if given.port is not None:
-        check_whole("port", given.port, 1, 65535)
+    check_address(given.host, given.port)
     return given, parser.instantiate(given).data
+
+
+def check_address(host: str | None, port: int | None) -> None:
+    """Raise an InputError, before any work, unless a page can be served there."""
+    if port is not None:
+        check_whole("port", port, 1, 65535)
+    family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host or "127.0.0.1", port or 0), family=family).close()
+    except (OSError, UnicodeError) as error:
+        where = f"{host or '127.0.0.1'}{f', port {port}' if port else ''}"
+        raise InputError(f"a page can't be served at {where} ({one_line(error)}): give another --host or --port") from error
 
 
 def serve(exhibit: Exhibit, given: Any) -> None:
     """Until Ctrl-C."""
     from timm_jem.demo.page import launch
 
-    try:
-        launch(exhibit, host=given.host, port=given.port, share=given.share, open_browser=given.open_browser)
-    except OSError as error:
-        raise InputError(f"the page can't be served ({one_line(error)}): give another --port or --host") from error
+    launch(exhibit, host=given.host, port=given.port, share=given.share, open_browser=given.open_browser)
 
 
 def main(argv: list[str]) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import socket
 import struct
 import threading
 import zlib
@@ -395,6 +396,13 @@ def test_the_version_of_gradio_that_is_tested_is_one_that_installs():
     assert GRADIO.startswith(least)
 
 
+def test_a_port_that_is_taken_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"served at 127.0.0.1, port {port} "):
+            demo.main(["nowhere", "--port", str(port)])
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -402,6 +410,9 @@ def test_the_version_of_gradio_that_is_tested_is_one_that_installs():
         (["nowhere", "--port", "0"], "port is 0"),
         (["nowhere", "--port", "99999"], "port is 99999"),
         (["nowhere", "--prot", "1"], "--port"),
+        (["nowhere", "--host", "256.1.1.1"], "can't be served at 256.1.1.1"),
+        (["nowhere", "--host", "::2"], "can't be served at ::2"),
+        (["nowhere", "--host", "a" * 300], "can't be served at a"),
         (["nowhere"], "needs gradio"),
         (["nowhere", "--space", "x"], "nowhere"),
     ],
