@@ -63,7 +63,8 @@ class Visitor:
         self.driver = driver
         driver.get(url)
         self.window = driver.current_window_handle
-        self.see("#believed .verdict")
+        for part in ("#believed .verdict", "#chooser button", "button.lg"):
+            self.see(part)
 
     def all(self, css: str) -> list:
         self.driver.switch_to.window(self.window)
@@ -82,11 +83,12 @@ class Visitor:
             time.sleep(0.02)
         raise AssertionError(f"no {css} with {words!r}; there is {[one.text for one in self.all(css)]}")
 
-    def press(self, name: str) -> None:
-        next(button for button in self.all("button.lg") if button.text.strip() == name).click()
+    def press(self, name: str, css: str = "button.lg") -> None:
+        until(lambda: any(button.text.strip() == name for button in self.all(css)))
+        next(button for button in self.all(css) if button.text.strip() == name).click()
 
     def open(self, tab: str) -> None:
-        next(button for button in self.all('button[role="tab"]') if button.text == tab).click()
+        self.press(tab, 'button[role="tab"]')
 
     def sources(self, css: str) -> list[str]:
         return [image.get_attribute("src") for image in self.all(f"{css} img")]
