@@ -44,6 +44,7 @@ setup(
     package_dir={"timm_jem.recipes": "recipes"},
     package_data={
         "timm_jem": ["py.typed", "pretrained/*/*"],
+        "timm_jem.demo": ["*.css", "*.js"],
         "timm_jem.hub": ["card_template.md"],
         "timm_jem.recipes": ["configs/*.yaml", "variants/*.yaml"],
     },
@@ -66,6 +67,7 @@ setup(
         "eval": [*plots, *evaluation],  # recipes/evaluate.py
         "robust": robust,  # AutoAttack
         "ood": ood,  # detectors: react, ash, dice, vim, knn
+        "demo": ["gradio>=6.31,<7"],  # recipes/demo.py
         "trackers": ["tensorboard", "trackio", "wandb"],
         "test": [
             *plots,

@@ -4,8 +4,8 @@ import sys
 import pytest
 import timm
 import torch
-from pytorch_ood.metrics import OODMetrics
 from matplotlib.figure import Figure
+from pytorch_ood.metrics import OODMetrics
 from sklearn.metrics import RocCurveDisplay, get_scorer, roc_auc_score
 from small_networks import of_few_images, random_network
 

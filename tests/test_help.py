@@ -7,6 +7,7 @@ import sys
 
 import benchmark
 import convert
+import demo
 import evaluate
 import jsonargparse
 import predict
@@ -15,7 +16,7 @@ import pytest
 import stability
 import train
 
-RECIPES = [benchmark, convert, evaluate, predict, push, stability, train]
+RECIPES = [benchmark, convert, demo, evaluate, predict, push, stability, train]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
@@ -44,7 +45,7 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("matplotlib", "pyautoattack", "torch_fidelity"):
+        if name.partition(".")[0] in ("gradio", "matplotlib", "pyautoattack", "torch_fidelity"):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Missing())

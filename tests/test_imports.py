@@ -49,6 +49,10 @@ MAY_IMPORT = {
         "command_line", "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models",
         "hub", "model", "wrap", "data", "evaluation", "training", "version", "errors",
     },
+    "demo": {
+        "files", "pixels", "modes", "sampling", "decoding", "prediction", "reference", "backbone", "model", "data",
+        "evaluation", "demo", "version", "errors",
+    },
     "stability": {"evaluation", "stability", "training", "errors"},
     "__init__": {
         "energy", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "ood", "prediction",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import benchmark
 import convert
+import demo
 import evaluate
 import predict
 import push
@@ -60,7 +61,7 @@ def test_the_readme_opens_with_two_commands():
 
 
 def test_no_command_is_left_out():
-    recipes = ("train", "evaluate", "predict", "push", "convert", "stability", "benchmark")
+    recipes = ("train", "evaluate", "predict", "push", "convert", "demo", "stability", "benchmark")
     ran = [f"recipes/{recipe}.py" for recipe in recipes]
     for command in COMMANDS:
         assert command.startswith("pip install") or any(program in command for program in ran), command
@@ -232,6 +233,22 @@ def test_prediction_commands_run(runs, monkeypatch):
         2,
         3,
     ]
+
+
+def test_demo_commands_run(runs, monkeypatch):
+    """All of it up to the page, which never ends: test_page.py opens it in a browser."""
+    monkeypatch.chdir(runs)
+    build, pages = timm.create_model, []
+    monkeypatch.setattr(
+        wrap_module.timm, "create_model", lambda name=None, **rest: build(**without_download({"model_name": name} | rest))
+    )
+    monkeypatch.setattr(demo, "need", lambda *library: None)
+    monkeypatch.setattr(demo, "serve", lambda exhibit, given: pages.append((exhibit, given)))
+    for command in commands("recipes/demo.py"):
+        demo.main(shlex.split(command)[2:])
+    assert len(pages) + len(list(runs.glob("*/app.py"))) == len(commands("recipes/demo.py"))
+    assert len(pages[0][0].examples) > 2
+    assert all(given.host is None and not given.share for _, given in pages)
 
 
 @pytest.mark.parametrize("command", commands("recipes/stability.py"))

@@ -90,6 +90,8 @@ def test_the_wheel_has_what_a_user_needs_and_no_more(wheel):
     }
     data = {"timm_jem/py.typed", "timm_jem/hub/card_template.md"}
     data |= {str(path.relative_to(ROOT)) for path in (ROOT / "timm_jem/pretrained").rglob("*") if path.is_file()}
+    page = {f"timm_jem/demo/{name}" for name in ("page.css", "chooser.js", "painter.js")}
+    data |= page
     assert {"timm_jem/recipes/train.py", "timm_jem/recipes/configs/digits.yaml"} < recipes
     assert {name for name in files if ".dist-info/" not in name} == python | recipes | data
     assert licence == (ROOT / "LICENSE").read_bytes()
@@ -101,7 +103,11 @@ def test_the_wheel_has_what_a_user_needs_and_no_more(wheel):
 def test_the_source_distribution_has_what_the_tests_need(sdist):
     def files(folder: Path) -> set[str]:
         found = {path for top in ("timm_jem", "recipes", "tests") for path in (folder / top).rglob("*")}
-        return {str(path.relative_to(folder)) for path in found if path.suffix in (".md", ".png", ".py", ".typed", ".yaml")}
+        return {
+            str(path.relative_to(folder))
+            for path in found
+            if path.suffix in (".css", ".js", ".md", ".png", ".py", ".typed", ".yaml")
+        }
 
     assert files(sdist) == files(ROOT)
     top = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "pyproject.toml", "pytest.ini", "ruff.toml", "setup.py"}

@@ -1,0 +1,1 @@
+"""What the page of recipes/demo.py shows; only :mod:`timm_jem.demo.page` needs Gradio."""

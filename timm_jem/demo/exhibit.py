@@ -1,0 +1,126 @@
+"""What a page is about: a model, and images to begin with."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from timm_jem.backbone import architecture
+from timm_jem.data import DataConfig, load_splits
+from timm_jem.data.identity import data_identity, same_held_out
+from timm_jem.errors import InputError
+from timm_jem.evaluation.subject import check_classes, data_config, display_name, load_model, some
+from timm_jem.model import JEM
+from timm_jem.pixels import to_pixels
+from timm_jem.sampling import uniform_noise
+
+__all__ = ["Exhibit", "load_exhibit"]
+
+_EXAMPLES = 12
+_HELD_OUT = 1000  # images that a reference is made of
+_QUICK = 3 * 64 * 64  # numbers of an image of which some are drawn before the page opens
+
+
+@dataclass(frozen=True, eq=False)
+class Exhibit:
+    """What every visitor of a page sees, and none changes.
+
+    Attributes:
+        name: of the model.
+        jem: itself, in eval mode, with a reference wherever held-out images are known.
+        names: of the classes, in order.
+        examples: model input, shape (N, C, H, W), maybe none.
+        of_examples: what they are, in words.
+    """
+
+    name: str
+    jem: JEM
+    names: list[str]
+    examples: Tensor
+    of_examples: str
+
+    @property
+    def about(self) -> str:
+        """The model in one line."""
+        channels, height, width = self.jem.input_size
+        parameters = sum(p.numel() for p in self.jem.parameters())
+        images = f"{'grey' if channels == 1 else 'colour'} images of {height}×{width}"
+        return f"{architecture(self.jem.backbone)}, {parameters:,} parameters, {len(self.names)} classes, {images}"
+
+
+def load_exhibit(
+    name: str, data: DataConfig | None = None, *, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[Exhibit, str]:
+    """A model and images to look at: held-out ones where they are known and there, else chains that it draws.
+
+    Args:
+        name: a run, a saved folder, a Hub name, or timm:NAME.
+        data: the model's data set; None: as its provenance says.
+        device: where the model and the images are.
+        seed: of the choice of images.
+
+    Returns:
+        It, and a line that says what was done instead where the images can't be had, or nothing.
+
+    Raises:
+        InputError: no such model, or ``data`` that don't fit it.
+    """
+    jem = load_model(name).to(device)
+    names = jem.predictor().names or [str(i) for i in range(jem.num_classes)]
+    try:
+        examples, of_examples = _held_out(jem, name, data, seed)
+        told = ""
+    except InputError as error:
+        if data is not None:
+            raise
+        examples, of_examples = _drawn(jem, seed)
+        told = f"no held-out images ({error}): {of_examples}"
+    return Exhibit(_called(name, jem), jem, list(names), examples.to(device), of_examples), told
+
+
+def _called(name: str, jem: JEM) -> str:
+    """The model's name; of a folder "model", as runs and Spaces have it, the data set's."""
+    shown = display_name(name)
+    return display_name(str(jem.provenance.get("dataset") or "this model")) if shown == "model" else shown
+
+
+def _held_out(jem: JEM, name: str, given: DataConfig | None, seed: int) -> tuple[Tensor, str]:
+    """Test images, of classes as different as possible; the reference is made of validation images if there is none."""
+    data, alike = data_config(jem, name, given)
+    splits = load_splits(replace(data, cache_gib=0))
+    check_classes(jem, splits, name, data.dataset)
+    if isinstance(known := jem.provenance.get("data"), dict):
+        alike = same_held_out(known, data_identity(splits))
+    if jem.reference is None:
+        images, y = some(splits.val, _HELD_OUT, seed, "held-out images")
+        jem.fit_reference(jem.normalize(to_pixels(images)), y)
+    images, y = some(splits.test, 20 * _EXAMPLES, seed, "examples")
+    classes = len(splits.class_names)
+    chosen = _of_all_classes(y, _EXAMPLES - _EXAMPLES % classes if classes <= _EXAMPLES else _EXAMPLES)
+    held_out = "held-out images" if alike else "test images"
+    noise = uniform_noise((1, *jem.input_size), generator=torch.Generator().manual_seed(seed))
+    shown = torch.cat([to_pixels(images[chosen]), noise])
+    return jem.normalize(shown), f"{held_out} of {display_name(data.dataset)}, and noise"
+
+
+def _of_all_classes(y: Tensor, count: int) -> Tensor:
+    """Rows: the first of each class, by class, then the second of each, and so on; at most ``count``."""
+    seen: dict[int, int] = {}
+    turns = []
+    for row, label in enumerate(y.tolist()):
+        turns.append((seen.get(label, 0), label, row))
+        seen[label] = seen.get(label, 0) + 1
+    return torch.tensor([row for _, _, row in sorted(turns)[:count]], dtype=torch.int64)
+
+
+def _drawn(jem: JEM, seed: int) -> tuple[Tensor, str]:
+    generator = torch.Generator().manual_seed(seed)
+    if jem.chains is not None:
+        count, drawn = min(_EXAMPLES, len(jem.chains)), "images that the model drew in training"
+        x = jem.sample(count, init="buffer", generator=generator, num_steps=1)
+    elif math.prod(jem.input_size) <= _QUICK:
+        x, drawn = jem.sample(y=torch.arange(_EXAMPLES) % jem.num_classes, generator=generator), "images that the model draws"
+    else:
+        return torch.zeros(0, *jem.input_size), "none to begin with"
+    return jem.normalize(jem.denormalize(x).clamp(-1, 1)), drawn
