@@ -232,10 +232,11 @@ def test_trained_weights_need_no_classifier(whole, tmp_path):
 
 
 def test_settings_of_the_classifier():
-    told = Settings(classifier=ClassifierConfig(steps=7, lr=0.1, noise=0.2), train=TrainConfig(freeze=["stem"], best_k=3))
+    told = Settings(classifier=ClassifierConfig(steps=7, lr=0.1, noise=0.2), train=TrainConfig(freeze=["stem"], best_k=3, sam_rho=2.0))
     of_classifier = classifier_settings(told)
     train_config = of_classifier.train
     assert (train_config.steps, train_config.lr, train_config.data_noise, train_config.freeze) == (7, 0.1, 0.2, [])
+    assert train_config.sam_rho == 0  # joint training's own
     assert not train_config.objective.needs_chains
     assert classifier_settings(of_classifier) is None
     assert classifier_settings(Settings()) is None

@@ -135,6 +135,7 @@ OTHER = {
     "classifier.opt": "sgd",
     "classifier.lr": "0.5",
     "classifier.weight_decay": "0.5",
+    "classifier.opt_kwargs": "{eps: 0.1}",
     "classifier.ema_decay": "0.5",
     "classifier.noise": "0.5",
     "train.opt": "adam",

@@ -26,7 +26,7 @@ def classifier_settings(settings: Settings) -> Settings | None:
         opt=told.opt,
         lr=told.lr,
         weight_decay=told.weight_decay,
-        opt_kwargs={},
+        opt_kwargs=told.opt_kwargs,
         freeze=[],
         sam_rho=0.0,
         sched="cosine",

@@ -65,6 +65,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "classifier.opt": _CLASSIFIER,
     "classifier.lr": _CLASSIFIER,
     "classifier.weight_decay": _CLASSIFIER,
+    "classifier.opt_kwargs": _CLASSIFIER,
     "classifier.ema_decay": _CLASSIFIER,
     "classifier.noise": _CLASSIFIER,
     "sgld.num_steps": None,

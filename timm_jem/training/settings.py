@@ -238,7 +238,8 @@ class ClassifierConfig:
     """Cross-entropy alone, before joint training: energies then start from a network that knows the classes.
 
     It is a run of its own in ``classifier/`` inside of the run's folder, with BatchNorm's statistics alive, that joint training
-    starts from when it is done. Weights that are trained already need none.
+    starts from when it is done. Weights that are trained already need none. Its images are attacked where those of joint
+    training's cross-entropy are.
 
     Attributes:
         steps: optimiser steps; 0: none, joint training starts at once.
@@ -247,6 +248,7 @@ class ClassifierConfig:
         opt: a timm optimiser.
         lr: its learning rate, which falls by half a cosine.
         weight_decay: of the optimiser.
+        opt_kwargs: its other arguments.
         ema_decay: of the moving average of the weights that joint training starts from; 0: none.
         noise: standard deviation of noise on the images, pixels.
     """
@@ -257,6 +259,7 @@ class ClassifierConfig:
     opt: str = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
+    opt_kwargs: Arguments = field(default_factory=dict)
     ema_decay: float = 0.995
     noise: float = 0.03
 
