@@ -149,11 +149,10 @@ def adapted(
     layers then move down a loss. At the end, also of a body that raises, weights, statistics and flags are as they were,
     bit for bit. One thread only.
 
-    Almost all of the gain is that of the statistics, where the default therefore stops. For 128 Fashion-MNIST images under
-    five corruptions at two severities they took a classifier's mean accuracy from 34 % to 72.3 %, and a hybrid's (nine of
-    the ten) from 25 % to 62.2 %; one step of 0.01 by "tent" then gave 72.8 % and 61.8 %, and by "energy", with training
-    images as negatives, 72.3 % and 61.5 %: no better than "tent". On a small network for the digits ten steps of either
-    gave one point more than the statistics. Without corruption nothing is gained.
+    Almost all of the gain is that of the statistics, where the default therefore stops. On Fashion-MNIST under five
+    corruptions of three severities they took a classifier's mean accuracy from 46.0 % to 79.7 %, and a hybrid's from 41.0 % to
+    73.5 %; one step of 0.01 by "tent" then gave 80.0 % and 73.8 %, and by "energy", with training images as negatives, 79.8 %
+    and 73.0 %. Without corruption nothing is gained.
 
     Args:
         x: model input, shape (B, C, H, W), of all classes mixed as later; BatchNorm needs at least two, better a hundred.
