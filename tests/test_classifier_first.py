@@ -232,7 +232,9 @@ def test_trained_weights_need_no_classifier(whole, tmp_path):
 
 
 def test_settings_of_the_classifier():
-    told = Settings(classifier=ClassifierConfig(steps=7, lr=0.1, noise=0.2), train=TrainConfig(freeze=["stem"], best_k=3, sam_rho=2.0))
+    told = Settings(
+        classifier=ClassifierConfig(steps=7, lr=0.1, noise=0.2), train=TrainConfig(freeze=["stem"], best_k=3, sam_rho=2.0)
+    )
     of_classifier = classifier_settings(told)
     train_config = of_classifier.train
     assert (train_config.steps, train_config.lr, train_config.data_noise, train_config.freeze) == (7, 0.1, 0.2, [])
