@@ -180,7 +180,7 @@ def main(argv: list[str]) -> str | None:
             WRITERS[output.suffix.lower()](rows(), file)
     if others:
         print(f"passed over {', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items())[:10])}")
-    outliers = "" if jem.reference is None else f", {counts['outliers']:,} outliers"
+    outliers = "" if jem.reference is None else f", {counts['outliers']:,} outlier{'s' * (counts['outliers'] != 1)}"
     total, broken = len(files) + len(refused), counts["broken"]
     print(f"{total:,} row{'s' * (total != 1)}{outliers}, {broken:,} with errors: {output}")
     return f"{broken:,} of {total:,} could not be read: see error in {output}" if broken else None
