@@ -38,7 +38,7 @@ MAY_IMPORT = {
         "reference", "errors",
     },
     "wrap": {"files", "sampling", "gaussians", "models", "backbone", "hub", "model", "reference", "errors"},
-    "ood": {"energy", "files", "modes", "backbone", "inputs", "model", "ood", "errors"},
+    "ood": {"energy", "files", "modes", "backbone", "inputs", "reference", "model", "ood", "errors"},
     "conversion": {"sampling", "inputs", "hub", "model", "wrap", "conversion", "version", "errors"},
     "data": {"decoding", "files", "pixels", "data", "errors"},
     "evaluation": {

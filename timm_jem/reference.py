@@ -1,5 +1,6 @@
 """What held-out images tell of a model: how sure it may be, and which energies are ordinary."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,7 +14,7 @@ from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.inputs import as_labels, check_labels, kind
 from timm_jem.temperature import best_temperature
 
-__all__ = ["Reference", "fit"]
+__all__ = ["Reference", "accepting", "fit"]
 
 _LEVELS = 101  # quantiles at 0, 1, ..., 100 %
 _LARGEST = 1e30
@@ -116,10 +117,15 @@ def fit(
     return Reference(
         temperature=None if labels[0] is None else best_temperature(f, torch.cat(labels)),
         quantiles=tuple(ordered[np.searchsorted(shares, np.linspace(0, 1, _LEVELS))].tolist()),
-        threshold=float(ordered[np.searchsorted(shares, accept)]),
+        threshold=accepting(energies.double(), accept),
         accept=float(accept),
         n=len(f),
     )
+
+
+def accepting(scores: Tensor, accept: float) -> float:
+    """The smallest score up to which at least a share ``accept`` of ``scores`` are, shape (N,), higher = further out."""
+    return scores.kthvalue(max(1, math.ceil(accept * len(scores) - 1e-9))).values.item()
 
 
 def _batches(x: Any, y: Any, batch_size: int, num_classes: int) -> Iterator[tuple[Tensor, Any]]:

@@ -1,6 +1,5 @@
 """A detector of images that are unlike the training data: a score by some method, and a threshold."""
 
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from timm_jem.ood.final_layer import FinalLayer
 from timm_jem.ood.from_pytorch_ood import library
 from timm_jem.ood.methods import METHODS
 from timm_jem.ood.views import Survey, View, batches, check_features, survey, view
+from timm_jem.reference import accepting
 
 __all__ = ["Detector", "detector", "score_all"]
 
@@ -290,5 +290,4 @@ def _threshold(scores: Tensor, accept: float) -> float:
     if not scores.isfinite().all():
         bad = int((~scores.isfinite()).sum())
         raise InputError(f"{bad} of {len(scores)} scores of held-out images are not finite: no threshold can be found")
-    rank = max(1, math.ceil(accept * len(scores) - 1e-9))
-    return scores.kthvalue(rank).values.item()
+    return accepting(scores, accept)
