@@ -340,7 +340,15 @@ def nothing_moves() -> bool:
 
 
 def gone(visitor: Visitor, css: str) -> None:
-    until(lambda: not visitor.all(css))
+    from selenium.common.exceptions import StaleElementReferenceException
+
+    def none_left() -> bool:
+        try:
+            return not visitor.all(css)
+        except StaleElementReferenceException:  # replaced between being found and being asked whether it is shown
+            return False
+
+    until(none_left)
 
 
 def test_a_chain_whose_viewer_left_ends(visitor, page, long_chains):
