@@ -102,6 +102,26 @@ def test_each_option_of_a_block_alone(option):
     assert not torch.allclose(changed(x), plain(x))
 
 
+@pytest.mark.parametrize(("stride", "kernel"), [(1, 3), (2, 4), (4, 8)])
+def test_a_stem_of_any_stride_sees_all_pixels_equally_often(stride, kernel):
+    model = timm.create_model("wrn_10_1", stem_stride=stride)
+    assert (model.stem.kernel_size, model.stem.stride) == ((kernel, kernel), (stride, stride))
+    torch.nn.init.ones_(model.stem.weight)
+    x = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    model.stem(x).sum().backward()
+    inside = x.grad[:, :, kernel:-kernel, kernel:-kernel]
+    assert (inside == 16 * (kernel // stride) ** 2).all()
+    assert (x.grad > 0).all()
+    features = timm.create_model("wrn_10_1", features_only=True, stem_stride=stride)
+    assert features.feature_info.reduction() == [stride, 2 * stride, 4 * stride]
+    assert [f.shape[-1] for f in features(x)] == [32 // stride, 16 // stride, 8 // stride]
+
+
+def test_another_stride_of_the_stem_is_refused():
+    with pytest.raises(ValueError, match="stem of stride 1, 2 or 4, not 3"):
+        timm.create_model("wrn_10_1", stem_stride=3)
+
+
 @pytest.mark.parametrize("name", ["wrn_10_2", "wrn_16_4", "wrn_40_2"])
 def test_smaller_members_take_small_grey_images(name):
     model = timm.create_model(name, num_classes=7, in_chans=1)
