@@ -1,43 +1,42 @@
 """Speed of a training iteration and of evaluation, as ratios to bare network passes, measured in the same run.
 
     python recipes/benchmark.py
-    python recipes/benchmark.py --mixed_precision bf16
+    python recipes/benchmark.py --mixed_precision auto
+    python recipes/benchmark.py --preset recipes/configs/fashion_mnist.yaml --image_size 28 --channels 1 --profile profile.png
     python recipes/benchmark.py --model wrn_28_10 --batch_size 64 --mixed_precision bf16 --compile reduce-overhead
 
-The iteration is the training recipe's: augmentation apart, all of it, with guard, moving average and a log line. The bare
-passes of an iteration of K SGLD steps are K times forward and input-backward of the chains, then forward and backward of
-data and chains together, at the same precision and memory layout and through the same network, with nothing else: no
-noise, energies, buffer, loss terms or optimiser. The plain set-up is the same iteration in fp32, NCHW and eager mode.
-All out-of-distribution scores of 8-bit images are timed next to one forward and input-backward of the same images.
+The iteration is the training recipe's on images of noise: all of it, with augmentation, moving average and the guard's whole
+look. The bare passes of an iteration of K SGLD steps are K times forward and input-backward of the chains, then forward and
+backward of all images of the loss together, at the same precision and memory layout and through the same network, with
+nothing else: no noise, energies, buffer, loss terms or optimiser. The plain set-up is the same iteration in fp32, NCHW and
+eager mode. All out-of-distribution scores of 8-bit images are timed next to one forward and input-backward of the same
+images.
 """
 
-import contextlib
-import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import tqdm
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import timm_jem
-from timm_jem import ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
 from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.errors import check_whole
 from timm_jem.evaluation.ood import ood_scores
+from timm_jem.files import replaced_file
+from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.ood import Detector
 from timm_jem.pixels import to_pixels
-from timm_jem.training import Batch, DivergenceGuard, GuardConfig, Learner, MaximumLikelihood
+from timm_jem.speed.iteration import bare_passes, build_run, iteration
+from timm_jem.speed.profile import profile
+from timm_jem.training import Run, Settings, open_accelerator, parse_settings
 from timm_jem.training.shell import one_line_errors
 
 SCORED_AT_ONCE = 256
@@ -48,31 +47,58 @@ class BenchmarkConfig:
     """What to time.
 
     Attributes:
-        model: timm name of the network.
-        image_size: side of its RGB images.
-        batch_size: images and chains in an iteration.
-        num_steps: SGLD steps K.
+        preset: a YAML file of recipes/train.py, whose iteration is timed; None: JEM's, of a smaller network and batch.
+        model: timm name of the network; None: the preset's, or wrn_16_2.
+        image_size: side of its images.
+        channels: 1 or 3.
+        batch_size: images and chains in an iteration; None: the preset's, or 32.
+        num_steps: SGLD steps K; None: the preset's, or 20.
         rounds: iterations timed, each next to its bare passes.
-        mixed_precision: no or bf16.
+        mixed_precision: no, bf16, or auto: the faster one of them here; None: the preset's, or no.
         channels_last: memory layout.
         compile: torch.compile's mode for the backbone; None: eager.
+        threads: CPU threads of a process; None: this machine's cores divided among its processes.
         score_images: how many images are scored for out-of-distribution detection in a round; 0: none.
+        profile: file for a picture of where the time goes; the table is printed. CPUs only.
     """
 
-    model: str = "wrn_16_2"
+    preset: str | None = None
+    model: str | None = None
     image_size: int = 32
-    batch_size: int = 32
-    num_steps: int = 20
+    channels: Literal[1, 3] = 3
+    batch_size: int | None = None
+    num_steps: int | None = None
     rounds: int = 7
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "auto"] | None = None
     channels_last: bool = True
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    threads: int | None = None
     score_images: int = 512
+    profile: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "batch_size", "num_steps", "rounds"):
+        for name in ("image_size", "rounds"):
             check_whole(name, getattr(self, name), 1)
         check_whole("score_images", self.score_images, 0)
+
+    def settings(self) -> Settings:
+        """Those of the training recipe."""
+        jem = [
+            "--data.dataset",
+            "digits",
+            "--model.name",
+            "wrn_16_2",
+            "--train.batch_size",
+            "32",
+            "--train.mixed_precision",
+            "no",
+        ]
+        words = jem if self.preset is None else ["--config", self.preset]
+        told = {"model.name": self.model, "sgld.num_steps": self.num_steps, "train.batch_size": self.batch_size}
+        told |= {"train.mixed_precision": self.mixed_precision, "train.compile": self.compile, "train.threads": self.threads}
+        told["train.channels_last"] = str(self.channels_last).lower()
+        words += [f"--{name}={value}" for name, value in told.items() if value is not None]
+        return parse_settings(words)[0]
 
 
 class CopiedBytes(TorchDispatchMode):
@@ -94,80 +120,23 @@ class CopiedBytes(TorchDispatchMode):
         return out
 
 
-def build(config: BenchmarkConfig, accelerator: Accelerator, *, plain: bool):
-    """An iteration and its bare passes, as functions."""
-    device = accelerator.device
-    torch.manual_seed(0)
-    shape = (3, config.image_size, config.image_size)
-    jem = timm_jem.create_model(config.model, num_classes=10, input_size=shape).to(device).train()
-    ema = ModelEmaV3(jem, decay=0.999)
-    optimizer = create_optimizer_v2(jem, opt="adam", lr=1e-6)
-    if not plain:
-        if config.channels_last:
-            jem = jem.to(memory_format=torch.channels_last)
-            ema.module.to(memory_format=torch.channels_last)
-        if config.compile is not None:
-            jem.backbone.compile(mode=config.compile)
-    prepared, optimizer = (jem, optimizer) if plain else accelerator.prepare(jem, optimizer)
-    rng = torch.Generator(device).manual_seed(0)
-    buffer = ReplayBuffer(shape, init=uniform_noise, generator=rng, device=device)
-    method = MaximumLikelihood(jem, buffer, sgld=SGLDConfig(num_steps=config.num_steps), objective=ObjectiveConfig())
-    learner = Learner(accelerator, prepared, jem, optimizer, None, method, generator=rng, ema=ema)
-    guard = DivergenceGuard(GuardConfig(), accelerator, 10, method.watched)
-    u = uniform_noise((config.batch_size, *shape), generator=rng, device=device)
-    y = torch.arange(config.batch_size, device=device) % 10
-    log = tempfile.TemporaryFile("w")  # noqa: SIM115
-
-    def iteration() -> None:
-        terms = learner.iterate([Batch(u, y)])
-        guard.observe(terms)
-        # The recipe does the rest in one of ten iterations.
-        guard.problem()
-        guard.close()
-        log.write(json.dumps({name: term.item() for name, term in terms.items()}) + "\n")
-        log.flush()
-
-    def precision() -> contextlib.AbstractContextManager:
-        return torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16" and not plain)
-
-    ones = torch.ones(2 * config.batch_size, 10, device=device)
-
-    def bare_passes() -> None:
-        with frozen(jem):
-            x = u.clone().requires_grad_(True)
-            for _ in range(config.num_steps):
-                with precision():
-                    logits = jem.backbone(x.view_as(x))  # the counter of operations below wants no leaf
-                torch.autograd.grad(logits, x, ones[: config.batch_size].to(logits.dtype))
-        with precision():
-            logits = jem.backbone(torch.cat([u, u]))
-        logits.backward(ones.to(logits.dtype))
-        jem.zero_grad()
-
-    return iteration, bare_passes
-
-
-def build_scores(config: BenchmarkConfig, device: torch.device):
+def scores_and_passes(jem: JEM, count: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """All scores of some images, and the bare passes that they need, as functions; fp32."""
-    torch.manual_seed(0)
-    shape = (3, config.image_size, config.image_size)
-    jem = timm_jem.create_model(config.model, num_classes=10, input_size=shape).to(device).eval()
-    jem = jem.to(memory_format=torch.channels_last) if config.channels_last else jem
-    images = torch.randint(256, (config.score_images, *shape), dtype=torch.uint8)
-    ready = [jem.normalize(to_pixels(part.to(device))) for part in images.split(SCORED_AT_ONCE)]
-    ones = torch.ones(SCORED_AT_ONCE, 10, device=device)
+    images = torch.randint(256, (count, *jem.input_size), dtype=torch.uint8)
+    ready = [jem.normalize(to_pixels(part.to(jem.device))) for part in images.split(SCORED_AT_ONCE)]
+    ones = torch.ones(SCORED_AT_ONCE, jem.num_classes, device=jem.device)
     detectors = [Detector(jem, name) for name in ("energy", "msp", "max_logit", "approximate_mass")]
 
     def scores() -> None:
         ood_scores(detectors, images, batch_size=SCORED_AT_ONCE)
 
-    def bare_passes() -> None:
+    def passes() -> None:
         with frozen(jem):
             for part in ready:
                 x = part.clone().requires_grad_(True)
                 torch.autograd.grad(jem.backbone(x), x, ones[: len(x)])
 
-    return scores, bare_passes
+    return scores, passes
 
 
 def seconds(work: Callable[[], None], device: torch.device) -> float:
@@ -180,6 +149,17 @@ def seconds(work: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def timed(work: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each in every round, by turns."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for round_ in tqdm(range(-1, rounds), desc="timing"):  # round −1 warms up
+        for name in work if round_ % 2 else reversed(work):
+            elapsed = seconds(work[name], device)
+            if round_ >= 0:
+                times[name].append(elapsed)
+    return times
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Multiply-adds counted twice, per second, of a large matrix product on this device: the best of several."""
     n = 8192 if device.type == "cuda" else 2048
@@ -187,62 +167,75 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
 
 
+def plain_run(settings: Settings, shape: tuple[int, int, int], run: Run) -> Run:
+    """The same iteration in fp32, NCHW and eager mode."""
+    train = replace(settings.train, channels_last=False, compile=None)
+    plain, _ = build_run(replace(settings, train=train), shape, run.learner.accelerator)
+    vars(plain.learner.jem).pop("forward", None)  # accelerate's, with its casts
+    return plain
+
+
 def main(argv: list[str]) -> None:
     parser = make_parser("recipes/benchmark.py", __doc__.splitlines()[0])
     parser.add_class_arguments(BenchmarkConfig)
     given = parse_flags(parser, read_flags(parser, argv))
     config = BenchmarkConfig(**{field.name: given[field.name] for field in fields(BenchmarkConfig)})
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    device, bf16 = accelerator.device, config.mixed_precision == "bf16"
-    iteration, bare_passes = build(config, accelerator, plain=False)
-    work = {"iteration": iteration, "bare": bare_passes}
-    is_plain = not (bf16 or config.channels_last or config.compile)
-    if not is_plain:
-        work["plain"] = build(config, accelerator, plain=True)[0]
-    if config.score_images:
-        work["scores"], work["bare scores"] = build_scores(config, device)
+    if config.profile is not None:
+        from timm_jem.speed.profile_plot import draw_profile  # which needs matplotlib
 
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for round_ in tqdm(range(-1, config.rounds), desc="timing"):  # round −1 warms up
-        for name in work if round_ % 2 else reversed(work):
-            elapsed = seconds(work[name], device)
-            if round_ >= 0:
-                times[name].append(elapsed)
+    told, shape = config.settings(), (config.channels, config.image_size, config.image_size)
+    run, settings = build_run(told, shape, open_accelerator(told.train))
+    accelerator, train = run.learner.accelerator, settings.train
+    device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
+    work = {"iteration": lambda: iteration(run), "bare": bare_passes(run, bf16=bf16)}
+    plain = plain_run(settings, shape, run)
+    is_plain = not (bf16 or train.channels_last or train.compile)
+    if not is_plain:
+        work["plain"] = lambda: iteration(plain)
+    if config.score_images:
+        work["scores"], work["bare scores"] = scores_and_passes(run.learner.published(), config.score_images)
+    times = timed(work, config.rounds, device)
     medians = {name: statistics.median(values) for name, values in times.items()}
 
     def ratio(over: str, under: str) -> float:
         return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
 
-    precision, layout = "bf16" if bf16 else "fp32", "channels_last" if config.channels_last else "NCHW"
-    how = f"compiled ({config.compile})" if config.compile else "eager"
+    precision, layout = "bf16" if bf16 else "fp32", "channels_last" if train.channels_last else "NCHW"
+    how = f"compiled ({train.compile})" if train.compile else "eager"
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{config.model}, {config.image_size} px, batch {config.batch_size}, K {config.num_steps}, {precision}, {layout}, "
-        f"{how}, {where}: iteration {medians['iteration']:.3f} s, bare passes {medians['bare']:.3f} s, "
+    processes = f"{accelerator.num_processes} processes of " if accelerator.num_processes > 1 else ""
+    chains = f", K {settings.sgld.num_steps}" if train.objective.needs_chains else ""
+    accelerator.print(
+        f"{settings.model.name}, {config.image_size} px, batch {train.batch_size}{chains}, {precision}, {layout}, {how}, "
+        f"{processes}{where}: iteration {medians['iteration']:.3f} s, bare passes {medians['bare']:.3f} s, "
         f"medians of {config.rounds}"
     )
-    print(f"overhead {ratio('iteration', 'bare'):.3f}")
+    accelerator.print(f"overhead {ratio('iteration', 'bare'):.3f}")
     if not is_plain:
-        print(f"gain {ratio('plain', 'iteration'):.2f} over fp32, NCHW, eager ({medians['plain']:.3f} s)")
+        accelerator.print(f"gain {ratio('plain', 'iteration'):.2f} over fp32, NCHW, eager ({medians['plain']:.3f} s)")
     if config.score_images:
-        print(
+        accelerator.print(
             f"scores of {config.score_images:,} images: {medians['scores']:.3f} s, {ratio('scores', 'bare scores'):.3f} times "
             f"their bare passes (fp32, {SCORED_AT_ONCE} at once)"
         )
-    # Counted in eager mode: what is compiled hides its operations.
-    plain_iteration, plain_passes = build(config, accelerator, plain=True)
-    with FlopCounterMode(display=False) as counter:
-        plain_passes()
+    with FlopCounterMode(display=False) as counter:  # in eager mode: what is compiled hides its operations
+        bare_passes(plain, bf16=False)()
     flops = counter.get_total_flops() / medians["iteration"]
     peak = peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
-    print(
+    accelerator.print(
         f"{flops / 1e12:.3f} TFLOP/s, {flops / peak:.0%} of the {peak / 1e12:.3f} that a large {precision} matrix product "
         "reaches here"
     )
     if device.type == "cuda":
         with CopiedBytes() as copied:
-            plain_iteration()
-        print(f"{copied.bytes} bytes copied between host and device in an iteration, chains included")
+            iteration(plain)
+        accelerator.print(f"{copied.bytes} bytes copied between host and device in an iteration, chains included")
+    if config.profile is not None:
+        found = profile(run, config.rounds)
+        accelerator.print(found.table())
+        if accelerator.is_main_process:
+            with replaced_file(Path(config.profile)) as aside:
+                draw_profile(found, f"{settings.model.name}, {precision}: an iteration").savefig(aside, format="png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "evaluation", "demo", "version", "errors",
     },
     "stability": {"evaluation", "stability", "training", "errors"},
+    "speed": {"modes", "data", "ood", "evaluation", "model", "pixels", "wrap", "training", "speed", "errors"},
     "__init__": {
         "energy", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "ood", "prediction",
         "reference", "version", "errors",

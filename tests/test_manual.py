@@ -267,7 +267,11 @@ def test_stability_commands_run(tmp_path, monkeypatch, command):
 
 @pytest.mark.usefixtures("precision_of_its_own")
 @pytest.mark.parametrize("command", commands("recipes/benchmark.py"))
-def test_benchmark_commands_run(capsys, command):
+def test_benchmark_commands_run(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     small = "--model wrn_10_1 --image_size 8 --batch_size 2 --num_steps 2 --rounds 1 --score_images 4"
     benchmark.main([*shlex.split(command)[2:], *shlex.split(small)])
-    assert re.search(r"^overhead \d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)
+    out = capsys.readouterr().out
+    assert re.search(r"^overhead \d+\.\d{3}$", out, re.MULTILINE)
+    assert ("% of an iteration" in out) == (tmp_path / "profile.png").is_file() == ("--profile" in command)
