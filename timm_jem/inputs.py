@@ -1,7 +1,8 @@
 """Checks of what functions are given: model input, labels, logits, class names, and what chains are drawn with."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ __all__ = [
     "FAR_FROM_PIXELS",
     "MOST_NUMBERS",
     "as_labels",
+    "batches_of",
     "check_drawing",
     "check_label_values",
     "check_labels",
@@ -22,6 +24,7 @@ __all__ = [
     "is_floats",
     "is_labels",
     "kind",
+    "of_batch",
     "values_known",
 ]
 
@@ -153,6 +156,47 @@ def check_label_values(y: Tensor, count: int, least: int = 0, name: str = "y") -
             wrong, unknown = low if low < least else high, ", or -1 for unknown" if least < 0 else ""
             what = "the label" if name == "y" else "the number"
             raise InputError(f"{name} holds {what} {wrong}: give 0 to {count - 1}{unknown}")
+
+
+def batches_of(x: Any, y: Any, batch_size: int, num_classes: int) -> Iterable[Any]:
+    """The batches of a tensor of images, with their labels where there are some; or batches as they are given.
+
+    Args:
+        x: images, shape (N, ...), or an iterable of batches, or of (images, labels), as a DataLoader gives them.
+        y: labels of a tensor's images, one an image; of batches each has its own. None: there are none.
+        batch_size: into which a tensor is split.
+        num_classes: see :func:`as_labels`.
+
+    Raises:
+        InputError: neither, or labels that don't go with ``x``.
+    """
+    check_whole("batch_size", batch_size, 1)
+    if isinstance(x, Tensor):
+        parts = x.split(batch_size) if x.ndim else [x]
+        if y is None:
+            return parts
+        y = as_labels(y, num_classes)
+        if y.shape != x.shape[:1]:
+            raise InputError(f"y has shape {tuple(y.shape)} for x of shape {tuple(x.shape)}: give one label per image")
+        return list(zip(parts, y.split(batch_size), strict=True))
+    if not isinstance(x, Iterable) or isinstance(x, (str, bytes, Mapping, np.ndarray)):
+        raise InputError(f"x is {kind(x)}: give model input, shape (N, C, H, W), or batches of it, e.g. a DataLoader")
+    if y is not None:
+        raise InputError("y goes with a tensor x: of images in batches, let each batch be (x, y)")
+    return x
+
+
+def of_batch(batch: Any) -> tuple[Tensor, Any]:
+    """Images and labels, or None, of a batch: images, (images,) or (images, labels).
+
+    Raises:
+        InputError: something else.
+    """
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) and isinstance(batch[0], Tensor):
+        return batch[0], batch[1] if len(batch) == 2 else None
+    raise InputError(f"a batch of images is {kind(batch)}: give model input, or (x, y)")
 
 
 def checked_names(class_names, num_classes: int) -> list[str] | None:

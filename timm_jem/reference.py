@@ -1,7 +1,7 @@
 """What held-out images tell of a model: how sure it may be, and which energies are ordinary."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, check_number, check_whole, quoted
-from timm_jem.inputs import as_labels, check_labels, kind
+from timm_jem.inputs import batches_of, check_labels, of_batch
 from timm_jem.temperature import best_temperature
 
 __all__ = ["Reference", "accepting", "fit"]
@@ -99,9 +99,8 @@ def fit(
         InputError: no images, labels that don't fit or that some batches alone have, or energies that are not finite.
     """
     check_number("accept", accept, above=0, most=1)
-    check_whole("batch_size", batch_size, 1)
     logits, labels = [], []
-    for images, of_images in _batches(x, y, batch_size, num_classes):
+    for images, of_images in map(of_batch, batches_of(x, y, batch_size, num_classes)):
         logits.append(classify(images))
         labels.append(None if of_images is None else check_labels(of_images, len(images), num_classes, torch.device("cpu")))
     f = torch.cat(logits) if logits else torch.zeros(0, num_classes)
@@ -126,24 +125,3 @@ def fit(
 def accepting(scores: Tensor, accept: float) -> float:
     """The smallest score up to which at least a share ``accept`` of ``scores`` are, shape (N,), higher = further out."""
     return scores.kthvalue(max(1, math.ceil(accept * len(scores) - 1e-9))).values.item()
-
-
-def _batches(x: Any, y: Any, batch_size: int, num_classes: int) -> Iterator[tuple[Tensor, Any]]:
-    if isinstance(x, Tensor):
-        labels = None if y is None else as_labels(y, num_classes)
-        if labels is not None and labels.shape != x.shape[:1]:
-            raise InputError(f"y has shape {tuple(labels.shape)} for x of shape {tuple(x.shape)}: give one label per image")
-        parts = x.split(batch_size) if x.ndim else [x]
-        yield from zip(parts, [None] * len(parts) if labels is None else labels.split(batch_size), strict=True)
-        return
-    if not isinstance(x, Iterable) or isinstance(x, (str, bytes, Mapping)):
-        raise InputError(f"x is {kind(x)}: give held-out model input, a tensor (N, C, H, W), or batches (x, y) of it")
-    if y is not None:
-        raise InputError("y is given beside batches: let each batch be (x, y)")
-    for batch in x:
-        if isinstance(batch, Tensor):
-            yield batch, None
-        elif isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor):
-            yield batch[0], batch[1]
-        else:
-            raise InputError(f"a batch of held-out images is {kind(batch)}: give model input, or (x, y)")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from timm_jem.energy import energy
-from timm_jem.errors import InputError, check_whole
-from timm_jem.inputs import as_labels, check_label_values, check_model_input, kind
+from timm_jem.errors import InputError
+from timm_jem.inputs import as_labels, batches_of, check_label_values, check_model_input, kind, of_batch
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 
@@ -96,19 +96,11 @@ def batches(
     """
     from accelerate.utils import tqdm
 
-    check_whole("batch_size", batch_size, 1)
-    if not isinstance(x, Iterable) or isinstance(x, (str, bytes, dict)):
-        raise InputError(f"x is a {type(x).__name__}: give a tensor of model input, or batches of it, e.g. a DataLoader")
-    given: Iterable = x
     if isinstance(x, Tensor):
         _check_x(jem, x)
-        parts = x.split(batch_size)
-        given = parts if y is None else list(zip(parts, _labels(jem, y, len(x)).split(batch_size), strict=True))
-    elif y is not None:
-        raise InputError("y goes with a tensor x: of images in batches, give batches of (x, y)")
-    count = 0
+    given, count = batches_of(x, y, batch_size, jem.num_classes), 0
     for batch in given if isinstance(given, Sequence) and len(given) == 1 else tqdm(given, desc=desc, leave=False):
-        images, labels = (*batch, None, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+        images, labels = of_batch(batch)
         _check_x(jem, images)
         labels = None if labels is None else _labels(jem, labels, len(images))
         if len(images):
