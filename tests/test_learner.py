@@ -197,7 +197,7 @@ def test_a_sharded_model_with_batch_norm_can_be_made_whole(tmp_path):
 @pytest.mark.parametrize("norm", [None, "batchnorm2d"])
 def test_a_snapshot_goes_on_bit_for_bit(norm):
     settings = {
-        "sgld": SGLDConfig(num_steps=2, noise_std=0.05),
+        "sgld": SGLDConfig(num_steps=2, noise_std=0.05, step_decay=True),
         "model": {"norm_layer": norm, "drop_rate": 0.2},
     }
     learner = make(**settings)

@@ -33,6 +33,7 @@ OTHER = {
     "sgld.normalize_grad": "true",
     "sgld.grad_clamp": "1.0e-6",
     "sgld.pixel_clamp": "0.5",
+    "sgld.step_decay": "true",
     "train.steps": "5",
     "train.batch_size": "12",
     "train.grad_accum": "2",

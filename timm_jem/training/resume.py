@@ -76,6 +76,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "sgld.pixel_clamp": None,
     "sgld.sample_steps": None,
     "sgld.denoise_steps": None,
+    "sgld.step_decay": None,
     "train.steps": None,
     "train.epochs": None,
     "train.batch_size": None,
