@@ -57,6 +57,7 @@ OTHER = {
     "train.restart_prob": "1.0",
     "train.ramp_steps": "40",
     "train.step_cosine": "0.5",
+    "train.balance": "true",
     "train.objective.w_ce": "0.5",
     "train.objective.w_x": "0.5",
     "train.objective.contrast": "softplus",

@@ -213,6 +213,7 @@ def build_method(settings: Settings, splits: Splits, jem: JEM, generator: torch.
         ramp_auc=train.ramp_auc,
         step_cosine=train.step_cosine,
         attack=train.attack(),
+        balance=train.balance,
     )
 
 

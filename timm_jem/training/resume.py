@@ -113,6 +113,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "train.ramp_auc": None,
     "train.step_cosine": None,
     "train.batch_norm": None,
+    "train.balance": None,
     "train.objective.w_ce": None,
     "train.objective.w_x": None,
     "train.objective.w_xy": Refused(_CLASSES.why, _one_is_zero),

@@ -107,6 +107,9 @@ class TrainConfig:
             is that of the model in the end; 0 would be as far as the energy falls along the gradient. None: it stays.
         batch_norm: BatchNorm while chains move: eval (running statistics), frozen (in the loss, too), or train (JEM++,
             SADA-JEM: batch statistics; what is sampled then is not the density that is scored).
+        balance: the energy terms of the objective are multiplied by how much longer the gradient of the cross-entropy is than
+            theirs, at each step anew, so that their weights are those of gradients: w_x 1 and w_ce 1 pull alike at the network.
+            It costs two backward passes.
         objective: weights of the loss; w_xy > 0 gives class-conditional chains.
         seed: of weights, order and chains.
         mixed_precision: no, bf16, or auto: the one of them that is faster with this network here, which is measured when the
@@ -164,6 +167,7 @@ class TrainConfig:
     ramp_auc: float | None = None
     step_cosine: float | None = None
     batch_norm: Literal["eval", "frozen", "train"] = "eval"
+    balance: bool = False
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     seed: int = 0
     mixed_precision: str | None = None
@@ -334,6 +338,11 @@ class Settings:
             raise InputError(
                 "train.attack_norm attacks the images of the cross-entropy, and train.objective w_ce is 0: raise it, or leave "
                 "the attack out"
+            )
+        if self.train.balance and not self.train.objective.w_ce:
+            raise InputError(
+                "train.balance measures the energy terms by the cross-entropy, and train.objective w_ce is 0: raise it, or "
+                "leave the balance out"
             )
         if self.train.ramp_auc is not None and self.train.ramp_steps:
             raise InputError("train.ramp_auc and train.ramp_steps both say when chains get longer: give one of them")
