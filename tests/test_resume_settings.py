@@ -123,6 +123,7 @@ OTHER = {
     "data.channels": "3",
     "data.image_size": "16",
     "data.labels_per_class": "4",
+    "data.starts": "more.parquet",
     "data.unlabeled_rows": "true",
     "data.streaming": "true",
     "data.stream_held_out": "30",

@@ -97,7 +97,7 @@ class TrainConfig:
         buffer_size: chains in the replay buffer of a process; None: JEM's 10,000, or as many as take 1 GiB.
         restart_prob: how likely a chain that is drawn from it starts anew.
         init: where chains start, in training and when the model draws: uniform noise (JEM), or gaussian: fitted to the
-            images of each class (JEM++, SADA-JEM), and saved with the model.
+            images of each class (JEM++, SADA-JEM), and saved with the model. data.starts overrides it.
         conditional_chains: chains of p(y) p(x|y) as negatives of E(x) as well; with objective w_xy they are anyway.
         ramp_from: sgld.num_steps of the first optimiser step, where ramp_steps is not 0.
         ramp_steps: optimiser steps in which sgld.num_steps is reached from there; 0: at once.
@@ -354,6 +354,8 @@ class Settings:
             )
         if self.data.streaming and (self.train.epochs is not None or self.classifier.epochs is not None):
             raise InputError("epochs need to know how many images there are, and data.streaming doesn't: give steps")
+        if self.data.starts is not None and self.train.init != "noise":
+            raise InputError(f"data.starts and train.init {self.train.init} both say where chains start: give one of them")
         if self.data.streaming and self.train.init == "gaussian":
             raise InputError("train.init gaussian is fitted to images at hand, and data.streaming has none: use noise")
 
