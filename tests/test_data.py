@@ -223,6 +223,8 @@ def test_unknown_hub_names_are_named(monkeypatch):
         {"labels_per_class": 0},
         {"stream_held_out": 0},
         {"shuffle_buffer": 0},
+        {"unlabeled": ""},
+        {"starts": " "},
     ],
 )
 def test_bad_settings_are_named(bad):

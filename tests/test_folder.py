@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from timm_jem import InputError, PublishedChains, SGLDConfig
 @pytest.fixture
 def jem():
     torch.manual_seed(0)
-    sgld = SGLDConfig(num_steps=7, noise_std=0.05, sample_steps=40, denoise_steps=2)
+    sgld = SGLDConfig(num_steps=7, noise_std=0.05, sample_steps=40, denoise_steps=2, step_decay=True)
     jem = timm_jem.create_model(
         "wrn_10_1", num_classes=3, input_size=(1, 8, 8), class_names=["a", "b", "c"], sgld=sgld, act_layer="silu"
     )
@@ -74,6 +75,10 @@ def test_everything_else_comes_back(jem, tmp_path):
     assert not again.training
     draws = [m.sample(4, y=1, generator=torch.Generator().manual_seed(5)) for m in (jem, again)]
     assert torch.equal(*draws)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    del config["timm_jem"]["sgld"]["step_decay"]  # as an older version wrote it
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert timm_jem.from_pretrained(tmp_path / "m").sgld == replace(jem.sgld, step_decay=False)
 
 
 def test_layouts_that_safetensors_refuses(jem, tmp_path):

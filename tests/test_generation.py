@@ -267,6 +267,15 @@ def test_the_first_view_of_noisy_chains_is_what_sample_draws_and_the_last_goes_o
     assert torch.equal(jem.normalize(found[7]), jem.sample(y=y, num_steps=7, generator=seeded()))
 
 
+def test_chains_whose_steps_decay_are_seen_as_sample_draws_them():
+    jem, y = model(step_decay=True), torch.arange(6)
+    found = dict(chains_by_length(jem, [9, 4, 7], y=y, generator=seeded(), batch_size=4))
+    assert list(found) == [4, 7, 9]
+    for steps, u in found.items():
+        drawn = jem.sample(y=y, num_steps=steps, generator=seeded(), batch_size=4)
+        assert torch.equal(jem.normalize(u), drawn)
+
+
 def test_the_first_chains_of_more_are_the_same():
     jem, y = model(), torch.arange(12) % 10
     many = dict(chains_by_length(jem, [4, 7], y=y, generator=seeded()))

@@ -77,7 +77,7 @@ def as_one_of_two(rank: int, port: int) -> slice:
 
 def half_of_the_training(rank: int, port: int, folder: str, shard: bool) -> None:
     share = as_one_of_two(rank, port)
-    learner = make(share, shard=shard, step_cosine=0.5, ramp_auc=0.3, sam=SAM(0.1))
+    learner = make(share, shard=shard, step_cosine=0.5, ramp_auc=0.3, sam=SAM(0.1), balance=not shard)
     train(learner, STEPS // 2, share)
     snapshot = copy_tree(learner.state_dict())
     train(learner, 2, share)
@@ -105,7 +105,7 @@ def test_two_processes_train_as_one_does(tmp_path, shard):
     for part in ("model", "ema"):
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
     assert not torch.equal(first["buffer"]["chains"], second["buffer"]["chains"])
-    alone = make(step_cosine=0.5, ramp_auc=0.3, sam=SAM(0.1))
+    alone = make(step_cosine=0.5, ramp_auc=0.3, sam=SAM(0.1), balance=not shard)
     start = copy_tree(alone.jem.state_dict())
     train(alone, STEPS)
     for name, parameter in alone.jem.state_dict().items():
@@ -183,6 +183,9 @@ def a_sharded_model_made_whole(rank: int, folder: str) -> None:
     before = copy_tree(jem.state_dict())
     fully_shard(jem)
     assert any(isinstance(part, DTensor) for part in jem.state_dict().values())
+    buffer = ReplayBuffer(SHAPE, init=uniform_noise, generator=torch.Generator(), capacity=1)
+    with pytest.raises(InputError, match="these are sharded"):
+        MaximumLikelihood(jem, buffer, sgld=SGLDConfig(), objective=ObjectiveConfig(), balance=True)
     whole = whole_state(jem)
     assert set(whole) == set(before)
     assert any("running_mean" in name for name in whole)
@@ -197,7 +200,7 @@ def test_a_sharded_model_with_batch_norm_can_be_made_whole(tmp_path):
 @pytest.mark.parametrize("norm", [None, "batchnorm2d"])
 def test_a_snapshot_goes_on_bit_for_bit(norm):
     settings = {
-        "sgld": SGLDConfig(num_steps=2, noise_std=0.05),
+        "sgld": SGLDConfig(num_steps=2, noise_std=0.05, step_decay=True),
         "model": {"norm_layer": norm, "drop_rate": 0.2},
     }
     learner = make(**settings)

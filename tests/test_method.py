@@ -278,7 +278,7 @@ def test_nothing_waits_for_the_device():
         jem, buffer, u, y = make(norm=True, classes=classes)
         y[::2] = -1
         for policy in ("eval", "frozen", "train"):
-            ops, ways = [], {"objective": objective, "batch_norm": policy, "attack": PGDConfig("l2", 0.5, 2)}
+            ops, ways = [], {"objective": objective, "batch_norm": policy, "attack": PGDConfig("l2", 0.5, 2), "balance": True}
             # No more images than a class has slots, so that the buffer needn't check that they suffice.
             with Ops():
                 run(jem.train(), buffer, u[:3], y[:3], u_ce=u, y_ce=y, **ways,

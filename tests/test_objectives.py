@@ -30,6 +30,15 @@ def test_loss_is_the_sum_of_its_weighted_terms():
     assert [name for name, term in terms.items() if term.requires_grad] == ["loss"]
 
 
+def test_a_balance_multiplies_what_the_chains_are_for():
+    logits, y, logits_neg, y_neg = batch()
+    loss = lambda balance=None, **weights: joint_loss(  # noqa: E731
+        logits, y, logits_neg, y_neg, ObjectiveConfig(**weights), balance=balance
+    )["loss"]
+    balanced = loss(torch.tensor(3.0, dtype=torch.float64), w_ce=0.5, w_x=0.7, w_xy=0.9, energy_l2=0.1)
+    torch.testing.assert_close(balanced, loss(w_ce=0.5, w_x=2.1, w_xy=2.7, energy_l2=0.1))
+
+
 def test_gradient_in_closed_form():
     logits, y, logits_neg, _ = batch()
     joint_loss(logits, y, logits_neg)["loss"].backward()

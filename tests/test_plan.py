@@ -50,6 +50,11 @@ def test_what_does_not_fit_the_data_is_said(splits, flags, world, message):
     assert "\n" not in str(error.value)
 
 
+def test_whole_gradients_are_not_for_shards(splits):
+    with pytest.raises(InputError, match=r"train\.balance compares gradients of whole weights"):
+        check_plan(settings("--train.ema_decay 0 --train.balance true"), splits, 2, sharded=True)
+
+
 def test_what_fits(splits):
     told = settings()
     assert check_plan(told, splits, 1) == told

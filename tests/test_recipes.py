@@ -271,7 +271,7 @@ def test_every_option_at_once(tmp_path, monkeypatch):
         "--model.kwargs.block_drop_rate 0.1 "
         "--train.trackers [tensorboard] --train.epochs 0.1 --train.best_k 1 --train.eval_every 1 --train.sample_every 2 "
         "--train.init gaussian --train.ramp_steps 3 --train.step_cosine 0.5 --sgld.pixel_clamp 1 --sgld.grad_clamp 1 "
-        "--sgld.noise_std 0 "
+        "--sgld.noise_std 0 --sgld.step_decay true --train.balance true --train.sam_rho 0.1 "
         "--train.batch_norm train --model.kwargs.norm_layer batchnorm2d --train.restart_prob 0.5 --train.log_every 1"
     )
     monkeypatch.chdir(tmp_path)
@@ -284,7 +284,7 @@ def test_every_option_at_once(tmp_path, monkeypatch):
     assert os.listdir(run / "best") == [Path(kept["model"]).name]
     timm.create_model(f"local-dir:{run / kept['model']}", pretrained=True)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert "chain_saturated" in next(line for line in lines if "loss" in line)
+    assert {"chain_saturated", "balance", "sharpness"} <= set(next(line for line in lines if "loss" in line))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "timm_jem")).Reload()

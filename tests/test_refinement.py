@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from small_networks import Gaussian, Kept, in_pixels, trained_on_digits
@@ -61,10 +63,10 @@ def test_the_gradient_past_the_steps_is_that_at_the_refined_image(jem, images):
         assert not torch.allclose(gradient(through, images, column), expected, rtol=0.05)
 
 
-@pytest.mark.parametrize("chains", [1, 3])
-def test_values_are_equal_with_and_without_a_gradient(jem, images, chains):
+@pytest.mark.parametrize(("chains", "sgld"), [(1, NOISY), (3, NOISY), (1, replace(NOISY, step_decay=True))])
+def test_values_are_equal_with_and_without_a_gradient(jem, images, chains, sgld):
     def value(which, x):
-        return refined_classifier(jem, RefinementConfig(4, chains, sgld=NOISY), generator=seeded(), gradient=which)(x)
+        return refined_classifier(jem, RefinementConfig(4, chains, sgld=sgld), generator=seeded(), gradient=which)(x)
 
     with torch.no_grad():
         expected = value("through", images)

@@ -140,6 +140,12 @@ def test_images_of_another_size_start_from_noise():
     assert jem.denormalize(found)[:, :, 1:].std() > 0.3
 
 
+def test_chains_whose_steps_decay_are_those_of_sample_where_nothing_is_known():
+    jem = in_pixels(Wells(), num_steps=5, denoise_steps=2, noise_std=0.1, step_size=0.5, step_decay=True)
+    found = jem.restore(images(), torch.ones(4, 4, dtype=torch.bool), generator=seeded())
+    torch.testing.assert_close(found, jem.sample(5, generator=seeded()))
+
+
 def test_lengths_are_those_of_fresh_chains():
     jem, seen = in_pixels(Wells(), num_steps=3, sample_steps=7, denoise_steps=2, noise_std=0.5, step_size=1e-9), {}
     everything = torch.ones(4, 4, dtype=torch.bool)

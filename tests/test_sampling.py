@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,14 +69,41 @@ def test_the_last_steps_can_be_noise_free():
     torch.testing.assert_close(u, noisy * 0.25)
 
 
-def test_same_seed_same_chains_however_they_are_split():
-    start, y = torch.zeros(7, 1, 2, 2), torch.arange(7) % 2
+@pytest.mark.parametrize(("num_steps", "denoise_steps"), [(1, 0), (5, 0), (5, 3), (40, 0)])
+def test_steps_that_decay_are_the_closed_form(num_steps, denoise_steps):
+    """u' = (1 − α (1 − k/K) c) u + σ n, whose noise each later step shrinks."""
+    config = SGLDConfig(num_steps=7, step_size=0.8, noise_std=0.3, step_decay=True)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.full((50_000, 1, 1, 1), 2.0, dtype=torch.float64)
+    length = {"num_steps": num_steps, "denoise_steps": denoise_steps}
+    u = sgld(quadratic(0.5), start, config, **length, generator=generator)
+    mean, variance = 2.0, 0.0
+    for k in range(num_steps):
+        factor = 1 - 0.8 * (1 - k / num_steps) * 0.5
+        mean, variance = mean * factor, variance * factor**2 + 0.3**2 * (k < num_steps - denoise_steps)
+    assert u.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(variance / 50_000))
+    assert u.var().item() == pytest.approx(variance, rel=0.05)
+    still = sgld(quadratic(0.5), start[:4], replace(config, noise_std=0.0), **length)
+    torch.testing.assert_close(still, torch.full_like(start[:4], mean))
+
+
+def test_a_step_of_a_chain_has_its_share_of_the_step_size():
+    config = SGLDConfig(step_size=0.8, step_decay=True)
+    assert [config.of_step(k, 4).step_size for k in range(4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert not config.of_step(1, 4).step_decay
+    level = SGLDConfig()
+    assert level.of_step(3, 4) is level
+
+
+@pytest.mark.parametrize("step_decay", [False, True])
+def test_same_seed_same_chains_however_they_are_split(step_decay):
+    start, y, config = torch.zeros(7, 1, 2, 2), torch.arange(7) % 2, SGLDConfig(step_decay=step_decay)
 
     def energy_fn(u, y):
         return (0.2 + 0.3 * y) * u.square().sum((1, 2, 3))
 
     runs = [
-        sgld(energy_fn, start, SGLDConfig(), y=y, generator=torch.Generator().manual_seed(1), batch_size=size)
+        sgld(energy_fn, start, config, y=y, generator=torch.Generator().manual_seed(1), batch_size=size)
         for size in (None, 1, 3, 7, 100)
     ]
     assert all(torch.equal(run, runs[0]) for run in runs)
@@ -333,6 +361,8 @@ def test_clamps_hold_along_the_chains():
         {"grad_clamp": 0.0},
         {"normalize_grad": 1},
         {"normalize_grad": "yes"},
+        {"step_decay": None},
+        {"step_decay": 1},
         {"pixel_clamp": float("nan")},
         {"sample_steps": 0},
         {"denoise_steps": -1},

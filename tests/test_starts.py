@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
 
 import timm_jem
-from timm_jem import ClassGaussians, InputError, SGLDConfig
+from timm_jem import ClassGaussians, InputError, ReplayBuffer, SGLDConfig
 from timm_jem.data import digits
 from timm_jem.evaluation.chain_length import chains_by_length
 from timm_jem.gaussians import STARTS_FILE
@@ -18,6 +18,9 @@ from timm_jem.hub.card import model_card
 from timm_jem.hub.provenance import Provenance
 from timm_jem.pixels import to_pixels
 from timm_jem.sampling import chain_generators, draw_seeds, sgld, uniform_noise
+from timm_jem.training.run_folder import RunFolder
+from timm_jem.training.starts import ImageStarts
+from timm_jem.training.state import copy_tree, load_tree
 
 
 @pytest.fixture
@@ -91,6 +94,10 @@ def test_a_card_says_where_chains_start(jem):
         card = model_card(**about, has_starts=has_starts)
         assert words in card
         assert ("eight images\nor more, not images" in card) == has_starts
+    about["provenance"] = Provenance.read({"config": {"data": {"starts": "user/others"}}})
+    card = model_card(**about, has_starts=True)
+    assert "5 SGLD steps from a Gaussian\n" in card
+    assert "at images of another data set, which are not published" in card
 
 
 def broken(**changes):
@@ -140,6 +147,52 @@ def test_others_are_refused_when_they_are_set_and_when_the_head_is_another(jem, 
     jem.backbone.reset_classifier(2)
     with pytest.raises(InputError, match="2 classes"):
         jem.sample(1)
+
+
+def test_chains_start_at_images_drawn_by_the_generator_alone():
+    images = torch.randint(256, (5, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for classes in (None, 3):
+        rng = torch.Generator().manual_seed(1)
+        buffer = ReplayBuffer(
+            (1, 8, 8), init=ImageStarts(images), generator=rng, capacity=60, num_classes=classes, restart_prob=1
+        )
+        which = (buffer.chains[:, None] == to_pixels(images)).flatten(2).all(2)
+        assert (which.sum(1) == 1).all()
+        assert (which.sum(0) > 3).all()
+        saved = copy_tree(buffer.state_dict())
+        drawn = [buffer.draw(9)[0] for _ in range(3)]
+        buffer.load_state_dict(saved)
+        assert all(torch.equal(buffer.draw(9)[0], chains) for chains in drawn)
+    with pytest.raises(InputError, match=r"chains of shape \(1, 4, 4\)"):
+        ImageStarts(images)((2, 1, 4, 4), generator=rng)
+    for bad in (images.float(), images[0], images[:0], None):
+        with pytest.raises(InputError, match="images to start chains at are not 8-bit"):
+            ImageStarts(bad)
+
+
+def test_a_run_whose_chains_start_at_images_of_others_publishes_none_of_them(tmp_path, capsys):
+    rows, others, run = digits(), tmp_path / "others.parquet", tmp_path / "run"
+    rows.select(range(300)).to_parquet(others)
+    flags = (
+        f"--data.starts {others} --train.objective.w_x 0 --train.objective.w_xy 1 --train.batch_size 16 --sgld.num_steps 1 "
+        f"--sgld.denoise_steps 0 --sgld.noise_std 0 --sgld.step_size 1e-3 --train.sample_steps [1] --train.sample_count 20 "
+        f"--train.buffer_size 200 --model.name wrn_10_1 --data.dataset digits --train.threads 1 --output_dir {run}"
+    )
+    train.main(shlex.split(f"{flags} --train.steps 2 --train.warmup_steps 1"))
+    told = capsys.readouterr().out
+    assert "chains started at images of others.parquet, which are not published" in told
+    assert {path.name for path in (run / "model").iterdir()} == {"config.json", "model.safetensors", STARTS_FILE}
+    assert set(RunFolder(run).pictures()) == {"samples.png"}
+    assert (run / "chains.png").is_file()
+    jem = timm_jem.from_pretrained(run / "model")
+    assert len(jem.starts.means) == 1
+    images = to_pixels(torch.stack([pil_to_tensor(image) for image in rows["image"][:300]]))
+    torch.testing.assert_close(jem.starts.means[0], images.mean(0))
+    state = load_tree(next(run.glob("checkpoints/*/rank*0.safetensors")))
+    chains = state["state"]["learner"]["buffer"]["chains"]  # after steps so short that they are where they started
+    assert (torch.cdist(chains.flatten(1), images.flatten(1)).amin(1) < 0.05).all()
+    with pytest.raises(InputError, match="chains that may show such images are published, or not"):
+        train.main(shlex.split(f"--resume {run} --train.steps 3 --data.starts null"))
 
 
 @pytest.mark.parametrize("weights", ["--train.objective.w_x 0 --train.objective.w_xy 1", "--train.objective.w_x 1"])

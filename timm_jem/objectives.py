@@ -67,6 +67,7 @@ def joint_loss(
     *,
     logits_ce: Tensor | None = None,
     y_ce: Tensor | None = None,
+    balance: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Cross-entropy plus the contrastive estimate of maximum likelihood.
 
@@ -92,6 +93,7 @@ def joint_loss(
         config: see :class:`ObjectiveConfig`.
         logits_ce: for the cross-entropy, where it sees other images or views, shape (N, num_classes); None: ``logits``.
         y_ce: labels for the cross-entropy, int64, shape (N,); −1: unknown; None: ``y``.
+        balance: a factor of the w_x and w_xy terms, shape (); None: 1.
 
     Returns:
         Scalars by name: ``loss`` (the one with a graph), and for logging, detached: ``ce``, ``energy_data`` and
@@ -112,18 +114,19 @@ def joint_loss(
     ce = ce / (y_ce != -1).sum().clamp(min=1)
     loss = config.w_ce * ce
     terms = {"ce": ce}
+    w_x, w_xy = (weight if balance is None else weight * balance for weight in (config.w_x, config.w_xy))
     if logits_neg is not None:
         e_data, e_neg = energy(logits), energy(logits_neg)
         terms |= {"energy_data": e_data.mean(), "energy_neg": e_neg.mean()}
         terms["gap"] = terms["energy_data"] - terms["energy_neg"]
         if config.w_x:
-            loss = loss + config.w_x * _contrast(e_data, e_neg, config)
+            loss = loss + w_x * _contrast(e_data, e_neg, config)
         if config.w_xy:
             if y_neg is None:
                 raise InputError("objective w_xy is above 0 and y_neg is missing: give the chains' labels")
             e_data, e_neg = _energy_where_known(logits, y), _energy_where_known(logits_neg, y_neg)
             terms["gap_xy"] = e_data.mean() - e_neg.mean()
-            loss = loss + config.w_xy * _contrast(e_data, e_neg, config)
+            loss = loss + w_xy * _contrast(e_data, e_neg, config)
         if config.energy_l2:
             terms["l2"] = e_data.square().mean() + e_neg.square().mean()
             loss = loss + config.energy_l2 * terms["l2"]

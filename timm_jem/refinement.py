@@ -41,8 +41,8 @@ def refine(
     check_whole("steps of a refinement", steps, 1, MOST_STEPS)
     if not create_graph:
         return sgld(energy_fn, u, config, generator=generator, num_steps=steps, batch_size=batch_size)
-    for _ in range(steps):
+    for step in range(steps):
         slope = torch.autograd.grad(energy_fn(u).sum(), u, create_graph=True)[0]
         noise = randn(u.shape, generator=generator, device=u.device, dtype=u.dtype) if config.noise_std else None
-        u = sgld_step(u, slope, noise, config)
+        u = sgld_step(u, slope, noise, config.of_step(step, steps))
     return u

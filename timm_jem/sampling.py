@@ -7,7 +7,7 @@ returns shape (B,), and a chain's state is a plain tensor of pixels.
 import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,10 @@ class SGLDConfig:
             The training recipe finds it on validation images.
         denoise_steps: how many of a fresh chain's last steps add no noise (paper: 0). They take away the noise that
             a chain always carries.
+        step_decay: the step size falls evenly to 0 within a chain, as in arXiv 2605.23819: that of step k = 0, …, K − 1 is
+            ``step_size`` · (1 − k / K) (paper: no). K is the number of steps that a chain makes at a time: in training those
+            of an iteration, in ``JEM.sample`` its ``num_steps``. The noise stays as it is; ``denoise_steps`` leaves it out of
+            the last steps, where it would outweigh them.
 
     Raises:
         InputError: a value outside its range, NaN included: settings come with models of others, too.
@@ -77,6 +81,7 @@ class SGLDConfig:
     pixel_clamp: float | None = None
     sample_steps: int | None = None
     denoise_steps: int = 0
+    step_decay: bool = False
 
     def __post_init__(self) -> None:
         check_whole("sgld num_steps", self.num_steps, 1, MOST_STEPS)
@@ -85,8 +90,9 @@ class SGLDConfig:
         check_whole("sgld denoise_steps", self.denoise_steps, 0, MOST_STEPS)
         check_number("sgld step_size", self.step_size, above=0, most=_FAR)
         check_number("sgld noise_std", self.noise_std, least=0, most=2)
-        if not isinstance(self.normalize_grad, bool):
-            raise InputError(f"sgld normalize_grad is {quoted(self.normalize_grad)}: give true or false")
+        for name in ("normalize_grad", "step_decay"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"sgld {name} is {quoted(getattr(self, name))}: give true or false")
         for name in ("grad_clamp", "pixel_clamp"):
             if getattr(self, name) is not None:
                 check_number(f"sgld {name}", getattr(self, name), above=0, most=_FAR)
@@ -94,6 +100,12 @@ class SGLDConfig:
             value = getattr(self, field.name)
             if not (value is None or isinstance(value, (int, float))):
                 object.__setattr__(self, field.name, int(value) if isinstance(value, numbers.Integral) else float(value))
+
+    def of_step(self, step: int, num_steps: int) -> "SGLDConfig":
+        """The settings of one step, ``step`` of 0, …, ``num_steps`` − 1: with ``step_decay`` its share of ``step_size``."""
+        if not self.step_decay:
+            return self
+        return replace(self, step_size=self.step_size * (1 - step / num_steps), step_decay=False)
 
 
 def chain_generators(seeds: Sequence[int] | Tensor) -> list[torch.Generator]:
@@ -213,7 +225,7 @@ def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig)
         u: chains, pixels, shape (B, C, H, W).
         grad: ∇E at ``u``, same shape.
         noise: standard normal, same shape; None for a noise-free step.
-        config: see :class:`SGLDConfig`.
+        config: see :class:`SGLDConfig`; of a chain's step with ``step_decay`` give ``config.of_step(step, num_steps)``.
 
     Returns:
         The chains one step later, a new tensor. Source: JEM (arXiv 1912.03263), eq. 3, with untied step and noise.
@@ -317,7 +329,7 @@ def sgld(
             grad = _gradient(energy_fn, u, y, batch_size)
             if on_gradient is not None:
                 on_gradient(u, grad)
-            u = _step(u, grad, noise, config, step_scale)
+            u = _step(u, grad, noise, config.of_step(step, num_steps), step_scale)
             if on_step is not None:
                 on_step(step + 1, u)
     return u

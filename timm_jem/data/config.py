@@ -40,6 +40,9 @@ class DataConfig:
         unlabeled: a second data set, as ``dataset``, whose images join the unlabelled ones; its labels are ignored.
             ?image_column=NAME and ?config_name=NAME may follow, joined by &.
         unlabeled_split: its split.
+        starts: another data set, as ``dataset``, at whose images chains start in training (DAT); its labels are ignored.
+            ?split=NAME (if not train), ?image_column=NAME and ?config_name=NAME may follow, joined by &. The model then draws
+            from the one Gaussian of these images; neither they nor the chains, which may show them, are published.
         skip_broken: leave out images that can't be decoded, and say how many; all are tried at the start, those of a
             stream as they come. False: the first ones stop the run by name.
         streaming: read the rows one after another, as a Hub data set too large for the disk needs it. Classes must have
@@ -68,16 +71,19 @@ class DataConfig:
     unlabeled_rows: bool = False
     unlabeled: str | None = None
     unlabeled_split: str = "train"
+    starts: str | None = None
     skip_broken: bool = False
     streaming: bool = False
     stream_held_out: int = 2000
     shuffle_buffer: int = 10_000
 
     def __post_init__(self) -> None:
-        if not self.dataset.strip():
-            raise InputError("data dataset is empty: give digits, a Hub name, a folder or a .parquet file")
+        for name in ("dataset", "unlabeled", "starts"):
+            if (told := getattr(self, name)) is not None and not told.strip():
+                raise InputError(f"data {name} is empty: give digits, a Hub name, a folder or a .parquet file")
         self.dataset = absolute(self.dataset)
         self.unlabeled = None if self.unlabeled is None else absolute(self.unlabeled)
+        self.starts = None if self.starts is None else absolute(self.starts)
         for name in ("test_fraction", "val_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"data {name} is {getattr(self, name)}: give a fraction between 0 and 1")

@@ -30,7 +30,8 @@ def chains_by_length(
     """One set of chains, fresh ones unless ``init`` says otherwise, seen at several lengths.
 
     Each time the last ``jem.sgld.denoise_steps`` steps are noise-free, as in ``jem.sample``, and belong to the view:
-    the chains themselves go on with noise.
+    the chains themselves go on with noise. With ``jem.sgld.step_decay`` shorter chains are no part of longer ones, and each
+    length is run from the start.
 
     Args:
         jem: the model; its flags are as they were between two views, too.
@@ -74,8 +75,8 @@ def _views(
     u = jem.fresh(n, y=y, generator=generators) if init is None else init.cpu()
     last, size = config.denoise_steps, max(batch_size, FEWEST)  # as many as sgld takes at once, so that they round alike
     parts = [(slice(start, start + size), generators[start : start + size]) for start in range(0, n, size)]
-    total = len(parts) * (len(lengths) * last + max(lengths, default=last) - last)
-    with tqdm(total=total, desc="chains", leave=False) as bar:
+    total = sum(lengths) if config.step_decay else len(lengths) * last + max(lengths, default=last) - last
+    with tqdm(total=len(parts) * total, desc="chains", leave=False) as bar:
         for steps in lengths:
             chains, views = [], []
             with frozen(jem):
@@ -83,8 +84,12 @@ def _views(
                     own_y = None if y is None else y[rows].to(device)
                     options = {"y": own_y, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
                     now = u[rows].to(device)
-                    now = sgld(jem.pixel_energy, now, config, generator=own, num_steps=steps - last - done, **options)
-                    view = sgld(jem.pixel_energy, now, config, num_steps=last, denoise_steps=last, **options)
+                    if config.step_decay:
+                        options["generator"] = [each.clone_state() for each in own]
+                        view = sgld(jem.pixel_energy, now, config, num_steps=steps, denoise_steps=last, **options)
+                    else:
+                        now = sgld(jem.pixel_energy, now, config, generator=own, num_steps=steps - last - done, **options)
+                        view = sgld(jem.pixel_energy, now, config, num_steps=last, denoise_steps=last, **options)
                     chains.append(now.cpu())
                     views.append(view.cpu())
             u, done = torch.cat(chains), steps - last

@@ -119,7 +119,9 @@ def _buffered(subject: Subject, config: EvaluationConfig) -> SampleSet:
 
 
 def _origin(jem: JEM) -> str:
-    return "uniform noise" if jem.starts is None else "Gaussians of the training images of each class"
+    if jem.starts is None:
+        return "uniform noise"
+    return "Gaussians of the training images of each class" if len(jem.starts.means) > 1 else "one Gaussian of images"
 
 
 def _quality(config: EvaluationConfig, section: Section, extractor: Extractor, train: Tensor, sets: list[SampleSet]) -> Tensor:

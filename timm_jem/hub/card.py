@@ -62,7 +62,7 @@ def model_card(
         weights_license: licence of the pretrained weights of this architecture and tag, by timm; it holds where
             ``provenance`` has a base model and no licence of its own.
         has_chains: whether published chains go with it.
-        has_starts: whether fresh chains start from Gaussians of the training images; otherwise from noise.
+        has_starts: whether fresh chains start from Gaussians of images; otherwise from noise.
         chains_have_classes: whether each of them has a class.
         pictures: those of ``PICTURES`` that go with it.
     """
@@ -85,6 +85,7 @@ def model_card(
         conditional=chains_have_classes or provenance.class_conditional,
         has_chains=has_chains,
         has_starts=has_starts,
+        starts_elsewhere=provenance.starts_elsewhere,
         provenance=provenance,
         training=_training(provenance),
         results=_results(provenance),

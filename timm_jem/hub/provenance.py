@@ -155,6 +155,12 @@ class Provenance:
         weight = objective.get("w_xy") if isinstance(objective, Mapping) else None
         return train.get("conditional_chains") is True or (isinstance(weight, numbers.Real) and weight > 0)
 
+    @property
+    def starts_elsewhere(self) -> bool:
+        """Whether chains of training started at images of another data set, by the training recipe's settings."""
+        data = self.config.get("data")
+        return isinstance(data, Mapping) and data.get("starts") is not None
+
 
 def _mapping(data: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):

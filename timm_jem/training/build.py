@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,14 +16,12 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
-from torch.utils.data import Subset
+from torch import Tensor, nn
 
 from timm_jem.data import Splits
 from timm_jem.data.loader import default_workers
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import replaced_file
-from timm_jem.gaussians import FEWEST_IMAGES, ClassGaussians
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
 from timm_jem.model import JEM
 from timm_jem.modes import batch_norms, frozen
@@ -30,12 +29,12 @@ from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.sampling import uniform_noise
 from timm_jem.training.batches import Batches
 from timm_jem.training.learner import Learner
-from timm_jem.training.measure import in_batches
 from timm_jem.training.memory import in_bytes, memory_of
 from timm_jem.training.method import MaximumLikelihood, Method
 from timm_jem.training.processes import in_measured_precision, local_processes
 from timm_jem.training.sam import SAM
 from timm_jem.training.settings import Settings, TrainConfig
+from timm_jem.training.starts import class_gaussians, image_starts
 from timm_jem.wrap import create_model
 
 __all__ = ["build_learner", "build_method", "build_model", "build_stream", "frozen_parts", "keep_source", "workers_of"]
@@ -147,8 +146,11 @@ def build_learner(
     """
     train, device, rank = settings.train, accelerator.device, accelerator.process_index
     jem = build_model(settings, splits, device, kept=kept, classifier=classifier)
+    init = None
     if train.init == "gaussian" and train.objective.needs_chains:
-        jem.starts = _class_gaussians(settings, splits)
+        jem.starts = class_gaussians(settings, splits, workers_of(train))
+    elif settings.data.starts is not None and train.objective.needs_chains:
+        init, jem.starts = image_starts(settings, splits, device)
     still = frozen_parts(jem.backbone, train.freeze)
     try:
         optimizer = create_optimizer_v2(
@@ -177,7 +179,7 @@ def build_learner(
     scheduler = _scheduler(train, optimizer)
     # Chains differ by process; so does the noise.
     chain_rng, noise_rng = (torch.Generator(device).manual_seed(train.seed + 1000 * rank + i) for i in (1, 2))
-    method = build_method(settings, splits, jem, chain_rng)
+    method = build_method(settings, splits, jem, chain_rng, init)
     return Learner(
         accelerator,
         prepared,
@@ -192,8 +194,13 @@ def build_learner(
     )
 
 
-def build_method(settings: Settings, splits: Splits, jem: JEM, generator: torch.Generator) -> Method:
-    """Maximum likelihood, with its replay buffer, whose randomness is ``generator``; cross-entropy alone has none."""
+def build_method(
+    settings: Settings, splits: Splits, jem: JEM, generator: torch.Generator, init: Callable[..., Tensor] | None = None
+) -> Method:
+    """Maximum likelihood, with its replay buffer, whose randomness is ``generator``; cross-entropy alone has none.
+
+    Chains start by ``init``, as of :class:`timm_jem.ReplayBuffer`; None: where the model's own do.
+    """
     train, num_classes = settings.train, len(splits.class_names) if settings.train.needs_classes else None
     if train.batch_norm == "train" and train.objective.needs_chains and batch_norms(jem):
         warnings.warn(
@@ -203,7 +210,7 @@ def build_method(settings: Settings, splits: Splits, jem: JEM, generator: torch.
         )
     return MaximumLikelihood(
         jem,
-        _buffer(settings, splits, jem, num_classes, generator) if train.objective.needs_chains else None,
+        _buffer(settings, splits, jem, num_classes, generator, init) if train.objective.needs_chains else None,
         sgld=settings.sgld,
         objective=train.objective,
         batch_norm=train.batch_norm,
@@ -213,6 +220,7 @@ def build_method(settings: Settings, splits: Splits, jem: JEM, generator: torch.
         ramp_auc=train.ramp_auc,
         step_cosine=train.step_cosine,
         attack=train.attack(),
+        balance=train.balance,
     )
 
 
@@ -248,15 +256,14 @@ def frozen_parts(backbone: nn.Module, names: list[str]) -> list[nn.Module]:
     return found
 
 
-def _class_gaussians(settings: Settings, splits: Splits) -> ClassGaussians:
-    """The Gaussians of the training images of each class: of all of them, where memory allows, or else evenly many."""
-    count = max(int(settings.data.cache_gib * 2**30) // math.prod(splits.image_shape), FEWEST_IMAGES)
-    rows = torch.linspace(0, len(splits.train) - 1, min(count, len(splits.train)), dtype=torch.float64).round().long().tolist()
-    images = torch.cat([images for images, _ in in_batches(Subset(splits.train, rows), workers_of(settings.train))])
-    return ClassGaussians.fit(images, splits.train.labels[rows], len(splits.class_names))
-
-
-def _buffer(settings: Settings, splits: Splits, jem: JEM, num_classes: int | None, generator: torch.Generator) -> ReplayBuffer:
+def _buffer(
+    settings: Settings,
+    splits: Splits,
+    jem: JEM,
+    num_classes: int | None,
+    generator: torch.Generator,
+    init: Callable[..., Tensor] | None,
+) -> ReplayBuffer:
     train, device = settings.train, generator.device
     needed, there = 4 * train.buffer_size * math.prod(splits.image_shape), memory_of(device)
     if needed > there:
@@ -266,7 +273,7 @@ def _buffer(settings: Settings, splits: Splits, jem: JEM, num_classes: int | Non
         )
     return ReplayBuffer(
         splits.image_shape,
-        init=uniform_noise if jem.starts is None else jem.starts.to(device),
+        init=init or (uniform_noise if jem.starts is None else jem.starts.to(device)),
         generator=generator,
         capacity=train.buffer_size,
         restart_prob=train.restart_prob,

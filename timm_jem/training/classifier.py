@@ -43,4 +43,5 @@ def classifier_settings(settings: Settings) -> Settings | None:
         best_k=0,
         trackers=[],
     )
-    return replace(settings, train=alone, classifier=ClassifierConfig(), hub=HubConfig())
+    data = replace(settings.data, starts=None)  # it has no chains
+    return replace(settings, data=data, train=alone, classifier=ClassifierConfig(), hub=HubConfig())

@@ -116,6 +116,11 @@ def _last_line(settings: Settings, record: Record, summary: dict[str, Any]) -> s
         then = "its energies come next" if summary["outcome"] == "finished" else "no energies follow"
     else:
         then = f"p(x) was not trained: --model.name {folder.path} starts a run that trains it"
+    if settings.train.objective.needs_chains and settings.data.starts is not None:
+        then = (
+            f"chains started at images of {public_name(settings.data.starts)}, which are not published: the model draws from "
+            f"their Gaussian; {then}"
+        )
     before = summary.get("classifier", {}).get("test_accuracy")
     return (
         f"test accuracy {summary['test_accuracy']:.4f}{'' if before is None else f' (the classifier before: {before:.4f})'}, "

@@ -1,8 +1,9 @@
 """Methods of joint training: what one is, and maximum likelihood by SGLD, of which JEM, JEM++ and SADA-JEM are settings."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,9 +18,11 @@ from timm_jem.objectives import ObjectiveConfig, joint_loss
 from timm_jem.pixels import from_unit
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.sampling import SGLDConfig, draw_classes, sgld
+from timm_jem.training.balance import gradient_ratio
 from timm_jem.training.batches import Batch
 from timm_jem.training.chain_ramp import ChainRamp
 from timm_jem.training.remedy import Remedy
+from timm_jem.training.state import local
 from timm_jem.training.step_size import StepSize
 
 __all__ = ["Drawn", "MaximumLikelihood", "Method"]
@@ -104,6 +107,12 @@ class MaximumLikelihood:
     With ``attack`` the cross-entropy is that of attacked images, and the likelihood that of the images themselves, as in DAT
     (arXiv 2510.13872): adversarial training (Madry et al., arXiv 1706.06083). The attacker meets the network in eval mode.
 
+    With ``balance`` the ``w_x`` and ``w_xy`` terms are multiplied by c = ‖∇CE‖ / ‖∇gap‖, as in arXiv 2605.23819, so that
+    their gradient is (w_x + w_xy) / w_ce times as long as the cross-entropy's, whatever the energies' scale; gap is the mean of
+    the two terms by their weights, and ``energy_l2`` stays as it is. What the softplus contrast lets go of is so undone, and
+    where the cross-entropy has nothing to learn, in a batch without labels say, the energies learn nothing either. c is that of
+    a batch of all processes, with gradient accumulation each batch's own, and both passes of SAM have that of the first.
+
     Args:
         jem: for its normalisation.
         buffer: with classes where ``objective.w_xy`` > 0; None: for cross-entropy alone.
@@ -114,10 +123,11 @@ class MaximumLikelihood:
         ramp_from, ramp_steps, ramp_auc: how K goes from ``ramp_from`` to ``sgld.num_steps``, see :class:`ChainRamp`.
         step_cosine: what :class:`StepSize` aims at; None: the step size stays.
         attack: on the images of the cross-entropy; None: none.
+        balance: see above.
 
     Raises:
         InputError: no buffer, or ``w_xy`` > 0 and one without classes; an unknown ``batch_norm``; class frequencies of wrong
-            shape.
+            shape; ``balance`` without a cross-entropy, or of sharded weights.
     """
 
     # Energies that sharpen or drift without end; the classifier's loss runs away with them.
@@ -137,6 +147,7 @@ class MaximumLikelihood:
         ramp_auc: float | None = None,
         step_cosine: float | None = None,
         attack: PGDConfig | None = None,
+        balance: bool = False,
     ) -> None:
         if batch_norm not in ("eval", "frozen", "train"):
             raise InputError(f"batch_norm is {quoted(batch_norm)}: give eval, frozen or train")
@@ -144,6 +155,10 @@ class MaximumLikelihood:
             raise InputError("the objective needs chains and there is no replay buffer: build one")
         if objective.w_xy and buffer.labels is None:
             raise InputError("objective w_xy is above 0 and the replay buffer has no classes: build it with num_classes")
+        if balance and not objective.w_ce:
+            raise InputError("balance measures the energy terms by the cross-entropy, and objective w_ce is 0: raise it")
+        if balance and any(local(parameter) is not parameter for parameter in jem.parameters()):
+            raise InputError("balance compares gradients of whole weights, and these are sharded: leave it out")
         if buffer is not None and buffer.labels is not None:
             if class_frequencies is None:
                 class_frequencies = torch.ones(buffer.num_classes)
@@ -154,7 +169,7 @@ class MaximumLikelihood:
                 )
             class_frequencies = class_frequencies.to(buffer.chains.device)
         self.jem, self.buffer, self.sgld, self.objective = jem, buffer, sgld, objective
-        self.batch_norm, self.class_frequencies = batch_norm, class_frequencies
+        self.batch_norm, self.class_frequencies, self.balance = batch_norm, class_frequencies, balance
         self.ramp = ChainRamp(sgld.num_steps, ramp_from, ramp_steps, ramp_auc)
         self.step_size, self.attack = StepSize(step_cosine, sgld.pixel_clamp), attack
 
@@ -219,7 +234,7 @@ class MaximumLikelihood:
         return replace(batch, u_ce=from_unit(images), y_ce=y)
 
     def loss(self, model: nn.Module, drawn: Drawn, *, remedy: Remedy) -> dict[str, Tensor]:
-        """Terms of :func:`timm_jem.joint_loss`, of which ``loss`` has the graph."""
+        """Terms of :func:`timm_jem.joint_loss`, of which ``loss`` has the graph; c becomes ``balance`` of ``drawn.info``."""
         batch, objective = drawn.batch, remedy.objective(self.objective)
         if drawn.u_neg is None:
             (logits,) = self._logits(model, [batch.u if batch.u_ce is None else batch.u_ce])
@@ -227,7 +242,10 @@ class MaximumLikelihood:
         parts = [batch.u, drawn.u_neg] + ([] if batch.u_ce is None else [batch.u_ce])
         logits, logits_neg, *of_ce = self._logits(model, parts)
         logits_ce = of_ce[0] if of_ce else None
-        return joint_loss(logits, batch.y, logits_neg, drawn.y_neg, objective, logits_ce=logits_ce, y_ce=batch.y_ce)
+        terms = partial(joint_loss, logits, batch.y, logits_neg, drawn.y_neg, logits_ce=logits_ce, y_ce=batch.y_ce)
+        if self.balance and "balance" not in drawn.info:  # a second pass over what was drawn descends the same loss
+            drawn.info["balance"] = _balance(terms, objective, list(model.parameters()))
+        return terms(objective, balance=drawn.info.get("balance"))
 
     def sgld_at(self, step: int, remedy: Remedy) -> SGLDConfig:
         """The chains' settings at a step: ramp and remedies included."""
@@ -258,6 +276,13 @@ class MaximumLikelihood:
                 return logits + [model(self.jem.normalize(part)) for part in parts[1:]]
         with in_eval_mode(mixing):
             return list(model(self.jem.normalize(torch.cat(parts))).split([len(part) for part in parts]))
+
+
+def _balance(terms: Callable[..., dict[str, Tensor]], objective: ObjectiveConfig, weights: list[nn.Parameter]) -> Tensor:
+    ce = terms(replace(objective, w_ce=1.0, w_x=0.0, w_xy=0.0, energy_l2=0.0))["loss"]
+    both = objective.w_x + objective.w_xy
+    gap = terms(replace(objective, w_ce=0.0, w_x=objective.w_x / both, w_xy=objective.w_xy / both, energy_l2=0.0))["loss"]
+    return gradient_ratio(ce, gap, weights)
 
 
 def _unsynchronised(model: nn.Module) -> contextlib.AbstractContextManager:

@@ -53,6 +53,8 @@ def check_plan(settings: Settings, splits: Splits, world: int, *, sharded: bool 
         train = replace(train, buffer_size=_buffer_size(settings, splits))
     if train.ema_decay and sharded:
         raise InputError("train.ema_decay averages whole weights, and FSDP shards them: set it to 0")
+    if train.balance and sharded:
+        raise InputError("train.balance compares gradients of whole weights, and FSDP shards them: leave it out")
     if train.epochs is not None:
         steps = max(1, round(train.epochs * len(splits.train) / (together * train.grad_accum)))
         train = replace(train, steps=steps, epochs=None)

@@ -54,7 +54,7 @@ def publishable(
     data, model = settings.data, settings.model
     jem.provenance = {
         "dataset": public_name(data.dataset),
-        "datasets": [name for source in (data.dataset, data.unlabeled) if source and (name := hub_id(source))],
+        "datasets": [name for source in (data.dataset, data.unlabeled, data.starts) if source and (name := hub_id(source))],
         "base_model": _base_model(model),
         "command": shlex.join([*_launcher(accelerator), "recipes/train.py", *record.command]),
         "config": settings.sections(),
@@ -71,7 +71,8 @@ def publishable(
         **({} if outcome is None else {"outcome": outcome, "explanation": explanation}),
     }
     buffer = learner.method.buffer
-    if chains and settings.hub.replay_buffer and settings.train.objective.needs_chains and buffer is not None:
+    chains = chains and settings.hub.replay_buffer and data.starts is None  # which they may show
+    if chains and settings.train.objective.needs_chains and buffer is not None:
         jem.chains = PublishedChains.of_pixels(buffer.chains, buffer.labels)
     return jem
 

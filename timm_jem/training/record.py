@@ -152,7 +152,8 @@ class Record:
         """A hundred chains of the replay buffer, evenly from all."""
         if self.main and buffer is not None:
             slots = torch.linspace(0, len(buffer) - 1, 100).long() if len(buffer) > 100 else slice(None)
-            self.picture(step, "buffer.png", image_grid(buffer.chains[slots], 10))
+            name = "buffer.png" if self.settings.data.starts is None else "chains.png"  # the first may be published
+            self.picture(step, name, image_grid(buffer.chains[slots], 10))
 
     def is_best(self, step: int, accuracy: float) -> bool:
         """Note a validation; whether the model of this step is among the ``train.best_k`` best so far."""

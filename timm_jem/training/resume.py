@@ -22,6 +22,10 @@ def _one_is_zero(old: float, new: float) -> bool:
     return (old == 0) != (new == 0)
 
 
+def _one_is_none(old: Any, new: Any) -> bool:
+    return (old is None) != (new is None)
+
+
 _HELD_OUT = Refused("other images would be held out, and test images move into training")
 _PIXELS = Refused("weights and chains are of images of that shape")
 _NETWORK = Refused("the weights are of that network")
@@ -50,6 +54,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "data.unlabeled_rows": _LABELS,
     "data.unlabeled": None,
     "data.unlabeled_split": None,
+    "data.starts": Refused("chains that may show such images are published, or not, for good", _one_is_none),
     "data.streaming": Refused("its place in the data is one of that way of reading them"),
     "data.stream_held_out": _HELD_OUT,
     "data.shuffle_buffer": _HELD_OUT,
@@ -76,6 +81,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "sgld.pixel_clamp": None,
     "sgld.sample_steps": None,
     "sgld.denoise_steps": None,
+    "sgld.step_decay": None,
     "train.steps": None,
     "train.epochs": None,
     "train.batch_size": None,
@@ -112,6 +118,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "train.ramp_auc": None,
     "train.step_cosine": None,
     "train.batch_norm": None,
+    "train.balance": None,
     "train.objective.w_ce": None,
     "train.objective.w_x": None,
     "train.objective.w_xy": Refused(_CLASSES.why, _one_is_zero),

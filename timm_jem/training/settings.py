@@ -97,7 +97,7 @@ class TrainConfig:
         buffer_size: chains in the replay buffer of a process; None: JEM's 10,000, or as many as take 1 GiB.
         restart_prob: how likely a chain that is drawn from it starts anew.
         init: where chains start, in training and when the model draws: uniform noise (JEM), or gaussian: fitted to the
-            images of each class (JEM++, SADA-JEM), and saved with the model.
+            images of each class (JEM++, SADA-JEM), and saved with the model. data.starts overrides it.
         conditional_chains: chains of p(y) p(x|y) as negatives of E(x) as well; with objective w_xy they are anyway.
         ramp_from: sgld.num_steps of the first optimiser step, where ramp_steps is not 0.
         ramp_steps: optimiser steps in which sgld.num_steps is reached from there; 0: at once.
@@ -107,6 +107,9 @@ class TrainConfig:
             is that of the model in the end; 0 would be as far as the energy falls along the gradient. None: it stays.
         batch_norm: BatchNorm while chains move: eval (running statistics), frozen (in the loss, too), or train (JEM++,
             SADA-JEM: batch statistics; what is sampled then is not the density that is scored).
+        balance: the energy terms of the objective are multiplied by how much longer the gradient of the cross-entropy is than
+            theirs, at each step anew, so that their weights are those of gradients: w_x 1 and w_ce 1 pull alike at the network.
+            It costs two backward passes.
         objective: weights of the loss; w_xy > 0 gives class-conditional chains.
         seed: of weights, order and chains.
         mixed_precision: no, bf16, or auto: the one of them that is faster with this network here, which is measured when the
@@ -164,6 +167,7 @@ class TrainConfig:
     ramp_auc: float | None = None
     step_cosine: float | None = None
     batch_norm: Literal["eval", "frozen", "train"] = "eval"
+    balance: bool = False
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     seed: int = 0
     mixed_precision: str | None = None
@@ -335,6 +339,11 @@ class Settings:
                 "train.attack_norm attacks the images of the cross-entropy, and train.objective w_ce is 0: raise it, or leave "
                 "the attack out"
             )
+        if self.train.balance and not self.train.objective.w_ce:
+            raise InputError(
+                "train.balance measures the energy terms by the cross-entropy, and train.objective w_ce is 0: raise it, or "
+                "leave the balance out"
+            )
         if self.train.ramp_auc is not None and self.train.ramp_steps:
             raise InputError("train.ramp_auc and train.ramp_steps both say when chains get longer: give one of them")
         if self.train.objective.needs_chains and self.train.step_cosine is not None and self.sgld.num_steps == 1:
@@ -345,6 +354,8 @@ class Settings:
             )
         if self.data.streaming and (self.train.epochs is not None or self.classifier.epochs is not None):
             raise InputError("epochs need to know how many images there are, and data.streaming doesn't: give steps")
+        if self.data.starts is not None and self.train.init != "noise":
+            raise InputError(f"data.starts and train.init {self.train.init} both say where chains start: give one of them")
         if self.data.streaming and self.train.init == "gaussian":
             raise InputError("train.init gaussian is fitted to images at hand, and data.streaming has none: use noise")
 
