@@ -43,6 +43,7 @@ def operations(work):
         settings(ce_noise=0.1, sam_rho=2.0, grad_accum=2, ramp_steps=100),
         settings(objective=ObjectiveConfig(w_x=0.0), attack_norm="l2", attack_steps=2),
         settings(attack_norm="l2", attack_steps=2, ce_batch_size=6),
+        settings(balance=True, sam_rho=2.0),
     ],
 )
 def test_bare_passes_are_all_the_network_passes_of_an_iteration(accelerator, told):

@@ -66,7 +66,8 @@ def bare_passes(run: Run, *, bf16: bool) -> Callable[[], None]:
     nothing else: no noise, energies, buffer, loss terms or optimiser.
 
     K SGLD steps, or those of an attack, are as many passes with the gradient of the images; the loss, with SAM twice, is
-    one with that of the weights, of images, chains and what the cross-entropy has of its own together.
+    one with that of the weights, of images, chains and what the cross-entropy has of its own together. ``train.balance``
+    goes back twice more.
     """
     jem, method = run.learner.jem, run.learner.method
     batch, chains = next(run.stream), method.objective.needs_chains
@@ -75,7 +76,7 @@ def bare_passes(run: Run, *, bf16: bool) -> Callable[[], None]:
     moved = [jem.normalize(u) for u in moved]
     # Without chains only the cross-entropy's images count; with them its own, if it has any, come third.
     parts = [batch.u, batch.u, *([] if batch.u_ce is None else [of_ce])] if chains else [of_ce]
-    of_loss = jem.normalize(torch.cat(parts))
+    of_loss, weights = jem.normalize(torch.cat(parts)), [p for p in jem.parameters() if p.requires_grad]
 
     def passed(x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
@@ -88,9 +89,11 @@ def bare_passes(run: Run, *, bf16: bool) -> Callable[[], None]:
                 for x in moved:
                     logits, ones = passed(x.requires_grad_(True))
                     torch.autograd.grad(logits, x, ones)
-            for _ in range(1 if run.learner.sam is None else 2):
+            for again in range(1 if run.learner.sam is None else 2):
                 with in_eval_mode(batch_norms(jem) if method.batch_norm == "frozen" else []):
                     logits, ones = passed(of_loss)
+                for _ in range(2 if method.balance and not again else 0):
+                    torch.autograd.grad(logits, weights, ones, retain_graph=True)
                 logits.backward(ones)
         jem.zero_grad()
 

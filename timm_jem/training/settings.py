@@ -97,7 +97,7 @@ class TrainConfig:
         buffer_size: chains in the replay buffer of a process; None: JEM's 10,000, or as many as take 1 GiB.
         restart_prob: how likely a chain that is drawn from it starts anew.
         init: where chains start, in training and when the model draws: uniform noise (JEM), or gaussian: fitted to the
-            images of each class (JEM++, SADA-JEM), and saved with the model. data.starts overrides it.
+            images of each class (JEM++, SADA-JEM), and saved with the model; leave it at noise with data.starts.
         conditional_chains: chains of p(y) p(x|y) as negatives of E(x) as well; with objective w_xy they are anyway.
         ramp_from: sgld.num_steps of the first optimiser step, where ramp_steps is not 0.
         ramp_steps: optimiser steps in which sgld.num_steps is reached from there; 0: at once.
