@@ -19,6 +19,7 @@ from timm_jem.data import DataConfig, load_splits
 from timm_jem.training import Batch, MaximumLikelihood, check_plan, parse_settings
 from timm_jem.training.build import build_learner, build_model, build_stream
 from timm_jem.training.resume import differences
+from timm_jem.training.start import without_effect
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 DIGITS = CONFIGS / "digits.yaml"
@@ -301,8 +302,9 @@ def test_data_that_are_not_there_are_said(config, message, tmp_path, monkeypatch
 @pytest.mark.filterwarnings("ignore:train.batch_norm is 'train'")
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("fashion_mnist*.yaml")), ids=lambda path: path.stem)
 def test_a_step_of_each_method(splits, config):
-    short = "--train.batch_size 4 --train.buffer_size 100 --train.attack_steps 1 --train.mixed_precision no --sgld.num_steps 2"
+    short = "--train.batch_size 4 --train.buffer_size 100 --train.mixed_precision no --sgld.num_steps 2"
     told, _ = parse_settings(["--config", str(config), *short.split()])
+    assert without_effect(told.train) == []
     planned = check_plan(replace(told, model=replace(told.model, name="wrn_10_1")), splits, 1)
     learner = build_learner(planned, splits, Accelerator(cpu=True))
     terms = learner.iterate([next(build_stream(planned, splits, learner))])
@@ -316,8 +318,7 @@ SHORTER = {
     "jempp": "train.ce_batch_size",
     "mjem": "train.ce_batch_size",
     "sada": "train.ce_batch_size",
-    "robust": "model.kwargs sgld.step_size train.ce_auto_augment train.ema_decay train.attack_steps "
-    "train.attack_step_size",
+    "robust": "model.kwargs sgld.step_size train.ce_auto_augment train.ema_decay train.attack_steps train.attack_step_size",
     "dat": "model.kwargs sgld.step_size sgld.num_steps classifier.steps classifier.batch_size classifier.ema_decay "
     "train.ce_auto_augment train.ce_batch_size train.ema_decay train.attack_steps train.attack_step_size",
 }
