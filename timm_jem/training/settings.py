@@ -386,6 +386,7 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
         SystemExit: after ``--help``.
     """
     parser = make_parser("recipes/train.py", "Train a joint energy model.")
+    parser.usage = "%(prog)s [--config FILE] [--SECTION.SETTING VALUE ...]"  # all of them take a hundred lines
     for name in ("data", "model", "classifier", "sgld", "train", "guard", "hub"):
         kind = Settings.__dataclass_fields__[name].type
         parser.add_argument(f"--{name}", type=kind, default=kind())
