@@ -110,7 +110,9 @@ def test_stopped_in_the_classifier(whole, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             train.main([*FLAGS, "--output_dir", str(folder)])
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert f"SIGTERM: stopped at step 1; go on with --resume {folder}\n" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"SIGTERM: stopped at step 1; go on with --resume {folder}\n" in said.out
+    assert " nothing: " not in said.out + said.err  # joint training's settings are none of the classifier's
     train.main(["--resume", str(folder)])
     assert same(weights(folder), weights(whole))
 

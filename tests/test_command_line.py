@@ -19,6 +19,8 @@ class Weights:
 class Training:
     steps: int = 10
     lr: float = 0.1
+    eps: float | None = None
+    sizes: list[float] = field(default_factory=list)
     trackers: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=lambda: [1])
     flip: bool | None = None
@@ -74,6 +76,25 @@ def test_a_list_takes_one_number_or_none():
     assert parsed("--train.lengths", "[]").train.lengths == []
     assert "train.lengths" in refused("--train.lengths", "[5")
     assert "train.lengths" in refused("--train.lengths", "long")
+
+
+def test_a_number_may_be_a_fraction():
+    for told in (["--train.eps", "8/255"], ["--train.eps=8/255"], config("train: {eps: 8/255}"), ["--train", "{eps: 8/255}"]):
+        assert parsed(*told).train.eps == 8 / 255
+    for sizes, meant in (("[1/255, 0.5,3/4]", [1 / 255, 0.5, 0.75]), ("8/255", [8 / 255]), ("[]", [])):
+        assert parsed("--train.sizes", sizes).train.sizes == parsed(*config(f"train: {{sizes: {sizes}}}")).train.sizes == meant
+    assert parsed("--data.dataset", "8/255", "--train.precision", "8/255").data.dataset == "8/255"
+    assert parsed("--train.kwargs.a", "8/255").train.kwargs == {"a": "8/255"}
+
+
+@pytest.mark.parametrize(
+    "value", ["8/0", "8/255/2", "a/b", "8/", "/8", "-8/255", "8 / 255", "0x8/255", "٨/255", "8/2.5", "9" * 99 + "/1"]
+)
+def test_other_strokes_are_no_fraction(value):
+    assert "train.eps has '" in (said := refused(f"--train.eps={value}"))
+    assert said.endswith("such as 8/255")
+    assert "--train.sizes has '" in refused("--train.sizes", f"[1, {value}]")
+    assert "some.yaml: train.eps has '" in refused(*config(f"train: {{eps: {value}}}"))
 
 
 def test_a_switch_alone_is_on():

@@ -38,6 +38,7 @@ def test_every_setting_is_explained(recipe, monkeypatch):
         assert len((action.help or "").split("(type:")[0].strip()) > 5, (
             f"{action.option_strings or action.dest} is not explained"
         )
+    assert len(parsers[-1].format_usage().splitlines()) < 25
 
 
 WITHOUT_EXTRAS = """

@@ -160,9 +160,16 @@ def test_the_first_lines_tell_what_will_happen(tmp_path, monkeypatch, capsys):
     train.main(shlex.split(f"{SHORT} --train.epochs 0.2 --train.batch_size 32 --hub.every 2 --output_dir run"))
     said = capsys.readouterr()
     lines = (said.out + said.err).replace("\r", "\n").splitlines()
-    told = {line.split()[0]: line for line in lines if line.startswith(("data ", "model ", "training  ", "memory ", "writes "))}
+    told = {
+        line.split()[0]: line
+        for line in lines
+        if line.startswith(("data ", "model ", "method ", "training  ", "memory ", "writes "))
+    }
     assert told["data"].startswith("data      digits: 10 classes, 1,295 training / 143 validation / 359 test images, grey 8×8")
     assert told["model"] == "model     wrn_10_1, 77,418 parameters"
+    assert told["method"].startswith(
+        "method    cross-entropy + likelihood of (x, y) + 0.1 × squared energies; class-conditional"
+    )
     assert told["training"] == "training  8 steps of 32 images (0.198 epochs), 0 of them to warm up; cpu, 1 process, fp32"
     assert told["memory"].startswith("memory    replay buffer of 1,000 chains 256.0 kB; about ")
     assert told["writes"] == "writes to run"

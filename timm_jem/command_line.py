@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any, NamedTuple, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
 
-from timm_jem.errors import InputError, one_line
+from timm_jem.errors import InputError, one_line, quoted
 
 __all__ = ["Arguments", "Flag", "make_parser", "parse_flags", "read_flags"]
 
 # Of another library's function. Text comes first: what is quoted in YAML stays text.
 Arguments = dict[str, str | int | float | bool | list | dict | None]
+
+_FRACTION = re.compile("([0-9]{1,9})/([0-9]{1,9})")
 
 
 class Flag(NamedTuple):
@@ -94,9 +97,32 @@ def _word(flag: Flag, parser: ArgumentParser, options: dict[str, Any]) -> str:
     if flag.name == "--config" or options.get(flag.name) == "section":
         prefix = "--" if flag.name == "--config" else f"{flag.name}."
         value = _settings(flag, prefix, parser, options)
-    elif _kind(options, flag.name) is list and isinstance(loaded := _loaded(value), (str, int, float, dict)):
+        return f"{flag.name}={value}"
+    if "/" in value and _is_of_numbers(options.get(flag.name)):
+        value = json.dumps(_without_fractions(_loaded(value), flag.name), default=str)
+    if _kind(options, flag.name) is list and isinstance(loaded := _loaded(value), (str, int, float, dict)):
         value = value if value.lstrip().startswith("[") else json.dumps([value if isinstance(loaded, str) else loaded])
     return f"{flag.name}={value}"
+
+
+def _is_of_numbers(kind: Any) -> bool:
+    return float in (kind, *get_args(kind))
+
+
+def _without_fractions(value: Any, name: str) -> Any:
+    """A setting's value, or that of each item of a list: for 8/255, the number that it is.
+
+    Raises:
+        InputError: something else with a stroke.
+    """
+    if isinstance(value, list):
+        return [_without_fractions(item, name) for item in value]
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    fraction = _FRACTION.fullmatch(value)
+    if fraction is None or int(fraction[2]) == 0:
+        raise InputError(f"{name} has {quoted(value)}: give a number, or one whole number over another, such as 8/255")
+    return int(fraction[1]) / int(fraction[2])
 
 
 def _settings(flag: Flag, prefix: str, parser: ArgumentParser, options: dict[str, Any]) -> str:
@@ -153,7 +179,9 @@ def _checked(content: dict[str, Any], prefix: str, source: str, options: dict[st
                     f"did you mean {first}: {str(value)[:60]}?"
                 )
             value = _checked(value, f"{name}.", source, options)
-        elif _kind(options, name) is list and value is not None and not isinstance(value, list):
+        elif _is_of_numbers(options.get(name)):
+            value = _without_fractions(value, f"{source}: {name.removeprefix('--')}")
+        if _kind(options, name) is list and value is not None and not isinstance(value, list):
             value = [value]
         elif value is False and str in (types := get_args(options.get(name))) and bool not in types:
             value = "no"  # which YAML takes for false

@@ -101,7 +101,7 @@ class EvaluationConfig:
         attack_images: how many test images to attack, at most.
         attack_steps: steps of PGD.
         attack_restarts: random starts of PGD.
-        linf_epsilons: sizes of ℓ∞ attacks, in [0, 1] pixel units.
+        linf_epsilons: sizes of ℓ∞ attacks, in [0, 1] pixel units, such as 8/255.
         l2_epsilons: sizes of ℓ2 attacks, in [0, 1] pixel units.
         linf_epsilon: size of the ℓ∞ attack in AutoAttack, refinement, transfer and the sanity checks.
         l2_epsilon: size of the ℓ2 attack in AutoAttack and transfer.

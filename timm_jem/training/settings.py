@@ -90,8 +90,8 @@ class TrainConfig:
         ce_noise: that of the images for the cross-entropy, or None: as data_noise.
         attack_norm: linf or l2: the cross-entropy is of images attacked by projected gradient descent (Madry et al.; DAT: l2);
             None: not attacked.
-        attack_eps: how far they are moved at most, in pixels in [0, 1], as attacks have it; None: 8/255 for linf, 0.5 for l2
-            (those of CIFAR-10, as in Madry et al. and DAT).
+        attack_eps: how far they are moved at most, in pixels in [0, 1], as attacks have it: a number, or a fraction such as
+            4/255; None: 8/255 for linf, 0.5 for l2 (those of CIFAR-10, as in Madry et al. and DAT).
         attack_steps: steps of the attack, each as expensive as one of a chain.
         attack_step_size: of each; None: 2.5 · attack_eps / attack_steps.
         buffer_size: chains in the replay buffer of a process; None: JEM's 10,000, or as many as take 1 GiB.
@@ -397,6 +397,7 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
         SystemExit: after ``--help``.
     """
     parser = make_parser("recipes/train.py", "Train a joint energy model.")
+    parser.usage = "%(prog)s [--config FILE] [--SECTION.SETTING VALUE ...]"  # all of them take a hundred lines
     for name in ("data", "model", "classifier", "sgld", "train", "guard", "hub"):
         kind = Settings.__dataclass_fields__[name].type
         parser.add_argument(f"--{name}", type=kind, default=kind())

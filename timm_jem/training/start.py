@@ -1,18 +1,25 @@
 """What is about to happen, in words."""
 
 import os
+from operator import attrgetter
 
 from timm_jem.data import Splits
 from timm_jem.training.memory import in_bytes
 from timm_jem.training.run import Run
 from timm_jem.training.run_folder import RunFolder
-from timm_jem.training.settings import Settings
+from timm_jem.training.settings import Settings, TrainConfig
 
-__all__ = ["start_lines"]
+__all__ = ["method_in_words", "start_lines", "without_effect"]
+
+# But for buffer_size, which every run has a number of in its config.yaml.
+_OF_CHAINS = ("px_augment", "restart_prob", "init", "conditional_chains", "ramp_from", "ramp_steps", "ramp_auc", "step_cosine")
+_OF_CHAINS += ("objective.contrast", "objective.energy_l2")
+_OF_ATTACKS = ("attack_eps", "attack_steps", "attack_step_size")
 
 
 def start_lines(told: Settings, settings: Settings, splits: Splits, run: Run, folder: RunFolder) -> str:
-    """Data, network, length, place and memory of a run, a line each, and a note for each setting that is not as told.
+    """Data, network, method, length, place and memory of a run, a line each, and a note for each setting that is not as told,
+    or does nothing.
 
     Args:
         told: what was asked for.
@@ -28,14 +35,48 @@ def start_lines(told: Settings, settings: Settings, splits: Splits, run: Run, fo
         [
             f"data      {settings.data.dataset}: {splits.summary()}",
             f"model     {_model(settings, run, folder)}",
-            f"training  {train.steps:,} steps of {together:,} images{epochs}, {train.warmup_steps:,} of them to warm up"
-            f"{'' if train.objective.needs_chains else ', by cross-entropy alone'}; "
+            f"method    {method_in_words(settings)}",
+            f"training  {train.steps:,} steps of {together:,} images{epochs}, {train.warmup_steps:,} of them to warm up; "
             f"{accelerator.device.type}, {processes}, {_precision(accelerator.mixed_precision)}",
             f"memory    {_memory(run)}",
             f"writes to {folder}",
             *(f"note: {note}" for note in _notes(told, settings, world)),
+            # A classifier's run has joint training's settings, which are not meant for it.
+            *(f"note: {note}" for note in without_effect(told.train) if folder.part_of is None),
         ]
     )
+
+
+def method_in_words(settings: Settings) -> str:
+    """The terms of the loss, and the chains' lengths and starts."""
+    train, sgld, objective = settings.train, settings.sgld, settings.train.objective
+    of = "" if (attack := train.attack()) is None else f" of attacked images ({attack.norm} {attack.eps:.3g})"
+    contrast = {"linear": "likelihood", "softplus": "softplus contrast", "bce": "BCE contrast"}[objective.contrast]
+    terms = {f"cross-entropy{of}": objective.w_ce, f"{contrast} of x": objective.w_x, f"{contrast} of (x, y)": objective.w_xy}
+    terms["squared energies"] = objective.energy_l2 if objective.needs_chains else 0
+    words = " + ".join(f"{weight:g} × {term}".removeprefix("1 × ") for term, weight in terms.items() if weight)
+    if objective.needs_chains:
+        grows = train.ramp_steps or train.ramp_auc is not None
+        words += (
+            f"; {'class-conditional ' * train.needs_classes}chains of {f'{train.ramp_from} to ' * bool(grows)}{sgld.num_steps} "
+            f"steps {'of adapted size ' * (train.step_cosine is not None)}from "
+            f"{'class Gaussians' if train.init == 'gaussian' else 'noise'}{', new ones each time' * (train.restart_prob == 1)}"
+        )
+    return words + "; sharpness-aware minimisation" * (train.sam_rho > 0)
+
+
+def without_effect(train: TrainConfig) -> list[str]:
+    """Settings that are told, and that nothing asks for as the others are: a line for each reason."""
+    usual, objective = TrainConfig(), train.objective
+    idle = {
+        "train.objective.w_x and w_xy are 0, and no chain moves": () if objective.needs_chains else _OF_CHAINS,
+        "there is no train.attack_norm": _OF_ATTACKS if train.attack_norm is None else (),
+        "train.sam_rho is 0": () if train.sam_rho else ("sam_adaptive",),
+    }
+    if objective.needs_chains and not train.ramp_steps and train.ramp_auc is None:
+        idle["there is no train.ramp_steps or ramp_auc"] = ("ramp_from",)
+    told = {why: [f"train.{n}" for n in names if attrgetter(n)(train) != attrgetter(n)(usual)] for why, names in idle.items()}
+    return [f"{', '.join(names)} {'do' if names[1:] else 'does'} nothing: {why}" for why, names in told.items() if names]
 
 
 def _model(settings: Settings, run: Run, folder: RunFolder) -> str:
