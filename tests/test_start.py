@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from timm_jem import ObjectiveConfig, SGLDConfig
+from timm_jem.data import DataConfig
 from timm_jem.training import Settings, TrainConfig
 from timm_jem.training.start import method_in_words, without_effect
 
@@ -36,6 +37,13 @@ ALONE, BCE = ObjectiveConfig(w_x=0.0), ObjectiveConfig(contrast="bce")
 )  # fmt: skip
 def test_the_method_in_words(told, words):
     assert method_in_words(Settings(train=told, sgld=SGLDConfig(num_steps=25))) == words
+
+
+def test_a_method_with_starts_elsewhere():
+    data, sgld = DataConfig("digits", starts="user/photos"), SGLDConfig(num_steps=5, step_decay=True)
+    words = "chains of 5 steps that get shorter from images of user/photos; balanced gradients"
+    told = Settings(data=data, train=TrainConfig(balance=True), sgld=sgld)
+    assert method_in_words(told) == f"cross-entropy + likelihood of x; {words}"
 
 
 NO_CHAINS = "nothing: train.objective.w_x and w_xy are 0, and no chain moves"

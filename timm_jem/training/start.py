@@ -13,7 +13,7 @@ __all__ = ["method_in_words", "start_lines", "without_effect"]
 
 # But for buffer_size, which every run has a number of in its config.yaml.
 _OF_CHAINS = ("px_augment", "restart_prob", "init", "conditional_chains", "ramp_from", "ramp_steps", "ramp_auc", "step_cosine")
-_OF_CHAINS += ("objective.contrast", "objective.energy_l2")
+_OF_CHAINS += ("objective.contrast", "objective.energy_l2", "balance")
 _OF_ATTACKS = ("attack_eps", "attack_steps", "attack_step_size")
 
 
@@ -56,12 +56,14 @@ def method_in_words(settings: Settings) -> str:
     terms["squared energies"] = objective.energy_l2 if objective.needs_chains else 0
     words = " + ".join(f"{weight:g} × {term}".removeprefix("1 × ") for term, weight in terms.items() if weight)
     if objective.needs_chains:
-        grows = train.ramp_steps or train.ramp_auc is not None
-        words += (
-            f"; {'class-conditional ' * train.needs_classes}chains of {f'{train.ramp_from} to ' * bool(grows)}{sgld.num_steps} "
-            f"steps {'of adapted size ' * (train.step_cosine is not None)}from "
-            f"{'class Gaussians' if train.init == 'gaussian' else 'noise'}{', new ones each time' * (train.restart_prob == 1)}"
+        elsewhere = "noise" if settings.data.starts is None else f"images of {settings.data.starts}"
+        kind = "class-conditional " * train.needs_classes
+        grows = f"{train.ramp_from} to " if train.ramp_steps or train.ramp_auc is not None else ""
+        size = "of adapted size " * (train.step_cosine is not None) + "that get shorter " * sgld.step_decay
+        place = ("class Gaussians" if train.init == "gaussian" else elsewhere) + ", new ones each time" * (
+            train.restart_prob == 1
         )
+        words += f"; {kind}chains of {grows}{sgld.num_steps} steps {size}from {place}{'; balanced gradients' * train.balance}"
     return words + "; sharpness-aware minimisation" * (train.sam_rho > 0)
 
 
