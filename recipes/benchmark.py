@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_jem.command_line import make_parser, parse_flags, read_flags
-from timm_jem.errors import check_whole
+from timm_jem.errors import InputError, check_whole
 from timm_jem.evaluation.ood import ood_scores
 from timm_jem.files import replaced_file
 from timm_jem.model import JEM
@@ -55,7 +55,7 @@ class BenchmarkConfig:
         num_steps: SGLD steps K; None: the preset's, or 20.
         rounds: iterations timed, each next to its bare passes.
         mixed_precision: no, bf16, or auto: the faster one of them here; None: the preset's, or no.
-        channels_last: memory layout.
+        channels_last: memory layout; None: the preset's, or true.
         compile: torch.compile's mode for the backbone; None: eager.
         threads: CPU threads of a process; None: this machine's cores divided among its processes.
         score_images: how many images are scored for out-of-distribution detection in a round; 0: none.
@@ -70,7 +70,7 @@ class BenchmarkConfig:
     num_steps: int | None = None
     rounds: int = 7
     mixed_precision: Literal["no", "bf16", "auto"] | None = None
-    channels_last: bool = True
+    channels_last: bool | None = None
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     threads: int | None = None
     score_images: int = 512
@@ -80,6 +80,8 @@ class BenchmarkConfig:
         for name in ("image_size", "rounds"):
             check_whole(name, getattr(self, name), 1)
         check_whole("score_images", self.score_images, 0)
+        if self.profile is not None and not Path(self.profile).parent.is_dir():
+            raise InputError(f"profile is {self.profile}, and {Path(self.profile).parent} is no folder: make it first")
 
     def settings(self) -> Settings:
         """Those of the training recipe."""
@@ -96,7 +98,7 @@ class BenchmarkConfig:
         words = jem if self.preset is None else ["--config", self.preset]
         told = {"model.name": self.model, "sgld.num_steps": self.num_steps, "train.batch_size": self.batch_size}
         told |= {"train.mixed_precision": self.mixed_precision, "train.compile": self.compile, "train.threads": self.threads}
-        told["train.channels_last"] = str(self.channels_last).lower()
+        told["train.channels_last"] = None if self.channels_last is None else str(self.channels_last).lower()
         words += [f"--{name}={value}" for name, value in told.items() if value is not None]
         return parse_settings(words)[0]
 

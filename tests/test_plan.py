@@ -313,7 +313,7 @@ def test_a_step_of_each_method(splits, monkeypatch, method):
     small = "--model.name wrn_10_1 --train.batch_size 4 --train.mixed_precision no --sgld.num_steps 2"
     told, _ = parse_settings([*METHODS[method], *small.split()])
     assert told.data.dataset == "zalando-datasets/fashion_mnist"
-    assert without_effect(told.train) == []
+    assert without_effect(told) == []
     planned = check_plan(told, splits, 1)
     learner = build_learner(planned, splits, Accelerator(cpu=True))
     terms = learner.iterate([next(build_stream(planned, splits, learner))])

@@ -160,6 +160,13 @@ def test_numbers_go_to_trackers_as_well(tmp_path):
     assert (list(images), step, how) == (["samples"], 7, {"dataformats": "NHWC"})
     assert (images["samples"][0] == np.asarray(picture)).all()
     assert (np.asarray(Image.open(tmp_path / "a" / "samples_000007.png")) == np.asarray(picture)).all()
+    buffer = ReplayBuffer((1, 8, 8), init=uniform_noise, generator=torch.Generator(), capacity=3)
+    record.chains(8, buffer)
+    assert list(pictures[-1][0]) == ["buffer"]
+    record.settings.data.starts = "user/photos"  # which chains may show
+    record.chains(9, buffer)
+    assert [step for _, step, _ in pictures] == [7, 8]
+    assert (tmp_path / "a" / "chains.png").is_file()
     record.close()
 
 

@@ -183,7 +183,7 @@ def test_the_command_repeats_the_run_elsewhere():
         ("--train.attack_norm l2 --train.objective.w_ce 0", "w_ce is 0: raise it, or leave the attack out"),
         ("--train.balance true --train.objective.w_ce 0", "w_ce is 0: raise it, or leave the balance out"),
         ("--train.balance 1", "train.balance"),
-        ("--data.starts digits --train.init gaussian", "both say where chains start: give one of them"),
+        ("--data.starts digits --train.init gaussian", "both say where chains start: set train.init noise"),
         ("--train.ramp_auc 0.8 --train.ramp_steps 9", "give one of them"),
         ("--train.step_cosine 0.4 --sgld.num_steps 1 --sgld.denoise_steps 0", "sgld.num_steps is 1: raise it"),
     ],

@@ -22,7 +22,7 @@ ALONE, BCE = ObjectiveConfig(w_x=0.0), ObjectiveConfig(contrast="bce")
         (
             TrainConfig(objective=ObjectiveConfig(0.5, 0.0, 0.03, "softplus", 0.002), ramp_steps=9, step_cosine=0.4),
             "0.5 × cross-entropy + 0.03 × softplus contrast of (x, y) + 0.002 × squared energies; "
-            "class-conditional chains of 1 to 25 steps of adapted size from noise",
+            "class-conditional chains of 1 to 25 steps (of adapted size) from noise",
         ),
         (
             TrainConfig(objective=BCE, attack_norm="l2", init="gaussian", restart_prob=1, ramp_auc=0.8),
@@ -41,7 +41,7 @@ def test_the_method_in_words(told, words):
 
 def test_a_method_with_starts_elsewhere():
     data, sgld = DataConfig("digits", starts="user/photos"), SGLDConfig(num_steps=5, step_decay=True)
-    words = "chains of 5 steps that get shorter from images of user/photos; balanced gradients"
+    words = "chains of 5 steps (falling to 0) from images of user/photos; balanced gradients"
     told = Settings(data=data, train=TrainConfig(balance=True), sgld=sgld)
     assert method_in_words(told) == f"cross-entropy + likelihood of x; {words}"
 
@@ -66,4 +66,9 @@ NO_CHAINS = "nothing: train.objective.w_x and w_xy are 0, and no chain moves"
     ],
 )  # fmt: skip
 def test_what_does_nothing_is_said(told, notes):
-    assert without_effect(told) == notes
+    assert without_effect(Settings(train=told)) == notes
+
+
+def test_what_chains_alone_have_does_nothing_without_them():
+    told = Settings(DataConfig(starts="digits"), train=TrainConfig(objective=ALONE), sgld=SGLDConfig(step_decay=True))
+    assert without_effect(told) == [f"data.starts, sgld.step_decay do {NO_CHAINS}"]

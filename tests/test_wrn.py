@@ -117,9 +117,10 @@ def test_a_stem_of_any_stride_sees_all_pixels_equally_often(stride, kernel):
     assert [f.shape[-1] for f in features(x)] == [32 // stride, 16 // stride, 8 // stride]
 
 
-def test_another_stride_of_the_stem_is_refused():
-    with pytest.raises(ValueError, match="stem of stride 1, 2 or 4, not 3"):
-        timm.create_model("wrn_10_1", stem_stride=3)
+@pytest.mark.parametrize("stride", [3, 0, True, 2.0, "2"])
+def test_another_stride_of_the_stem_is_refused(stride):
+    with pytest.raises(ValueError, match=f"stem of stride 1, 2 or 4, not {stride!r}"):
+        timm.create_model("wrn_10_1", stem_stride=stride)
 
 
 @pytest.mark.parametrize("name", ["wrn_10_2", "wrn_16_4", "wrn_40_2"])

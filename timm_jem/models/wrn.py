@@ -109,8 +109,8 @@ class WideResNet(nn.Module):
             raise ValueError(f"wide residual networks have depth 6n + 4 (10, 16, 22, 28, ...), not {depth}")
         if width < 1:
             raise ValueError(f"wide residual networks have a width of at least 1, not {width}")
-        if stem_stride not in (1, 2, 4):
-            raise ValueError(f"wide residual networks have a stem of stride 1, 2 or 4, not {stem_stride}")
+        if type(stem_stride) is not int or stem_stride not in (1, 2, 4):
+            raise ValueError(f"wide residual networks have a stem of stride 1, 2 or 4, not {stem_stride!r}")
         norm = nn.Identity if norm_layer is None else get_norm_layer(norm_layer)
         act = _activation(act_layer)
         block_of = partial(

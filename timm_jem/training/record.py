@@ -124,13 +124,13 @@ class Record:
         told = {"to_step": event.to_step, "reason": event.reason, "remedy": str(event.remedy)}
         self.log(event.step, {"event": "rollback", **told})
 
-    def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        """A picture in the folder and with the trackers; training goes on where it can't be written."""
+    def picture(self, step: int, name: str, picture: Image.Image, *, tracked: bool = True) -> None:
+        """A picture in the folder and, if ``tracked``, with the trackers; training goes on where it can't be written."""
         try:
             self.folder.write_picture(name, picture)
         except OSError as error:
             self.say(f"{self.folder.path / name} can't be written ({one_line(error)}) and is left out")
-        for tracker in self.accelerator.trackers:
+        for tracker in self.accelerator.trackers if tracked else ():
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name.split(".")[0].split("_")[0]: np.asarray(picture)[None]}, step, **layout)
@@ -149,11 +149,12 @@ class Record:
             self.picture(step, name, image_grid(jem.denormalize(x), 10, (jem.class_names or ())[:classes]))
 
     def chains(self, step: int, buffer: ReplayBuffer | None) -> None:
-        """A hundred chains of the replay buffer, evenly from all."""
+        """A hundred chains of the replay buffer, evenly from all; with ``data.starts`` under a name that nothing publishes, and
+        not for the trackers."""
         if self.main and buffer is not None:
+            own = self.settings.data.starts is None  # else they may show images of others
             slots = torch.linspace(0, len(buffer) - 1, 100).long() if len(buffer) > 100 else slice(None)
-            name = "buffer.png" if self.settings.data.starts is None else "chains.png"  # the first may be published
-            self.picture(step, name, image_grid(buffer.chains[slots], 10))
+            self.picture(step, "buffer.png" if own else "chains.png", image_grid(buffer.chains[slots], 10), tracked=own)
 
     def is_best(self, step: int, accuracy: float) -> bool:
         """Note a validation; whether the model of this step is among the ``train.best_k`` best so far."""

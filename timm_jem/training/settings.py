@@ -355,7 +355,10 @@ class Settings:
         if self.data.streaming and (self.train.epochs is not None or self.classifier.epochs is not None):
             raise InputError("epochs need to know how many images there are, and data.streaming doesn't: give steps")
         if self.data.starts is not None and self.train.init != "noise":
-            raise InputError(f"data.starts and train.init {self.train.init} both say where chains start: give one of them")
+            raise InputError(
+                f"data.starts and train.init {self.train.init} both say where chains start: set train.init noise, or leave the "
+                "first out"
+            )
         if self.data.streaming and self.train.init == "gaussian":
             raise InputError("train.init gaussian is fitted to images at hand, and data.streaming has none: use noise")
 

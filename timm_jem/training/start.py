@@ -7,14 +7,15 @@ from timm_jem.data import Splits
 from timm_jem.training.memory import in_bytes
 from timm_jem.training.run import Run
 from timm_jem.training.run_folder import RunFolder
-from timm_jem.training.settings import Settings, TrainConfig
+from timm_jem.training.settings import Settings
 
 __all__ = ["method_in_words", "start_lines", "without_effect"]
 
 # But for buffer_size, which every run has a number of in its config.yaml.
-_OF_CHAINS = ("px_augment", "restart_prob", "init", "conditional_chains", "ramp_from", "ramp_steps", "ramp_auc", "step_cosine")
-_OF_CHAINS += ("objective.contrast", "objective.energy_l2", "balance")
-_OF_ATTACKS = ("attack_eps", "attack_steps", "attack_step_size")
+_OF_CHAINS = ["px_augment", "restart_prob", "init", "conditional_chains", "ramp_from", "ramp_steps", "ramp_auc", "step_cosine"]
+_OF_CHAINS = [f"train.{name}" for name in (*_OF_CHAINS, "objective.contrast", "objective.energy_l2", "balance")]
+_OF_CHAINS += ["data.starts", "sgld.step_decay"]
+_OF_ATTACKS = [f"train.attack_{name}" for name in ("eps", "steps", "step_size")]
 
 
 def start_lines(told: Settings, settings: Settings, splits: Splits, run: Run, folder: RunFolder) -> str:
@@ -42,7 +43,7 @@ def start_lines(told: Settings, settings: Settings, splits: Splits, run: Run, fo
             f"writes to {folder}",
             *(f"note: {note}" for note in _notes(told, settings, world)),
             # A classifier's run has joint training's settings, which are not meant for it.
-            *(f"note: {note}" for note in without_effect(told.train) if folder.part_of is None),
+            *(f"note: {note}" for note in without_effect(told) if folder.part_of is None),
         ]
     )
 
@@ -59,26 +60,27 @@ def method_in_words(settings: Settings) -> str:
         elsewhere = "noise" if settings.data.starts is None else f"images of {settings.data.starts}"
         kind = "class-conditional " * train.needs_classes
         grows = f"{train.ramp_from} to " if train.ramp_steps or train.ramp_auc is not None else ""
-        size = "of adapted size " * (train.step_cosine is not None) + "that get shorter " * sgld.step_decay
-        place = ("class Gaussians" if train.init == "gaussian" else elsewhere) + ", new ones each time" * (
-            train.restart_prob == 1
-        )
-        words += f"; {kind}chains of {grows}{sgld.num_steps} steps {size}from {place}{'; balanced gradients' * train.balance}"
+        size = ", ".join(["of adapted size"] * (train.step_cosine is not None) + ["falling to 0"] * sgld.step_decay)
+        place = "class Gaussians" if train.init == "gaussian" else elsewhere
+        again = ", new ones each time" if train.restart_prob == 1 else ""
+        words += f"; {kind}chains of {grows}{sgld.num_steps} steps {f'({size}) ' * bool(size)}from {place}{again}"
+        words += "; balanced gradients" * train.balance
     return words + "; sharpness-aware minimisation" * (train.sam_rho > 0)
 
 
-def without_effect(train: TrainConfig) -> list[str]:
+def without_effect(told: Settings) -> list[str]:
     """Settings that are told, and that nothing asks for as the others are: a line for each reason."""
-    usual, objective = TrainConfig(), train.objective
+    usual, train = Settings(), told.train
+    chains = train.objective.needs_chains
     idle = {
-        "train.objective.w_x and w_xy are 0, and no chain moves": () if objective.needs_chains else _OF_CHAINS,
+        "train.objective.w_x and w_xy are 0, and no chain moves": () if chains else _OF_CHAINS,
         "there is no train.attack_norm": _OF_ATTACKS if train.attack_norm is None else (),
-        "train.sam_rho is 0": () if train.sam_rho else ("sam_adaptive",),
+        "train.sam_rho is 0": () if train.sam_rho else ("train.sam_adaptive",),
     }
-    if objective.needs_chains and not train.ramp_steps and train.ramp_auc is None:
-        idle["there is no train.ramp_steps or ramp_auc"] = ("ramp_from",)
-    told = {why: [f"train.{n}" for n in names if attrgetter(n)(train) != attrgetter(n)(usual)] for why, names in idle.items()}
-    return [f"{', '.join(names)} {'do' if names[1:] else 'does'} nothing: {why}" for why, names in told.items() if names]
+    if chains and not train.ramp_steps and train.ramp_auc is None:
+        idle["there is no train.ramp_steps or ramp_auc"] = ("train.ramp_from",)
+    names = {why: [name for name in some if attrgetter(name)(told) != attrgetter(name)(usual)] for why, some in idle.items()}
+    return [f"{', '.join(some)} {'do' if some[1:] else 'does'} nothing: {why}" for why, some in names.items() if some]
 
 
 def _model(settings: Settings, run: Run, folder: RunFolder) -> str:
