@@ -85,21 +85,15 @@ class BenchmarkConfig:
 
     def settings(self) -> Settings:
         """Those of the training recipe."""
-        jem = [
-            "--data.dataset",
-            "digits",
-            "--model.name",
-            "wrn_16_2",
-            "--train.batch_size",
-            "32",
-            "--train.mixed_precision",
-            "no",
-        ]
-        words = jem if self.preset is None else ["--config", self.preset]
         told = {"model.name": self.model, "sgld.num_steps": self.num_steps, "train.batch_size": self.batch_size}
         told |= {"train.mixed_precision": self.mixed_precision, "train.compile": self.compile, "train.threads": self.threads}
         told["train.channels_last"] = None if self.channels_last is None else str(self.channels_last).lower()
-        words += [f"--{name}={value}" for name, value in told.items() if value is not None]
+        told = {name: value for name, value in told.items() if value is not None}
+        words = ["--config", self.preset]
+        if self.preset is None:
+            smaller = {"data.dataset": "digits", "model.name": "wrn_16_2", "train.batch_size": 32}
+            words, told = [], {**smaller, "train.mixed_precision": "no", **told}
+        words += [f"--{name}={value}" for name, value in told.items()]
         return parse_settings(words)[0]
 
 

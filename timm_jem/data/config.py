@@ -79,11 +79,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("dataset", "unlabeled", "starts"):
-            if (told := getattr(self, name)) is not None and not told.strip():
+            if (told := getattr(self, name)) is None:
+                continue
+            if not told.strip():
                 raise InputError(f"data {name} is empty: give digits, a Hub name, a folder or a .parquet file")
-        self.dataset = absolute(self.dataset)
-        self.unlabeled = None if self.unlabeled is None else absolute(self.unlabeled)
-        self.starts = None if self.starts is None else absolute(self.starts)
+            setattr(self, name, absolute(told))
         for name in ("test_fraction", "val_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"data {name} is {getattr(self, name)}: give a fraction between 0 and 1")

@@ -44,10 +44,14 @@ class Profile:
     seconds: dict[str, dict[str, float]]
     total: float
 
+    @property
+    def parts(self) -> list[str]:
+        """Those that take at least half a per cent of the whole."""
+        return [part for part, kinds in self.seconds.items() if sum(kinds.values()) >= 0.005 * self.total]
+
     def table(self) -> str:
         """Kinds against parts, in per cent of the whole; none that is below half a per cent throughout."""
-        parts = [part for part in (*_PARTS, _REST) if sum(self.seconds[part].values()) >= 0.005 * self.total]
-        kinds = (*KINDS, "all")
+        parts, kinds = self.parts, (*KINDS, "all")
         width = max(map(len, kinds))
         rows = [f"{'% of an iteration':{width}} {' '.join(f'{part:>10}' for part in (*parts, 'all'))}"]
         for kind in kinds:

@@ -18,7 +18,7 @@ def draw_profile(profile: Profile, title: str) -> Figure:
     Raises:
         InputError: matplotlib is not installed (when this module is imported).
     """
-    parts = [part for part, kinds in profile.seconds.items() if sum(kinds.values()) >= 0.005 * profile.total]
+    parts = profile.parts
     figure = Figure(figsize=(9, 0.5 * len(parts) + 2.2), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="milliseconds")
     ends = [0.0] * len(parts)

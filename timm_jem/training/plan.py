@@ -47,7 +47,7 @@ def check_plan(settings: Settings, splits: Splits, world: int, *, sharded: bool 
     if attack is not None and attack.eps > farthest:
         raise InputError(
             f"train.attack_eps is {attack.eps:g}, and no two images are further apart than {farthest:.3g} ({attack.norm}, "
-            f"pixels in [0, 1]): grey levels are divided by 255, e.g. 8/255"
+            "pixels in [0, 1]): grey levels are divided by 255, e.g. 8/255"
         )
     if train.buffer_size is None or train.objective.needs_chains:
         train = replace(train, buffer_size=_buffer_size(settings, splits))
