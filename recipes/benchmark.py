@@ -9,8 +9,8 @@ The iteration is the training recipe's on images of noise: all of it, with augme
 look. The bare passes of an iteration of K SGLD steps are K times forward and input-backward of the chains, then forward and
 backward of all images of the loss together, at the same precision and memory layout and through the same network, with
 nothing else: no noise, energies, buffer, loss terms or optimiser. The plain set-up is the same iteration in fp32, NCHW and
-eager mode. All out-of-distribution scores of 8-bit images are timed next to one forward and input-backward of the same
-images.
+eager mode, without a CUDA graph, which the bare passes have neither. All out-of-distribution scores of 8-bit images are timed
+next to one forward and input-backward of the same images.
 """
 
 import statistics
@@ -165,7 +165,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def plain_run(settings: Settings, shape: tuple[int, int, int], run: Run) -> Run:
     """The same iteration in fp32, NCHW and eager mode."""
-    train = replace(settings.train, channels_last=False, compile=None)
+    train = replace(settings.train, channels_last=False, compile=None, capture=False)
     plain, _ = build_run(replace(settings, train=train), shape, run.learner.accelerator)
     vars(plain.learner.jem).pop("forward", None)  # accelerate's, with its casts
     return plain
@@ -185,7 +185,8 @@ def main(argv: list[str]) -> None:
     device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
     work = {"iteration": lambda: iteration(run), "bare": bare_passes(run, bf16=bf16)}
     plain = plain_run(settings, shape, run)
-    is_plain = not (bf16 or train.channels_last or train.compile)
+    captured = run.learner.method.capture
+    is_plain = not (bf16 or train.channels_last or train.compile or captured)
     if not is_plain:
         work["plain"] = lambda: iteration(plain)
     if config.score_images:
@@ -197,7 +198,7 @@ def main(argv: list[str]) -> None:
         return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
 
     precision, layout = "bf16" if bf16 else "fp32", "channels_last" if train.channels_last else "NCHW"
-    how = f"compiled ({train.compile})" if train.compile else "eager"
+    how = (f"compiled ({train.compile})" if train.compile else "eager") + ", captured" * captured
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     processes = f"{accelerator.num_processes} processes of " if accelerator.num_processes > 1 else ""
     chains = f", K {settings.sgld.num_steps}" if train.objective.needs_chains else ""

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "prediction": {"decoding", "energy", "preprocessing", "reference", "inputs", "errors"},
     "modes": {"errors"},
     "sampling": {"inputs", "errors"},
+    "captured": {"errors"},
     "replay_buffer": {"inputs", "errors"},
     "refinement": {"sampling", "errors"},
     "counterfactual": {"energy", "sampling", "inputs", "errors"},
@@ -46,8 +47,8 @@ MAY_IMPORT = {
         "data", "evaluation", "temperature", "errors",
     },
     "training": {
-        "command_line", "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians", "objectives", "models",
-        "hub", "model", "wrap", "data", "evaluation", "training", "version", "errors",
+        "captured", "command_line", "energy", "files", "pixels", "modes", "sampling", "replay_buffer", "gaussians",
+        "objectives", "models", "hub", "model", "wrap", "data", "evaluation", "training", "version", "errors",
     },
     "demo": {
         "files", "pixels", "modes", "sampling", "decoding", "prediction", "reference", "backbone", "model", "data",

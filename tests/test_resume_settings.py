@@ -88,6 +88,7 @@ OTHER = {
     "train.attack_step_size": "0.1",
     "train.channels_last": "false",
     "train.compile": "default",
+    "train.capture": "false",
     "train.threads": "2",
     "train.workers": "1",
     "train.log_every": "7",

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from timm.models import group_modules, group_parameters, load_checkpoint
@@ -221,7 +221,14 @@ def build_method(
         step_cosine=train.step_cosine,
         attack=train.attack(),
         balance=train.balance,
+        capture=_captures(train, generator.device),
     )
+
+
+def _captures(train: TrainConfig, device: torch.device) -> bool:
+    # torch.compile's other modes capture graphs of their own, and what several processes exchange has not been tried in one.
+    alone = PartialState().distributed_type == DistributedType.NO
+    return train.capture and device.type == "cuda" and alone and train.compile in (None, "default")
 
 
 def frozen_parts(backbone: nn.Module, names: list[str]) -> list[nn.Module]:

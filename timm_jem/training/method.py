@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from timm_jem.captured import CapturedEnergy
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, quoted
 from timm_jem.evaluation.attacks import PGDConfig, pgd_end
@@ -124,6 +125,7 @@ class MaximumLikelihood:
         step_cosine: what :class:`StepSize` aims at; None: the step size stays.
         attack: on the images of the cross-entropy; None: none.
         balance: see above.
+        capture: launch a step's passes as one CUDA graph, see :class:`timm_jem.captured.CapturedEnergy`.
 
     Raises:
         InputError: no buffer, or ``w_xy`` > 0 and one without classes; an unknown ``batch_norm``; class frequencies of wrong
@@ -148,6 +150,7 @@ class MaximumLikelihood:
         step_cosine: float | None = None,
         attack: PGDConfig | None = None,
         balance: bool = False,
+        capture: bool = False,
     ) -> None:
         if batch_norm not in ("eval", "frozen", "train"):
             raise InputError(f"batch_norm is {quoted(batch_norm)}: give eval, frozen or train")
@@ -172,6 +175,7 @@ class MaximumLikelihood:
         self.batch_norm, self.class_frequencies, self.balance = batch_norm, class_frequencies, balance
         self.ramp = ChainRamp(sgld.num_steps, ramp_from, ramp_steps, ramp_auc)
         self.step_size, self.attack = StepSize(step_cosine, sgld.pixel_clamp), attack
+        self.capture, self._captured = capture, None
 
     @property
     def heeds(self) -> tuple[str, ...]:
@@ -201,7 +205,7 @@ class MaximumLikelihood:
         start, slots = self.buffer.draw(len(y), y_chain)
         with frozen(model, "train" if self.batch_norm == "train" else "eval"), _unsynchronised(model):
             u_neg = sgld(
-                lambda u, *labels: energy(model(self.jem.normalize(u)), *labels),
+                self._energy_fn(model),
                 start,
                 config,
                 y=y_chain,
@@ -218,6 +222,14 @@ class MaximumLikelihood:
         if self.step_size.adapts:
             terms["step_size"] = self.step_size.adapt() * config.step_size
         return Drawn(batch, u_neg, y, terms)
+
+    def _energy_fn(self, model: nn.Module) -> Callable[..., Tensor]:
+        if self._captured is not None:
+            return self._captured
+        energy_fn = lambda u, *labels: energy(model(self.jem.normalize(u)), *labels)  # noqa: E731
+        if self.capture:
+            self._captured = energy_fn = CapturedEnergy(energy_fn)
+        return energy_fn
 
     @torch.no_grad()
     def _told_apart(self, model: nn.Module, u: Tensor, u_neg: Tensor, y: Tensor | None) -> Tensor:

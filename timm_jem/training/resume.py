@@ -129,6 +129,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "train.mixed_precision": None,
     "train.channels_last": None,
     "train.compile": None,
+    "train.capture": None,
     "train.threads": None,
     "train.workers": None,
     "train.log_every": None,

@@ -116,6 +116,8 @@ class TrainConfig:
             run starts and stays with it; None: as accelerate launch says.
         channels_last: memory layout of convolutions.
         compile: torch.compile's mode for the backbone: default, reduce-overhead or max-autotune; None: not compiled.
+        capture: where one process trains on one GPU, launch the passes of a chain's step as one CUDA graph; not with compile
+            reduce-overhead or max-autotune, which do so by themselves.
         threads: CPU threads of a process; None: this machine's cores divided among its processes, where
             ``accelerate launch`` by itself gives one.
         workers: processes that decode images, for data sets not kept in memory; None: as the machine's cores allow.
@@ -173,6 +175,7 @@ class TrainConfig:
     mixed_precision: str | None = None
     channels_last: bool = True
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    capture: bool = True
     threads: int | None = None
     workers: int | None = None
     log_every: int = 50

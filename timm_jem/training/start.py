@@ -38,7 +38,9 @@ def start_lines(told: Settings, settings: Settings, splits: Splits, run: Run, fo
             f"model     {_model(settings, run, folder)}",
             f"method    {method_in_words(settings)}",
             f"training  {train.steps:,} steps of {together:,} images{epochs}, {train.warmup_steps:,} of them to warm up; "
-            f"{accelerator.device.type}, {processes}, {_precision(accelerator.mixed_precision)}",
+            f"{accelerator.device.type}, {processes}, {_precision(accelerator.mixed_precision)}"
+            + ", chains by a CUDA graph"
+            * getattr(run.learner.method, "capture", False),
             f"memory    {_memory(run)}",
             f"writes to {folder}",
             *(f"note: {note}" for note in _notes(told, settings, world)),
