@@ -9,13 +9,9 @@ output folder holds stability.md (the table), stability.json (all figures), stab
 run a folder <variant>/seed_<s> with a log beside it.
 """
 
-import json
-import math
-import re
 import shlex
 import shutil
 import signal
-import statistics
 import sys
 from dataclasses import dataclass, fields
 from functools import partial
@@ -27,11 +23,11 @@ import yaml
 from timm_jem import InputError
 from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.errors import check_whole, one_line
-from timm_jem.evaluation.strict_json import dumps, fits, restored
 from timm_jem.files import as_path, cores, replaced_file
-from timm_jem.stability.curves import Curves
 from timm_jem.stability.jobs import Job, Pool
-from timm_jem.stability.results import LAST_LINES, read_result
+from timm_jem.stability.record import Record, SeedRun, slug
+from timm_jem.stability.results import LAST_LINES
+from timm_jem.stability.table import events, figures_of, table
 from timm_jem.training import parse_settings
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.shell import one_line_errors
@@ -74,29 +70,6 @@ class StabilityConfig:
             raise InputError(f"launch is {self.launch!r}, and there is no program {program!r}: give one that a shell finds")
 
 
-@dataclass
-class Run:
-    """One seed of a variant."""
-
-    variant: str
-    seed: int
-    folder: Path
-    flags: list[str]
-
-    @property
-    def command(self) -> list[str]:
-        return [*self.flags, "--output_dir", str(self.folder), "--train.seed", str(self.seed), "--resume", "auto"]
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.log")
-
-    @property
-    def key(self) -> str:
-        """Its name in stability.json."""
-        return f"{self.folder.parent.name}/{self.folder.name}"
-
-
 def parse(argv: list[str]) -> tuple[StabilityConfig, list[str]]:
     """This recipe's own settings, and the flags for recipes/train.py that follow --."""
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
@@ -135,12 +108,7 @@ def read_variants(path: str | None, flags: list[str]) -> dict[str, list[str]]:
     return {name: [*common, *flags, *own] for name, own in words.items()}
 
 
-def slug(name: str) -> str:
-    """The name of a variant's folder."""
-    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.").lower()
-
-
-def plan(config: StabilityConfig, variants: dict[str, list[str]]) -> list[Run]:
+def plan(config: StabilityConfig, variants: dict[str, list[str]]) -> list[SeedRun]:
     """All runs, seed by seed, so that an early end has seen each variant. Refuses flags that train.py would refuse."""
     folders: dict[str, str] = {}
     flags: dict[str, list[str]] = {}
@@ -162,170 +130,10 @@ def plan(config: StabilityConfig, variants: dict[str, list[str]]) -> list[Run]:
         flags[name] = [*words, "--train.threads", str(max(1, cores() // config.jobs))] if share else words
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     return [
-        Run(name, seed, Path(config.output_dir) / slug(name) / f"seed_{seed}", words)
+        SeedRun(name, seed, Path(config.output_dir) / slug(name) / f"seed_{seed}", words)
         for seed in seeds
         for name, words in flags.items()
     ]
-
-
-class Record:
-    """stability.json: the flags and figures of each variant, and of each run its figures and every crash it ever had.
-
-    Args:
-        folder: where it is, with the runs; need not be there yet.
-
-    Attributes:
-        data: the JSON data.
-        curves: of each run noted so far, by its key.
-
-    Raises:
-        InputError: an earlier one can't be read.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / "stability.json"
-        self.curves: dict[str, Curves] = {}
-        self.data: dict[str, Any] = {"variants": {}, "runs": {}}
-        self._flags: dict[str, list[str]] = {}
-        if self.path.is_file():
-            try:
-                self.data = restored(json.loads(self.path.read_text(encoding="utf-8")))
-                self._flags = {name: variant["flags"] for name, variant in self.data["variants"].items()}
-                crashes = {key: run.get("crashes", []) for key, run in self.data["runs"].items()}
-                if not fits(self._flags, dict[str, list[str]]) or not fits(crashes, dict[str, list[str]]):
-                    raise TypeError("flags and crashes are lists of words")
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise InputError(f"{self.path} can't be read ({one_line(error)}): give a new --output_dir") from error
-
-    def open(self, variants: dict[str, list[str]]) -> None:
-        """Make the folder, for runs of ``variants``. Refuses one that holds runs with other flags."""
-        for name, words in variants.items():
-            folder = self.folder / slug(name)
-            if not any(folder.glob("seed_*/")):
-                continue
-            if name not in self._flags:
-                raise InputError(f"{folder} holds runs whose flags are not in {self.path}: give a new --output_dir")
-            if self._flags[name] != words:
-                raise InputError(
-                    f"{folder} holds runs with other flags ({shlex.join(self._flags[name])}): "
-                    "give the same ones, or a new --output_dir"
-                )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output_dir {self.folder} can't be made ({one_line(error)}): give another") from error
-        for name, words in variants.items():
-            self.data["variants"][name] = {**self.data["variants"].get(name, {}), "flags": words}
-
-    def save(self) -> None:
-        self.write("stability.json", dumps(self.data))
-
-    def write(self, name: str, text: str) -> None:
-        try:
-            with replaced_file(self.folder / name) as aside:
-                aside.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{self.folder / name} can't be written ({one_line(error)}): make room, and call again") from error
-
-    def note(self, run: Run, code: int | None = None, last_line: str = "") -> dict[str, Any]:
-        """The figures of a run as its folder has them; ``code`` is the exit status of one that has just ended."""
-        result = read_result(RunFolder(run.folder))
-        figures, crashes = result.figures(), list(self.data["runs"].get(run.key, {}).get("crashes", []))
-        if code is not None and (result.state is None or (result.state == "finished" and code != 0)):
-            how = f"killed by signal {-code}: " if code < 0 else "no summary.json: " if code == 0 else ""
-            crashes.append(f"{how}{last_line}")
-            figures["state"] = figures["state"] or "crashed"
-        self.curves[run.key] = result.curves
-        self.data["runs"][run.key] = {"variant": run.variant, "seed": run.seed, **figures, "crashes": crashes}
-        return self.data["runs"][run.key]
-
-    def ended(self, run: Run, code: int, last_line: str) -> str:
-        """Note and save what a run came to; returns it as a line to show."""
-        figures = self.note(run, code, last_line)
-        self.save()
-        if figures["state"] == "crashed":
-            return f"{run.variant}, seed {run.seed}: crashed, {figures['crashes'][-1]}; see {run.log}"
-        number = len(figures["rollbacks"])
-        return f"{run.variant}, seed {run.seed}: {figures['state']}, {number} rollback{'s' * (number != 1)}"
-
-
-def figures_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """A variant's row of the table from the figures of its runs."""
-    states = [run["state"] for run in runs]
-    # A run that gave up met one divergence more than it has rollbacks.
-    divergences = [len(run["rollbacks"]) + (run["state"] == "stopped") for run in runs]
-    row: dict[str, Any] = {
-        "runs": len(runs),
-        "finished": states.count("finished"),
-        "divergences": sum(divergences),
-        "runs_with_divergences": sum(number > 0 for number in divergences),
-        "rollbacks": sum(len(run["rollbacks"]) for run in runs),
-        "most_rollbacks": max(len(run["rollbacks"]) for run in runs),
-        "stopped": states.count("stopped"),
-        "crashed": states.count("crashed"),
-        "models_with_nan": sum(bool(run["tensors_with_nan"]) for run in runs),
-    }
-    for name in ("test_accuracy", "gap", "test_ece", "seconds"):
-        values = [run[name] for run in runs if run.get(name) is not None]
-        row[name] = {
-            "n": len(values),
-            "mean": statistics.fmean(values) if values else None,
-            "std": statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None,
-            "min": min(values, default=None),
-            "median": statistics.median(values) if values else None,
-        }
-    return row
-
-
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown, one row per variant."""
-    lines = [
-        "| variant | runs | finished | divergences (in runs) | most rollbacks in a run | stopped or crashed | models with NaN "
-        "| test accuracy | lowest | energy gap, nats | ECE | seconds |",
-        "| --- |" + " --- |" * 11,
-    ]
-    for name, row in rows.items():
-        cells = [
-            name.replace("|", "\\|"),
-            row["runs"],
-            row["finished"],
-            f"{row['divergences']} ({row['runs_with_divergences']})",
-            row["most_rollbacks"],
-            row["stopped"] + row["crashed"],
-            row["models_with_nan"],
-            _mean(row["test_accuracy"], 3),
-            _number(row["test_accuracy"]["min"], 3),
-            _mean(row["gap"], 2),
-            _number(row["test_ece"]["mean"], 3),
-            _number(row["seconds"]["median"], 0),
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _mean(figures: dict[str, Any], digits: int) -> str:
-    return _number(figures["mean"], digits) + ("" if figures["std"] is None else f" ± {figures['std']:.{digits}f}")
-
-
-def events(figures: dict[str, Any]) -> str | None:
-    """One line on a run where not everything went well."""
-    parts = [
-        f"step {event['step']} back to {event['to_step']}: {event.get('reason')} ({event.get('remedy', 'no remedy recorded')})"
-        for event in figures["rollbacks"]
-    ]
-    parts += [f"crashed once: {line}" for line in figures["crashes"][: None if figures["state"] != "crashed" else -1]]
-    if figures["state"] == "stopped":
-        parts.append(figures["explanation"] or "stopped")
-    if figures["state"] == "crashed":
-        parts.append(f"crashed: {figures['crashes'][-1]}")
-    if broken := figures["tensors_with_nan"]:
-        parts.append(f"its model has NaN or infinity in {broken[0]}{f' and {len(broken) - 1} more' * (len(broken) > 1)}")
-    parts += [figures["fault"]] if figures["fault"] else []
-    return f"- {figures['variant']}, seed {figures['seed']}: {'; '.join(parts)}" if parts else None
 
 
 def report(command: str, config: StabilityConfig, rows: dict[str, dict[str, Any]], results: list[dict[str, Any]]) -> str:

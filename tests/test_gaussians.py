@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_jem.gaussians
 from timm_jem import ClassGaussians, InputError, ReplayBuffer
-from timm_jem.sampling import chain_generators
+from timm_jem.noise import chain_generators
 
 SHAPE = (2, 3, 3)
 

@@ -19,8 +19,9 @@ from timm_jem.evaluation.generation import (
     within_class_distance,
 )
 from timm_jem.modes import frozen
+from timm_jem.noise import chain_generators, draw_seeds
 from timm_jem.pixels import eight_bit, to_pixels
-from timm_jem.sampling import chain_generators, draw_seeds, sgld
+from timm_jem.sampling import sgld
 
 
 def model(**sgld_settings):

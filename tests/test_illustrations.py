@@ -9,8 +9,8 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.evaluation.illustrations import distal_adversarials, interpolation_paths
+from timm_jem.noise import chain_generators, draw_seeds
 from timm_jem.pixels import to_pixels
-from timm_jem.sampling import chain_generators, draw_seeds
 
 
 class Linear(nn.Module):

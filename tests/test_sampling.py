@@ -8,7 +8,7 @@ import torch
 
 from timm_jem import InputError, SGLDConfig, sgld, sgld_step
 from timm_jem.modes import frozen
-from timm_jem.sampling import chain_generators, draw_classes, draw_seeds, randn, uniform_noise
+from timm_jem.noise import chain_generators, draw_classes, draw_seeds, randn, uniform_noise
 
 
 def quadratic(curvature: float):

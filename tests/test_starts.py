@@ -16,8 +16,9 @@ from timm_jem.evaluation.chain_length import chains_by_length
 from timm_jem.gaussians import STARTS_FILE
 from timm_jem.hub.card import model_card
 from timm_jem.hub.provenance import Provenance
+from timm_jem.noise import chain_generators, draw_seeds, uniform_noise
 from timm_jem.pixels import to_pixels
-from timm_jem.sampling import chain_generators, draw_seeds, sgld, uniform_noise
+from timm_jem.sampling import sgld
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.starts import ImageStarts
 from timm_jem.training.state import copy_tree, load_tree

@@ -6,11 +6,12 @@ from timm_jem.errors import InputError
 from timm_jem.gaussians import ClassGaussians
 from timm_jem.hub.published_chains import PublishedChains
 from timm_jem.model import JEM
+from timm_jem.noise import uniform_noise
 from timm_jem.objectives import ObjectiveConfig, joint_loss
 from timm_jem.prediction import Prediction
 from timm_jem.reference import Reference
 from timm_jem.replay_buffer import ReplayBuffer
-from timm_jem.sampling import SGLDConfig, sgld, sgld_step, uniform_noise
+from timm_jem.sampling import SGLDConfig, sgld, sgld_step
 from timm_jem.version import __version__
 from timm_jem.wrap import create_model, from_pretrained, wrap
 

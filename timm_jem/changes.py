@@ -15,8 +15,9 @@ from timm_jem.counterfactual import counterfactual as least_change
 from timm_jem.errors import InputError
 from timm_jem.inputs import check_drawing, kind
 from timm_jem.modes import frozen
+from timm_jem.noise import chain_generators, draw_seeds, uniform_noise
 from timm_jem.refinement import refine as refined
-from timm_jem.sampling import SGLDConfig, chain_generators, draw_seeds, uniform_noise
+from timm_jem.sampling import SGLDConfig
 
 __all__ = ["adapted", "counterfactual", "refine", "restore"]
 

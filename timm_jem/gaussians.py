@@ -14,7 +14,8 @@ from torch.nn.functional import pad
 
 from timm_jem.errors import InputError, check_number, check_whole, one_line, quoted
 from timm_jem.inputs import FAR_FROM_PIXELS, check_label_values, is_floats, is_labels, kind
-from timm_jem.sampling import Generators, draw_classes, filled, randn
+from timm_jem.noise import Generators, draw_classes, randn
+from timm_jem.sampling import filled
 
 __all__ = ["FEWEST_IMAGES", "MAX_STARTS_BYTES", "STARTS_FILE", "ClassGaussians"]
 

@@ -28,10 +28,11 @@ from timm_jem.inputs import (
     kind,
 )
 from timm_jem.modes import frozen
+from timm_jem.noise import Generators, chain_generators, draw_seeds, uniform_noise
 from timm_jem.prediction import Prediction, Predictor, imagenet_names
 from timm_jem.preprocessing import preprocessing_of
 from timm_jem.reference import Reference, fit
-from timm_jem.sampling import MOST_STEPS, Generators, SGLDConfig, chain_generators, draw_seeds, sgld, uniform_noise
+from timm_jem.sampling import MOST_STEPS, SGLDConfig, sgld
 
 __all__ = ["JEM"]
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from timm_jem.errors import check_whole
-from timm_jem.sampling import MOST_STEPS, Generators, SGLDConfig, randn, sgld, sgld_step
+from timm_jem.noise import Generators, randn
+from timm_jem.sampling import MOST_STEPS, SGLDConfig, sgld, sgld_step
 
 __all__ = ["refine"]
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.inputs import is_floats, kind
-from timm_jem.sampling import MOST_STEPS, Generators, SGLDConfig, sgld
+from timm_jem.noise import Generators
+from timm_jem.sampling import MOST_STEPS, SGLDConfig, sgld
 
 __all__ = ["restore", "with_unknown"]
 

@@ -12,8 +12,8 @@ from timm_jem.data.identity import data_identity, same_held_out
 from timm_jem.errors import InputError
 from timm_jem.evaluation.subject import check_classes, data_config, display_name, load_model, some
 from timm_jem.model import JEM
+from timm_jem.noise import uniform_noise
 from timm_jem.pixels import to_pixels
-from timm_jem.sampling import uniform_noise
 
 __all__ = ["Exhibit", "load_exhibit"]
 

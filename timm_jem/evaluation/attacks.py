@@ -18,8 +18,8 @@ from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.evaluation.labelled import labels
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
+from timm_jem.noise import randn, uniform_noise
 from timm_jem.pixels import from_unit
-from timm_jem.sampling import randn, uniform_noise
 
 __all__ = [
     "Classifier",

@@ -12,7 +12,8 @@ from timm_jem.evaluation.generation import frechet_distance, pyramid
 from timm_jem.evaluation.labelled import labels
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
-from timm_jem.sampling import FEWEST, chain_generators, draw_seeds, sgld
+from timm_jem.noise import chain_generators, draw_seeds
+from timm_jem.sampling import FEWEST, sgld
 
 __all__ = ["best_num_steps", "chains_by_length"]
 

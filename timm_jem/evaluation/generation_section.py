@@ -26,8 +26,8 @@ from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import EvaluationConfig
 from timm_jem.evaluation.subject import Subject
 from timm_jem.model import JEM
+from timm_jem.noise import chain_generators, draw_seeds
 from timm_jem.pixels import eight_bit, to_pixels
-from timm_jem.sampling import chain_generators, draw_seeds
 
 __all__ = ["SampleSet", "generation_section"]
 

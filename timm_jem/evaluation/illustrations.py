@@ -11,7 +11,8 @@ from timm_jem.evaluation.labelled import labels as class_labels
 from timm_jem.inputs import FAR_FROM_PIXELS
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
-from timm_jem.sampling import chain_generators, draw_seeds, filled, uniform_noise
+from timm_jem.noise import chain_generators, draw_seeds, uniform_noise
+from timm_jem.sampling import filled
 
 __all__ = ["distal_adversarials", "interpolation_paths"]
 

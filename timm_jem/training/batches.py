@@ -9,8 +9,8 @@ from torch import Tensor
 from timm_jem.data import Splits
 from timm_jem.data.augmentation import augment
 from timm_jem.data.loader import open_stream
+from timm_jem.noise import randn
 from timm_jem.pixels import to_pixels
-from timm_jem.sampling import randn
 
 __all__ = ["Batch", "Batches"]
 

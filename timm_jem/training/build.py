@@ -24,9 +24,9 @@ from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import replaced_file
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
 from timm_jem.model import JEM
-from timm_jem.modes import batch_norms, frozen
+from timm_jem.modes import batch_norms
+from timm_jem.noise import uniform_noise
 from timm_jem.replay_buffer import ReplayBuffer
-from timm_jem.sampling import uniform_noise
 from timm_jem.training.batches import Batches
 from timm_jem.training.learner import Learner
 from timm_jem.training.memory import in_bytes, memory_of
@@ -35,6 +35,7 @@ from timm_jem.training.processes import in_measured_precision, local_processes
 from timm_jem.training.sam import SAM
 from timm_jem.training.settings import Settings, TrainConfig
 from timm_jem.training.starts import class_gaussians, image_starts
+from timm_jem.training.unseen import unseen_pixels, why_unseen
 from timm_jem.wrap import create_model
 
 __all__ = ["build_learner", "build_method", "build_model", "build_stream", "frozen_parts", "keep_source", "workers_of"]
@@ -103,7 +104,7 @@ def build_model(
     jem.data_config["crop_pct"] = 1.0  # trained on whole images
     jem = jem.to(memory_format=torch.channels_last) if settings.train.channels_last else jem
     try:
-        unseen = _unseen(jem, splits.image_shape)
+        unseen = unseen_pixels(jem, splits.image_shape)
     except (RuntimeError, AssertionError) as error:
         if should_reduce_batch_size(error):
             raise
@@ -111,7 +112,7 @@ def build_model(
             f"{model.name} can't take images of {splits.image_shape} ({one_line(error)}): give --data.image_size"
         ) from error
     if unseen.any() and settings.train.objective.needs_chains:
-        raise InputError(_why_unseen(model.name, jem, unseen))
+        raise InputError(why_unseen(model.name, jem, unseen))
     return jem
 
 
@@ -332,40 +333,3 @@ def _scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer) -> Schedule
     except (TypeError, ValueError) as error:
         raise InputError(f"train.sched {train.sched} does not fit its settings ({one_line(error)}): change them") from error
     return scheduler
-
-
-def _unseen(jem: JEM, image_shape: tuple[int, int, int]) -> torch.Tensor:
-    """Which pixels can have no influence on the energy, whatever is learnt, bool, shape (H, W): no chain could move them.
-
-    What starts as zero, such as the last normalisation of a residual branch, hides pixels that training will see: it is
-    random meanwhile.
-    """
-    unseen, zeros = torch.ones(image_shape[1:], dtype=torch.bool), [p for p in jem.parameters() if not p.any()]
-    try:
-        for seed in range(4):  # what one image leaves out by chance, another has
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for parameter in zeros:
-                    parameter.copy_(torch.rand(parameter.shape, generator=generator))
-            u = torch.rand(2, *image_shape, generator=generator) * 2 - 1
-            with frozen(jem):
-                score = jem.score(jem.normalize(u.to(jem.mean.device)))
-            unseen &= (score == 0).all(0).all(0).cpu()
-            if not unseen.any():
-                break
-    finally:
-        with torch.no_grad():
-            for parameter in zeros:
-                parameter.zero_()
-    return unseen
-
-
-def _why_unseen(name: str, jem: JEM, unseen: torch.Tensor) -> str:
-    side, patch = len(unseen), getattr(getattr(jem.backbone, "patch_embed", None), "patch_size", None)
-    patch = patch[0] if isinstance(patch, (tuple, list)) else patch
-    seen = int((~unseen).any(1).sum())
-    fits = f"{patch * (side // patch)} or {patch * (side // patch + 1)}" if patch and side >= patch else f"{seen}"
-    return (
-        f"{name} does not look at {unseen.float().mean():.0%} of the pixels of {side}×{unseen.shape[1]} images, which chains "
-        f"could never move: give another --data.image_size, such as {fits}"
-    )

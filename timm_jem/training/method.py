@@ -15,10 +15,11 @@ from timm_jem.errors import InputError, quoted
 from timm_jem.evaluation.attacks import PGDConfig, pgd_end
 from timm_jem.model import JEM
 from timm_jem.modes import batch_norms, frozen, in_eval_mode, statistics_kept
+from timm_jem.noise import draw_classes
 from timm_jem.objectives import ObjectiveConfig, joint_loss
 from timm_jem.pixels import from_unit
 from timm_jem.replay_buffer import ReplayBuffer
-from timm_jem.sampling import SGLDConfig, draw_classes, sgld
+from timm_jem.sampling import SGLDConfig, sgld
 from timm_jem.training.balance import gradient_ratio
 from timm_jem.training.batches import Batch
 from timm_jem.training.chain_ramp import ChainRamp

@@ -9,7 +9,7 @@ from torch import Tensor
 from timm_jem.errors import one_line
 from timm_jem.model import JEM
 from timm_jem.modes import frozen, in_eval_mode
-from timm_jem.sampling import uniform_noise
+from timm_jem.noise import uniform_noise
 from timm_jem.training.settings import TrainConfig
 
 __all__ = ["faster_precision", "measured_precision", "precision_of"]
