@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import socket
+import time
 from functools import cache
 from pathlib import Path
 
@@ -100,6 +101,13 @@ def test_the_images_that_are_timed_are_few_enough(timed, monkeypatch):
         assert why == f"it is 2.00 times as fast as fp32 here, by passes of {images} image{'s' * (images > 1)}"
     timed("no")
     assert measured_precision(network(), TrainConfig())[1].startswith("bf16 is 0.50 times as fast as fp32 here")
+
+
+def test_a_busy_machine_does_not_make_the_passes_smaller(timed):
+    seen, jem = timed("no"), network()
+    jem.register_forward_hook(lambda *_: time.sleep(precision.PASS_SECONDS))  # as long as others have the processor
+    measured_precision(jem, TrainConfig(batch_size=2))
+    assert seen == [(2, 3, 8, 8)]
 
 
 def test_a_network_that_fails_in_bf16_trains_in_fp32():
