@@ -260,8 +260,9 @@ def test_chains_seen_at_a_length_are_those_that_sample_draws():
         assert torch.equal(jem.normalize(u), drawn)
 
 
-def test_the_first_view_of_noisy_chains_is_what_sample_draws_and_the_last_goes_on_from_noisy_ones():
-    jem, y = model(), torch.arange(6)
+@pytest.mark.parametrize("jitter", [0, 1])
+def test_the_first_view_of_noisy_chains_is_what_sample_draws_and_the_last_goes_on_from_noisy_ones(jitter):
+    jem, y = model(jitter=jitter), torch.arange(6)
     found = dict(chains_by_length(jem, [4, 7], y=y, generator=seeded()))
     assert torch.equal(jem.normalize(found[4]), jem.sample(y=y, num_steps=4, generator=seeded()))
     # Noise-free steps draw nothing: 7 steps with one stream of noise are those after 4 - 2 noisy ones.

@@ -1,5 +1,7 @@
 """Our iteration against the paper's algorithm 1, written out plainly."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,16 @@ def joint_step(model, jem, u, y, buffer, *, sgld_config, objective, data_noise, 
 
 
 SGLD = SGLDConfig(num_steps=5, step_size=0.7, noise_std=0.05)
+
+
+def test_jitter_is_for_drawing_and_moves_no_chain_of_training():
+    ended = []
+    for jitter in (0, 2):
+        jem, buffer, u, y = make()
+        options = {"data_noise": 0.0, "objective": ObjectiveConfig(), "generator": torch.Generator().manual_seed(2)}
+        joint_step(jem, jem, u, y, buffer, sgld_config=replace(SGLD, jitter=jitter), **options)
+        ended.append(buffer.chains)
+    assert torch.equal(*ended)
 
 
 @pytest.mark.parametrize("conditional", [False, True])

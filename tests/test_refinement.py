@@ -63,7 +63,9 @@ def test_the_gradient_past_the_steps_is_that_at_the_refined_image(jem, images):
         assert not torch.allclose(gradient(through, images, column), expected, rtol=0.05)
 
 
-@pytest.mark.parametrize(("chains", "sgld"), [(1, NOISY), (3, NOISY), (1, replace(NOISY, step_decay=True))])
+@pytest.mark.parametrize(
+    ("chains", "sgld"), [(1, NOISY), (3, NOISY), (1, replace(NOISY, step_decay=True)), (1, replace(NOISY, jitter=1))]
+)
 def test_values_are_equal_with_and_without_a_gradient(jem, images, chains, sgld):
     def value(which, x):
         return refined_classifier(jem, RefinementConfig(4, chains, sgld=sgld), generator=seeded(), gradient=which)(x)

@@ -77,6 +77,7 @@ OTHER = {
     "model.drop_path_rate": "0.1",
     "sgld.sample_steps": "9",
     "sgld.denoise_steps": "1",
+    "sgld.jitter": "1",
     "train.epochs": "3",
     "train.init": "gaussian",
     "train.ramp_from": "2",

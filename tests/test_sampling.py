@@ -95,9 +95,46 @@ def test_a_step_of_a_chain_has_its_share_of_the_step_size():
     assert level.of_step(3, 4) is level
 
 
-@pytest.mark.parametrize("step_decay", [False, True])
-def test_same_seed_same_chains_however_they_are_split(step_decay):
-    start, y, config = torch.zeros(7, 1, 2, 2), torch.arange(7) % 2, SGLDConfig(step_decay=step_decay)
+@pytest.mark.parametrize("jitter", [0, 1, 2, 3, 9])
+def test_all_shifts_take_turns(jitter):
+    config, count = SGLDConfig(jitter=jitter), (2 * jitter + 1) ** 2
+    reach = range(-jitter, jitter + 1)
+    turns = [config.shift(step) for step in range(2 * count)]
+    assert sorted(turns[:count]) == [(down, right) for down in reach for right in reach]
+    assert turns[count:] == turns[:count]
+
+
+def test_a_jittered_step_takes_the_gradient_where_the_chain_was_moved_to():
+    """E(u) = ½ |u − m|²: at u moved by s, and moved back, the gradient is u minus m moved by −s."""
+    config = SGLDConfig(step_size=0.1, noise_std=0.0, jitter=2)
+    u, m = torch.rand(2, 3, 2, 7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = []
+    sgld(lambda v: 0.5 * (v - m).square().sum((1, 2, 3)), u, config, num_steps=5, on_step=lambda _, v: seen.append(v.clone()))
+    for step, after in enumerate(seen):
+        down, right = config.shift(step)
+        u = u - 0.1 * (u - m.roll((-down, -right), (2, 3)))
+        torch.testing.assert_close(after, u)
+    far = sgld(lambda v: 0.5 * (v - m).square().sum((1, 2, 3)), u, replace(config, step_size=1e-3), num_steps=25 * 400)
+    mean = torch.stack([m.roll((down, right), (2, 3)) for down in range(-2, 3) for right in range(-2, 3)]).mean(0)
+    torch.testing.assert_close(far, mean, rtol=0, atol=0.02)
+
+
+def test_chains_that_go_on_take_the_shifts_whose_turn_it_is():
+    config, start = SGLDConfig(num_steps=9, noise_std=0.1, jitter=1), torch.rand(5, 1, 4, 4)
+    slopes = torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(1))
+    energy_fn = lambda u: (slopes * u.square()).sum((1, 2, 3))  # noqa: E731
+    together = sgld(energy_fn, start, config, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    first = sgld(energy_fn, start, config, generator=generator, num_steps=4)
+    assert torch.equal(sgld(energy_fn, first, config, generator=generator, num_steps=5, first_step=4), together)
+    again = sgld(energy_fn, first, config, generator=torch.Generator().manual_seed(3), num_steps=5)
+    other = sgld(energy_fn, first, config, generator=torch.Generator().manual_seed(3), num_steps=5, first_step=4)
+    assert not torch.allclose(again, other)
+
+
+@pytest.mark.parametrize("settings", [{}, {"step_decay": True}, {"jitter": 1}], ids=["plain", "step_decay", "jitter"])
+def test_same_seed_same_chains_however_they_are_split(settings):
+    start, y, config = torch.zeros(7, 1, 2, 2), torch.arange(7) % 2, SGLDConfig(**settings)
 
     def energy_fn(u, y):
         return (0.2 + 0.3 * y) * u.square().sum((1, 2, 3))
@@ -363,6 +400,9 @@ def test_clamps_hold_along_the_chains():
         {"normalize_grad": "yes"},
         {"step_decay": None},
         {"step_decay": 1},
+        {"jitter": -1},
+        {"jitter": 0.5},
+        {"jitter": 10**9},
         {"pixel_clamp": float("nan")},
         {"sample_steps": 0},
         {"denoise_steps": -1},

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from timm_jem.errors import check_whole
 from timm_jem.noise import Generators, randn
-from timm_jem.sampling import MOST_STEPS, SGLDConfig, sgld, sgld_step
+from timm_jem.sampling import MOST_STEPS, SGLDConfig, sgld, sgld_step, shifted
 
 __all__ = ["refine"]
 
@@ -43,7 +43,7 @@ def refine(
     if not create_graph:
         return sgld(energy_fn, u, config, generator=generator, num_steps=steps, batch_size=batch_size)
     for step in range(steps):
-        slope = torch.autograd.grad(energy_fn(u).sum(), u, create_graph=True)[0]
+        slope = torch.autograd.grad(energy_fn(shifted(u, config.shift(step))).sum(), u, create_graph=True)[0]
         noise = randn(u.shape, generator=generator, device=u.device, dtype=u.dtype) if config.noise_std else None
         u = sgld_step(u, slope, noise, config.of_step(step, steps))
     return u

@@ -91,7 +91,7 @@ def restore(
     options = {"y": y, "generator": generator, "batch_size": batch_size, "num_steps": 1}
     for step in range(num_steps):
         now = config.of_step(step, num_steps)
-        v = sgld(energy_fn, v, now, **options, denoise_steps=int(step >= num_steps - denoise_steps))
+        v = sgld(energy_fn, v, now, **options, first_step=step, denoise_steps=int(step >= num_steps - denoise_steps))
         v = torch.where(mask, v, u if noise is None else torch.lerp(v, u, pull / (1 + pull)))
         if on_step is not None:
             on_step(step + 1, v)

@@ -4,6 +4,7 @@ Nothing here knows networks' heads or buffers: an energy is a function ``energy_
 returns shape (B,), and a chain's state is a plain tensor of pixels.
 """
 
+import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,11 +16,13 @@ from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.inputs import is_floats, kind
 from timm_jem.noise import Generators, check_generators, randn
 
-__all__ = ["FEWEST", "MOST_STEPS", "SGLDConfig", "filled", "sgld", "sgld_step"]
+__all__ = ["FEWEST", "MOST_STEPS", "SGLDConfig", "filled", "sgld", "sgld_step", "shifted"]
 
 # Of a chain: far above any in use, and what a file that is to keep its reader busy for ever may ask for.
 MOST_STEPS = 100_000
 _FAR = 1e9  # a factor or bound in pixels that is above this is a mistake; single precision holds 3e38
+
+_MOST_JITTER = 1000
 
 FEWEST = 4  # chains in a batch: matrix products of fewer rows take other paths, and round otherwise
 
@@ -52,6 +55,11 @@ class SGLDConfig:
             ``step_size`` · (1 − k / K) (paper: no). K is the number of steps that a chain makes at a time: in training those
             of an iteration, in ``JEM.sample`` its ``num_steps``. The noise stays as it is; ``denoise_steps`` leaves it out of
             the last steps, where it would outweigh them.
+        jitter: where a model draws, each step takes the gradient at the chain moved by up to so many pixels up or down and
+            left or right; the (2 · jitter + 1)² such shifts take turns (paper: 0). So it draws by the mean energy of an image's
+            shifts. To a network with strides an image and its shift are two, and by one of them alone chains grow patterns of
+            the stride's period. (Feature visualisation has the same remedy: Olah et al., Distill 2017, "transformation
+            robustness".) Chains of training are not moved.
 
     Raises:
         InputError: a value outside its range, NaN included: settings come with models of others, too.
@@ -66,12 +74,14 @@ class SGLDConfig:
     sample_steps: int | None = None
     denoise_steps: int = 0
     step_decay: bool = False
+    jitter: int = 0
 
     def __post_init__(self) -> None:
         check_whole("sgld num_steps", self.num_steps, 1, MOST_STEPS)
         if self.sample_steps is not None:
             check_whole("sgld sample_steps", self.sample_steps, 1, MOST_STEPS)
         check_whole("sgld denoise_steps", self.denoise_steps, 0, MOST_STEPS)
+        check_whole("sgld jitter", self.jitter, 0, _MOST_JITTER)
         check_number("sgld step_size", self.step_size, above=0, most=_FAR)
         check_number("sgld noise_std", self.noise_std, least=0, most=2)
         for name in ("normalize_grad", "step_decay"):
@@ -90,6 +100,15 @@ class SGLDConfig:
         if not self.step_decay:
             return self
         return replace(self, step_size=self.step_size * (1 - step / num_steps), step_decay=False)
+
+    def shift(self, step: int) -> tuple[int, int]:
+        """By how many pixels, down and right, a chain is moved where its gradient is taken in step ``step``.
+
+        Strides of about the golden ratio go through all shifts before one comes again, and far from one to the next.
+        """
+        side = 2 * self.jitter + 1
+        stride = next(n for n in range(round(0.618 * side**2), side**2 + 1) if math.gcd(n, side) == 1)
+        return tuple(offset - self.jitter for offset in divmod(step * stride % side**2, side))
 
 
 def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig) -> Tensor:
@@ -142,6 +161,7 @@ def sgld(
     y: Tensor | None = None,
     generator: Generators = None,
     num_steps: int | None = None,
+    first_step: int = 0,
     denoise_steps: int = 0,
     batch_size: int | None = None,
     step_scale: Tensor | None = None,
@@ -162,6 +182,7 @@ def sgld(
         generator: the only source of randomness, or a list of them, one a chain (:func:`chain_generators`); None:
             PyTorch's global one.
         num_steps: instead of ``config.num_steps``.
+        first_step: how many steps the chains have made before, which says whose turn it is of the shifts of ``config.jitter``.
         denoise_steps: how many of the last steps are without noise.
         batch_size: chains per gradient evaluation, at least four: fewer are filled up by repeating the last, since the
             matrix products of so few images round differently. None: all at once, just as they are.
@@ -188,6 +209,7 @@ def sgld(
     if y is not None and not (isinstance(y, Tensor) and y.shape[:1] == u.shape[:1]):
         raise InputError(f"y is {kind(y)} for {len(u)} chains: give a tensor of one label per chain, shape ({len(u)},)")
     check_whole("num_steps of chains", num_steps, 0, MOST_STEPS)
+    check_whole("first_step of chains", first_step, 0)
     check_whole("denoise_steps of chains", denoise_steps, 0, MOST_STEPS)
     if batch_size is not None:
         check_whole("batch_size of chains", batch_size, 1)
@@ -200,7 +222,8 @@ def sgld(
         noises = _noises(u, num_steps - denoise_steps if config.noise_std > 0 else 0, generator)
         for step in range(num_steps):
             noise = next(noises, None)
-            grad = _gradient(energy_fn, u, y, batch_size)
+            shift = config.shift(first_step + step)
+            grad = shifted(_gradient(energy_fn, shifted(u, shift), y, batch_size), [-pixels for pixels in shift])
             if on_gradient is not None:
                 on_gradient(u, grad)
             u = _step(u, grad, noise, config.of_step(step, num_steps), step_scale)
@@ -219,6 +242,11 @@ def _noises(u: Tensor, num_steps: int, generator: Generators) -> Iterator[Tensor
     for start in range(0, num_steps, block):
         shape = (len(u), min(block, num_steps - start), *u.shape[1:])
         yield from randn(shape, generator=generator, device=u.device, dtype=u.dtype).unbind(1)
+
+
+def shifted(u: Tensor, shift: Sequence[int]) -> Tensor:
+    """Images moved down and right by ``shift`` pixels, shape (B, C, H, W); what leaves at one side enters at the other."""
+    return u.roll(tuple(shift), (-2, -1)) if any(shift) else u
 
 
 def filled(part: Tensor) -> Tensor:

@@ -89,8 +89,10 @@ def _views(
                         options["generator"] = [each.clone_state() for each in own]
                         view = sgld(jem.pixel_energy, now, config, num_steps=steps, denoise_steps=last, **options)
                     else:
-                        now = sgld(jem.pixel_energy, now, config, generator=own, num_steps=steps - last - done, **options)
-                        view = sgld(jem.pixel_energy, now, config, num_steps=last, denoise_steps=last, **options)
+                        more = {"num_steps": steps - last - done, "first_step": done}
+                        now = sgld(jem.pixel_energy, now, config, generator=own, **more, **options)
+                        more = {"num_steps": last, "first_step": steps - last}
+                        view = sgld(jem.pixel_energy, now, config, denoise_steps=last, **more, **options)
                     chains.append(now.cpu())
                     views.append(view.cpu())
             u, done = torch.cat(chains), steps - last

@@ -261,8 +261,8 @@ class MaximumLikelihood:
         return terms(objective, balance=drawn.info.get("balance"))
 
     def sgld_at(self, step: int, remedy: Remedy) -> SGLDConfig:
-        """The chains' settings at a step: ramp and remedies included."""
-        config = replace(self.sgld, num_steps=self.ramp.num_steps(step))
+        """The chains' settings at a step: ramp and remedies included, and none of what is for drawing alone."""
+        config = replace(self.sgld, num_steps=self.ramp.num_steps(step), jitter=0)
         return remedy.chains(config)
 
     def adapted(self, sgld: SGLDConfig) -> SGLDConfig:

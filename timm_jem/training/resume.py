@@ -82,6 +82,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "sgld.sample_steps": None,
     "sgld.denoise_steps": None,
     "sgld.step_decay": None,
+    "sgld.jitter": None,
     "train.steps": None,
     "train.epochs": None,
     "train.batch_size": None,
