@@ -9,8 +9,8 @@ The iteration is the training recipe's on images of noise: all of it, with augme
 look. The bare passes of an iteration of K SGLD steps are K times forward and input-backward of the chains, then forward and
 backward of all images of the loss together, at the same precision and memory layout and through the same network, with
 nothing else: no noise, energies, buffer, loss terms or optimiser. The plain set-up is the same iteration in fp32, NCHW and
-eager mode, without a CUDA graph, which the bare passes have neither. All out-of-distribution scores of 8-bit images are timed
-next to one forward and input-backward of the same images.
+eager mode, without a CUDA graph. The bare passes don't have one either, so that a captured iteration may take less than they.
+All out-of-distribution scores of 8-bit images are timed next to one forward and input-backward of the same images.
 """
 
 import statistics

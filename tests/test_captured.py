@@ -117,3 +117,6 @@ def test_a_network_that_waits_for_the_gpu_is_not_captured():
     with pytest.warns(UserWarning, match="not captured as a CUDA graph"):
         found = chains(replayed, u)
     assert torch.equal(found, chains(waits, u))
+    torch.nn.functional.dropout(u)  # and all else goes on
+    torch.cuda.empty_cache()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()

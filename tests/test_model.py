@@ -12,6 +12,7 @@ from torch import nn
 
 import timm_jem
 from timm_jem import InputError, SGLDConfig
+from timm_jem.modes import frozen
 
 # Convolutions with BatchNorm, LayerNorm, GroupNorm-free and scaled; transformers with fixed and free input sizes, with
 # distilled and attention-pooling heads; mixers; recurrences; a zero head.
@@ -477,3 +478,20 @@ def test_a_default_dtype_in_which_no_model_is_rebuilt_faithfully_is_named(jem, t
             jem.save_pretrained(tmp_path)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_energies_follow_attention_biases_that_are_trained():
+    """LeViT keeps them from pass to pass in eval mode, and forgets them in train()."""
+    torch.manual_seed(0)
+    jem = timm_jem.create_model("levit_128s", num_classes=3).double().train()
+    biases = [parameter for name, parameter in jem.named_parameters() if name.endswith("attention_biases")]
+    u, energies = torch.rand(2, *jem.input_size, dtype=torch.float64) * 2 - 1, []
+    for size in (0.0, 1.0):
+        with torch.no_grad():
+            for parameter in biases:
+                parameter.normal_().mul_(size)
+        with frozen(jem):
+            energies.append(jem.pixel_energy(u).detach())
+    assert not torch.equal(*energies)
+    jem.train().eval()
+    torch.testing.assert_close(jem(jem.normalize(u)).logsumexp(1).neg().detach(), energies[1], rtol=1e-14, atol=0)

@@ -63,9 +63,7 @@ def test_the_gradient_past_the_steps_is_that_at_the_refined_image(jem, images):
         assert not torch.allclose(gradient(through, images, column), expected, rtol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("chains", "sgld"), [(1, NOISY), (3, NOISY), (1, replace(NOISY, step_decay=True)), (1, replace(NOISY, jitter=1))]
-)
+@pytest.mark.parametrize(("chains", "sgld"), [(1, NOISY), (3, NOISY), (1, replace(NOISY, step_decay=True))])
 def test_values_are_equal_with_and_without_a_gradient(jem, images, chains, sgld):
     def value(which, x):
         return refined_classifier(jem, RefinementConfig(4, chains, sgld=sgld), generator=seeded(), gradient=which)(x)
@@ -78,6 +76,13 @@ def test_values_are_equal_with_and_without_a_gradient(jem, images, chains, sgld)
         with torch.inference_mode():
             assert torch.equal(value(which, images.clone()), expected)
     torch.testing.assert_close(expected.exp().sum(1), torch.ones(5, dtype=torch.float64))
+
+
+def test_jitter_is_for_drawing_and_refines_nothing(jem, images):
+    still, jittered = (
+        refined_classifier(jem, RefinementConfig(4, sgld=c), generator=None) for c in (STILL, replace(STILL, jitter=1))
+    )
+    assert torch.equal(still(images), jittered(images))
 
 
 def test_probabilities_are_averaged_over_chains(jem, images):

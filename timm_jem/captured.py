@@ -1,7 +1,8 @@
 """Energies and their gradients as one CUDA graph: a small network's passes wait for launches more than for the GPU."""
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class CapturedEnergy:
     step sizes and numbers of steps stay free.
 
     A graph reads weights where they were, in the modes and precision in which they were: change them in place, and nothing
-    else. It keeps the memory of its passes.
+    else, and replace no tensor that a module keeps. It holds the memory of its passes.
 
     Args:
         energy_fn: ``energy_fn(u)``, or ``energy_fn(u, y)``, to energies of shape (B,), without randomness.
@@ -54,14 +55,17 @@ class _Graph:
             raise RuntimeError(f"they are on {u.device.type}")
         self._inputs = [u.detach().clone().requires_grad_(True), *(y.clone() for y in labels)]
         aside, main = torch.cuda.Stream(u.device), torch.cuda.current_stream(u.device)
-        aside.wait_stream(main)
-        with torch.cuda.stream(aside):
-            for _ in range(_WARM_UP):
-                plain = self._passes(energy_fn)
-        main.wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may copy images meanwhile
-            self._outputs = self._passes(energy_fn)
+        with torch.cuda.device(u.device), torch.cuda.stream(main):  # which a capture that fails would leave
+            aside.wait_stream(main)
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM_UP):
+                    plain = self._passes(energy_fn)
+                with _no_waiting():
+                    self._passes(energy_fn)
+            main.wait_stream(aside)
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may copy images meanwhile
+                self._outputs = self._passes(energy_fn)
         self._graph.replay()
         for replayed, expected in zip(self._outputs, plain, strict=True):
             if not (replayed - expected).norm() <= _FARTHEST * expected.norm():  # NaN included
@@ -79,6 +83,17 @@ class _Graph:
             own.copy_(given)
         self._graph.replay()
         return [output.clone() for output in self._outputs]
+
+
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Within the context what waits for the GPU raises a RuntimeError; in a capture it would break more than that."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 class _Replay(torch.autograd.Function):

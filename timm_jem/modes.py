@@ -38,7 +38,7 @@ def frozen(model: nn.Module, batch_norm: str = "eval") -> Iterator[nn.Module]:
         raise InputError(f"batch_norm of frozen is {quoted(batch_norm)}: give 'eval' or 'train'")
     mixing = batch_norms(model) if batch_norm == "train" else []
     calm = set(model.modules()) - set(mixing)
-    with _set(calm, "training", False), _set(model.parameters(), "requires_grad", False), statistics_kept(mixing):
+    with _evaluating(calm), _set(model.parameters(), "requires_grad", False), statistics_kept(mixing):
         yield model
 
 
@@ -57,7 +57,27 @@ def statistics_kept(layers: list[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def in_eval_mode(layers: list[nn.Module]) -> Iterator[None]:
     """Within the context ``layers`` are in eval mode; each is then as it was."""
-    with _set(layers, "training", False):
+    with _evaluating(layers):
+        yield
+
+
+class _Forgetting(dict):
+    """A cache that never has what is asked for."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    modules = list(modules)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_set(modules, "training", False))
+        for module in modules:
+            # Attention of timm's LeViT and EfficientFormer keeps its biases from one pass in eval mode to the next, and lets
+            # go of them in train(): they would be those from before the optimiser's last steps.
+            if "attention_bias_cache" in vars(module):
+                stack.enter_context(_set([module], "attention_bias_cache", _Forgetting()))
         yield
 
 

@@ -1,13 +1,14 @@
 """Refinement of images before they are classified (JEM-k): a few steps of SGLD downhill in energy, over any callable energy."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from timm_jem.errors import check_whole
 from timm_jem.noise import Generators, randn
-from timm_jem.sampling import MOST_STEPS, SGLDConfig, sgld, sgld_step, shifted
+from timm_jem.sampling import MOST_STEPS, SGLDConfig, sgld, sgld_step
 
 __all__ = ["refine"]
 
@@ -27,7 +28,7 @@ def refine(
     Args:
         energy_fn: pixels to energies, shape (B,).
         u: pixels in [-1, 1], shape (B, C, H, W); not changed.
-        config: step size, noise and clamps.
+        config: step size, noise and clamps; its ``jitter`` is for drawing, and moves nothing here.
         steps: k (paper: 1 and 10).
         generator, batch_size: as of :func:`timm_jem.sgld`.
         create_graph: the result's gradient with respect to ``u``, which then requires one, flows through every step, by
@@ -40,10 +41,11 @@ def refine(
         InputError: ``steps`` below 1, or as :func:`timm_jem.sgld`.
     """
     check_whole("steps of a refinement", steps, 1, MOST_STEPS)
+    config = replace(config, jitter=0)
     if not create_graph:
         return sgld(energy_fn, u, config, generator=generator, num_steps=steps, batch_size=batch_size)
     for step in range(steps):
-        slope = torch.autograd.grad(energy_fn(shifted(u, config.shift(step))).sum(), u, create_graph=True)[0]
+        slope = torch.autograd.grad(energy_fn(u).sum(), u, create_graph=True)[0]
         noise = randn(u.shape, generator=generator, device=u.device, dtype=u.dtype) if config.noise_std else None
         u = sgld_step(u, slope, noise, config.of_step(step, steps))
     return u

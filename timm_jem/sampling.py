@@ -20,9 +20,8 @@ __all__ = ["FEWEST", "MOST_STEPS", "SGLDConfig", "filled", "sgld", "sgld_step", 
 
 # Of a chain: far above any in use, and what a file that is to keep its reader busy for ever may ask for.
 MOST_STEPS = 100_000
+_MOST_JITTER = 1000  # pixels
 _FAR = 1e9  # a factor or bound in pixels that is above this is a mistake; single precision holds 3e38
-
-_MOST_JITTER = 1000
 
 FEWEST = 4  # chains in a batch: matrix products of fewer rows take other paths, and round otherwise
 
@@ -55,11 +54,12 @@ class SGLDConfig:
             ``step_size`` · (1 − k / K) (paper: no). K is the number of steps that a chain makes at a time: in training those
             of an iteration, in ``JEM.sample`` its ``num_steps``. The noise stays as it is; ``denoise_steps`` leaves it out of
             the last steps, where it would outweigh them.
-        jitter: where a model draws, each step takes the gradient at the chain moved by up to so many pixels up or down and
-            left or right; the (2 · jitter + 1)² such shifts take turns (paper: 0). So it draws by the mean energy of an image's
-            shifts. To a network with strides an image and its shift are two, and by one of them alone chains grow patterns of
-            the stride's period. (Feature visualisation has the same remedy: Olah et al., Distill 2017, "transformation
-            robustness".) Chains of training are not moved.
+        jitter: where a model draws, each step takes the gradient at the chain moved by −jitter to jitter − 1 pixels down and
+            right, what leaves at one side entering at the other; the (2 · jitter)² such shifts take turns (paper: 0). So it
+            draws by about the mean energy of an image's shifts. A network with strides gives an image and the same image
+            moved by a pixel different energies, and by one of them alone chains grow patterns of the strides' periods; as many
+            shifts as a period has, or a multiple of it, take them out. (Feature visualisation has the same remedy: Olah et
+            al., Distill 2017, "transformation robustness".) Chains of training are not moved, nor are images that are refined.
 
     Raises:
         InputError: a value outside its range, NaN included: settings come with models of others, too.
@@ -102,13 +102,16 @@ class SGLDConfig:
         return replace(self, step_size=self.step_size * (1 - step / num_steps), step_decay=False)
 
     def shift(self, step: int) -> tuple[int, int]:
-        """By how many pixels, down and right, a chain is moved where its gradient is taken in step ``step``.
+        """By how many pixels, down and right, a chain is moved where its gradient is taken in step ``step``; by none in step 0.
 
-        Strides of about the golden ratio go through all shifts before one comes again, and far from one to the next.
+        Jumps of about 0.618 of all shifts come to each of them once before any comes again, the next far from the last.
         """
-        side = 2 * self.jitter + 1
-        stride = next(n for n in range(round(0.618 * side**2), side**2 + 1) if math.gcd(n, side) == 1)
-        return tuple(offset - self.jitter for offset in divmod(step * stride % side**2, side))
+        if not self.jitter:
+            return 0, 0
+        side = 2 * self.jitter
+        jump = next(n for n in range(round(0.618 * side**2), side**2) if math.gcd(n, side) == 1)
+        turn = (step * jump + self.jitter * (side + 1)) % side**2
+        return turn // side - self.jitter, turn % side - self.jitter
 
 
 def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig) -> Tensor:
@@ -182,7 +185,8 @@ def sgld(
         generator: the only source of randomness, or a list of them, one a chain (:func:`chain_generators`); None:
             PyTorch's global one.
         num_steps: instead of ``config.num_steps``.
-        first_step: how many steps the chains have made before, which says whose turn it is of the shifts of ``config.jitter``.
+        first_step: how many steps the chains have made before, which says whose turn it is of the shifts of ``config.jitter``;
+            0: the first one's again.
         denoise_steps: how many of the last steps are without noise.
         batch_size: chains per gradient evaluation, at least four: fewer are filled up by repeating the last, since the
             matrix products of so few images round differently. None: all at once, just as they are.
@@ -204,6 +208,8 @@ def sgld(
     num_steps = config.num_steps if num_steps is None else num_steps
     if not is_floats(u) or u.ndim == 0:
         raise InputError(f"the chains are {kind(u)}: give floating-point pixels, shape (B, C, H, W)")
+    if config.jitter and u.ndim != 4:
+        raise InputError(f"the chains are {kind(u)}, and sgld jitter moves images: give shape (B, C, H, W), or jitter 0")
     if not u.numel():
         raise InputError(f"the chains have shape {tuple(u.shape)}: give at least one to start from")
     if y is not None and not (isinstance(y, Tensor) and y.shape[:1] == u.shape[:1]):

@@ -228,8 +228,9 @@ def build_method(
 
 def _captures(train: TrainConfig, device: torch.device) -> bool:
     # torch.compile's other modes capture graphs of their own, and what several processes exchange has not been tried in one.
-    alone = PartialState().distributed_type == DistributedType.NO
-    return train.capture and device.type == "cuda" and alone and train.compile in (None, "default")
+    if not (train.capture and train.objective.needs_chains and device.type == "cuda" and train.compile in (None, "default")):
+        return False
+    return PartialState().distributed_type == DistributedType.NO
 
 
 def frozen_parts(backbone: nn.Module, names: list[str]) -> list[nn.Module]:

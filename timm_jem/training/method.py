@@ -176,7 +176,8 @@ class MaximumLikelihood:
         self.batch_norm, self.class_frequencies, self.balance = batch_norm, class_frequencies, balance
         self.ramp = ChainRamp(sgld.num_steps, ramp_from, ramp_steps, ramp_auc)
         self.step_size, self.attack = StepSize(step_cosine, sgld.pixel_clamp), attack
-        self.capture, self._captured = capture, None
+        self.capture: bool = capture
+        self._captured: tuple[nn.Module, CapturedEnergy] | None = None
 
     @property
     def heeds(self) -> tuple[str, ...]:
@@ -225,12 +226,12 @@ class MaximumLikelihood:
         return Drawn(batch, u_neg, y, terms)
 
     def _energy_fn(self, model: nn.Module) -> Callable[..., Tensor]:
-        if self._captured is not None:
-            return self._captured
         energy_fn = lambda u, *labels: energy(model(self.jem.normalize(u)), *labels)  # noqa: E731
-        if self.capture:
-            self._captured = energy_fn = CapturedEnergy(energy_fn)
-        return energy_fn
+        if not self.capture:
+            return energy_fn
+        if self._captured is None or self._captured[0] is not model:
+            self._captured = model, CapturedEnergy(energy_fn)
+        return self._captured[1]
 
     @torch.no_grad()
     def _told_apart(self, model: nn.Module, u: Tensor, u_neg: Tensor, y: Tensor | None) -> Tensor:

@@ -32,15 +32,14 @@ def start_lines(told: Settings, settings: Settings, splits: Splits, run: Run, fo
     together = train.batch_size * train.grad_accum * world
     epochs = "" if settings.data.streaming else f" ({train.steps * together / len(splits.train):,.3g} epochs)"
     processes = f"{world} process{'es' * (world > 1)}"
+    captured = ", chains by a CUDA graph" if getattr(run.learner.method, "capture", False) else ""
     return "\n".join(
         [
             f"data      {settings.data.dataset}: {splits.summary()}",
             f"model     {_model(settings, run, folder)}",
             f"method    {method_in_words(settings)}",
             f"training  {train.steps:,} steps of {together:,} images{epochs}, {train.warmup_steps:,} of them to warm up; "
-            f"{accelerator.device.type}, {processes}, {_precision(accelerator.mixed_precision)}"
-            + ", chains by a CUDA graph"
-            * getattr(run.learner.method, "capture", False),
+            f"{accelerator.device.type}, {processes}, {_precision(accelerator.mixed_precision)}{captured}",
             f"memory    {_memory(run)}",
             f"writes to {folder}",
             *(f"note: {note}" for note in _notes(told, settings, world)),
