@@ -180,7 +180,7 @@ def sgld(
     Args:
         energy_fn: ``energy_fn(u)``, or ``energy_fn(u, y)`` when ``y`` is given, to energies of shape (B,).
         u: initial chains, pixels, shape (B, C, H, W); not changed.
-        config: see :class:`SGLDConfig`.
+        config: see :class:`SGLDConfig`; all of it counts here, ``jitter``, too.
         y: labels of the chains, shape (B,); chains of E(x, y) instead of E(x).
         generator: the only source of randomness, or a list of them, one a chain (:func:`chain_generators`); None:
             PyTorch's global one.

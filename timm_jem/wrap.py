@@ -133,8 +133,9 @@ def from_pretrained(
     """Load a joint energy model from a folder, the package itself or a Hub repository, in eval mode.
 
     "digits", "fashion_mnist" and "cifar10" come with the package, each with a card, unless there is a folder of that name:
-    hybrids by the presets of these names. A plain timm repository works as well: it becomes a joint energy model with the
-    paper's sampling settings. Only JSON and safetensors are read, and nothing in them is trusted.
+    hybrids by the presets of these names or of smaller networks, as their cards say. A plain timm repository works as well: it
+    becomes a joint energy model with the paper's sampling settings. Only JSON and safetensors are read, and nothing in them is
+    trusted.
 
     Args:
         name: folder written by :meth:`JEM.save_pretrained`, a model of the package, or a Hub repository "user/name".
