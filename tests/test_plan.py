@@ -158,6 +158,8 @@ def test_a_run_of_epochs_goes_on_for_as_many_steps_as_it_is_told(splits, tmp_pat
         ("--train.steps 1 --train.sched wsd", "wsd does not fit"),
         ("--train.ce_auto_augment rnd-m9", "rnd-m9"),
         ("--train.restart_prob 2", "restart_prob"),
+        ("--train.restart_least 0.2", "restart_least"),
+        ("--train.restart_least 0", "restart_least"),
         ("--train.buffer_size 100000000000", "so many chains take 25.6 TB of the"),
         ("--train.freeze stage9", "train.freeze has 'stage9': give some of stem, "),
         ("--model.name resnet10t --train.freeze [stem,layer1,layer2,layer3,layer4,fc]", "leaves nothing to train"),

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -50,6 +52,28 @@ def test_chains_restart_with_the_given_probability():
     assert abs(restarted - 1000) < 5 * (20_000 * 0.05 * 0.95) ** 0.5
     buffer.restart_prob = 1.0
     assert (buffer.draw(1000)[0] == 7).all()
+
+
+def test_each_slot_restarts_with_a_probability_of_its_own():
+    buffer = make(capacity=100, num_classes=4, restart_prob=0.5, restart_least=0.02)
+    buffer.init = lambda shape, **_: torch.ones(shape)
+    buffer.chains.zero_()
+    y, restarts, rounds = torch.arange(4).repeat_interleave(25), torch.zeros(100), 2000
+    for _ in range(rounds):
+        u, slots = buffer.draw(100, y)
+        restarts[slots] += u[:, 0, 0, 0]
+    expected = rounds * 0.5 * (0.02 / 0.5) ** (torch.arange(100) * 0.618034 % 1)
+    assert ((restarts - expected).abs() < 5 * expected.sqrt()).all()
+    for own in restarts.split(25):  # each class has chains of all ages
+        spread = (own.sort().values / rounds).log()
+        even = torch.linspace(math.log(0.02), math.log(0.5), 25)
+        assert (spread - even).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("least", [0, -0.1, 0.2, float("nan")])
+def test_a_least_probability_is_above_0_and_at_most_the_largest(least):
+    with pytest.raises(InputError, match="restart_least"):
+        make(restart_prob=0.1, restart_least=least)
 
 
 def test_initial_chains_are_uniform_pixels():

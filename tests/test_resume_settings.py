@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("precision_of_its_own")
 BASE = shlex.split(
     "--data.dataset digits --model.name wrn_10_1 --train.threads 1 --train.steps 4 --train.batch_size 8 --train.ema_decay 0.5 "
     "--train.buffer_size 100 --sgld.num_steps 2 --train.lr 0.01 --train.warmup_steps 0 --train.opt adamw "
-    "--train.weight_decay 0.05 --train.objective.w_xy 1 --train.restart_prob 0.1"
+    "--train.weight_decay 0.05 --train.objective.w_xy 1 --train.restart_prob 0.5"
 )
 
 # Another value for every setting, as flags; those of the first block change the weights of the very next steps.
@@ -55,6 +55,7 @@ OTHER = {
     "train.attack_norm": "l2",
     "train.buffer_size": "150",
     "train.restart_prob": "1.0",
+    "train.restart_least": "0.001",
     "train.ramp_steps": "40",
     "train.step_cosine": "0.5",
     "train.balance": "true",

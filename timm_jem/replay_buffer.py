@@ -12,6 +12,8 @@ from timm_jem.inputs import MOST_NUMBERS, check_label_values, is_floats, is_labe
 
 __all__ = ["ReplayBuffer", "redistribute"]
 
+_GOLDEN = 0.618034  # whose multiples, but for their whole parts, are spread evenly over any run of slots
+
 
 class ReplayBuffer:
     """Persistent chains on the training device (JEM, arXiv 1912.03263, appendix A; after Tieleman, ICML 2008).
@@ -21,6 +23,10 @@ class ReplayBuffer:
     that no more than those are made anew, and a draw doesn't wait for the device; only one of more chains than a class has
     slots does, to check that the slots suffice.
 
+    With one probability for all, hardly a chain gets older than a few times its inverse, and what longer chains do is
+    never trained. ``restart_least`` gives each slot a probability of its own, spread evenly on a logarithmic scale, so that
+    there are chains of every age: about as many that were drawn 10 to 20 times as 20 to 40 times.
+
     Args:
         image_shape: (C, H, W).
         init: ``init((n, C, H, W), generator=..., device=..., y=...)`` returns new chains, pixels, on ``device``; ``y`` are
@@ -29,6 +35,8 @@ class ReplayBuffer:
             ``device``.
         capacity: number of chains (paper: 10,000).
         restart_prob: probability that a drawn chain starts anew (paper: 0.05).
+        restart_least: where given, that of the slot whose chains get oldest, above 0 and at most ``restart_prob``, which then
+            is that of the slot whose chains stay youngest (paper: None, the same for all).
         num_classes: when given, every slot belongs to one class for good, classes evenly: chains of E(x, y).
         device: where chains live.
 
@@ -48,11 +56,14 @@ class ReplayBuffer:
         generator: torch.Generator,
         capacity: int = 10_000,
         restart_prob: float = 0.05,
+        restart_least: float | None = None,
         num_classes: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         _check_size(capacity, num_classes)
         check_number("replay buffer restart_prob", restart_prob, least=0, most=1)
+        if restart_least is not None:
+            check_number("replay buffer restart_least", restart_least, above=0, most=restart_prob)
         if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
             raise InputError(f"the image shape of a replay buffer is {quoted(image_shape)}: give (C, H, W)")
         for side in image_shape:
@@ -65,7 +76,8 @@ class ReplayBuffer:
             raise InputError(f"init of a replay buffer is {quoted(init)}: give a function such as timm_jem.uniform_noise")
         if not isinstance(generator, torch.Generator):
             raise InputError(f"generator is a {type(generator).__name__}: give torch.Generator().manual_seed(seed)")
-        self.init, self.generator, self.restart_prob, self.num_classes = init, generator, restart_prob, num_classes
+        self.init, self.generator, self.num_classes = init, generator, num_classes
+        self.restart_prob, self.restart_least = restart_prob, restart_least
         self.host_generator = torch.Generator().manual_seed(generator.initial_seed())
         self.labels = None if num_classes is None else _slot_classes(capacity, num_classes, device)
         self.chains = self._fresh((capacity, *image_shape), torch.device(device), self.labels)
@@ -111,7 +123,12 @@ class ReplayBuffer:
         if count:
             places = torch.randperm(n, generator=self.generator, device=device)[:count]
             classes = None if self.labels is None else self.labels[slots[places]]
-            chains[places] = self._fresh((count, *chains.shape[1:]), device, classes).to(chains.dtype)
+            fresh = self._fresh((count, *chains.shape[1:]), device, classes).to(chains.dtype)
+            if self.restart_least is not None:  # only the slot's share of them
+                share = (self.restart_least / self.restart_prob) ** (slots[places] * _GOLDEN % 1)
+                restarts = torch.rand(count, generator=self.generator, device=device) < share
+                fresh = torch.where(restarts.view(-1, 1, 1, 1), fresh, chains[places])
+            chains[places] = fresh
         return chains, slots
 
     def _slots_of_classes(self, y: Tensor) -> Tensor:

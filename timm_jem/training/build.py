@@ -286,6 +286,7 @@ def _buffer(
         generator=generator,
         capacity=train.buffer_size,
         restart_prob=train.restart_prob,
+        restart_least=train.restart_least,
         num_classes=num_classes,
         device=device,
     )

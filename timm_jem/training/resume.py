@@ -112,6 +112,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "train.attack_step_size": None,
     "train.buffer_size": None,
     "train.restart_prob": None,
+    "train.restart_least": None,
     "train.init": None,
     "train.conditional_chains": _CLASSES,
     "train.ramp_from": None,

@@ -96,6 +96,8 @@ class TrainConfig:
         attack_step_size: of each; None: 2.5 · attack_eps / attack_steps.
         buffer_size: chains in the replay buffer of a process; None: JEM's 10,000, or as many as take 1 GiB.
         restart_prob: how likely a chain that is drawn from it starts anew.
+        restart_least: where given, each slot has a likelihood of its own, evenly on a logarithmic scale from this to
+            restart_prob, so that there are chains of every age, and long ones stay good when the model draws.
         init: where chains start, in training and when the model draws: uniform noise (JEM), or gaussian: fitted to the
             images of each class (JEM++, SADA-JEM), and saved with the model; leave it at noise with data.starts.
         conditional_chains: chains of p(y) p(x|y) as negatives of E(x) as well; with objective w_xy they are anyway.
@@ -162,6 +164,7 @@ class TrainConfig:
     attack_step_size: float | None = None
     buffer_size: int | None = None
     restart_prob: float = 0.05
+    restart_least: float | None = None
     init: Literal["noise", "gaussian"] = "noise"
     conditional_chains: bool = False
     ramp_from: int = 1

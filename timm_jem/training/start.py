@@ -12,9 +12,9 @@ from timm_jem.training.settings import Settings
 __all__ = ["method_in_words", "start_lines", "without_effect"]
 
 # But for buffer_size, which every run has a number of in its config.yaml.
-_OF_CHAINS = ["px_augment", "restart_prob", "init", "conditional_chains", "ramp_from", "ramp_steps", "ramp_auc", "step_cosine"]
-_OF_CHAINS = [f"train.{name}" for name in (*_OF_CHAINS, "objective.contrast", "objective.energy_l2", "balance")]
-_OF_CHAINS += ["data.starts", "sgld.step_decay"]
+_OF_CHAINS = ["px_augment", "restart_prob", "restart_least", "init", "conditional_chains", "ramp_from", "ramp_steps"]
+_OF_CHAINS += ["ramp_auc", "step_cosine", "objective.contrast", "objective.energy_l2", "balance"]
+_OF_CHAINS = [*(f"train.{name}" for name in _OF_CHAINS), "data.starts", "sgld.step_decay"]
 _OF_ATTACKS = [f"train.attack_{name}" for name in ("eps", "steps", "step_size")]
 
 
@@ -63,7 +63,7 @@ def method_in_words(settings: Settings) -> str:
         grows = f"{train.ramp_from} to " if train.ramp_steps or train.ramp_auc is not None else ""
         size = ", ".join(["of adapted size"] * (train.step_cosine is not None) + ["falling to 0"] * sgld.step_decay)
         place = "class Gaussians" if train.init == "gaussian" else elsewhere
-        again = ", new ones each time" if train.restart_prob == 1 else ""
+        again = ", new ones each time" if train.restart_prob == 1 and train.restart_least is None else ""
         words += f"; {kind}chains of {grows}{sgld.num_steps} steps {f'({size}) ' * bool(size)}from {place}{again}"
         words += "; balanced gradients" * train.balance
     return words + "; sharpness-aware minimisation" * (train.sam_rho > 0)
