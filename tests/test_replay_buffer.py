@@ -193,14 +193,15 @@ def test_dealt_chains_stay_in_their_class():
     assert all(torch.equal(part, state["chains"]) for part, state in zip(same, old, strict=True))
 
 
-def test_resume_is_bit_exact():
-    buffer = make(num_classes=5, restart_prob=0.3)
+@pytest.mark.parametrize("least", [None, 0.1])
+def test_resume_is_bit_exact(least):
+    buffer = make(num_classes=5, restart_prob=0.3, restart_least=least)
     for _ in range(3):
         u, slots = buffer.draw(20)
         buffer.put(slots, u * 0.9)
     state = {k: v.clone() for k, v in buffer.state_dict().items()}
     expected = [buffer.draw(20) for _ in range(3)]
-    other = make(num_classes=5, restart_prob=0.3, generator=torch.Generator().manual_seed(99))
+    other = make(num_classes=5, restart_prob=0.3, restart_least=least, generator=torch.Generator().manual_seed(99))
     other.load_state_dict(state)
     for u, slots in expected:
         u2, slots2 = other.draw(20)

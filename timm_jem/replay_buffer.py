@@ -25,7 +25,8 @@ class ReplayBuffer:
 
     With one probability for all, hardly a chain gets older than a few times its inverse, and what longer chains do is
     never trained. ``restart_least`` gives each slot a probability of its own, spread evenly on a logarithmic scale, so that
-    there are chains of every age: about as many that were drawn 10 to 20 times as 20 to 40 times.
+    there are chains of every age: about as many that were drawn 10 to 20 times as 20 to 40 times. As many chains are then made
+    anew as if all restarted with ``restart_prob``, and each slot takes its share of its own.
 
     Args:
         image_shape: (C, H, W).
