@@ -209,6 +209,16 @@ def test_brighter_digits_are_read_again():
     assert min(found.values()) > 0.9
 
 
+def test_gradient_checkpointing_would_recompute_with_the_weights_put_back():
+    jem = timm_jem.create_model("resnet18", num_classes=4, input_size=(3, 32, 32))
+    jem.backbone.set_grad_checkpointing()
+    for method in ("tent", "energy"):
+        with pytest.raises(InputError, match="set_grad_checkpointing"), jem.adapted(images(), method):
+            pass
+    with jem.adapted(images(), "statistics"):
+        pass
+
+
 def test_a_loss_that_ran_away_is_said_and_undone():
     jem = in_pixels(Scaled(nn.BatchNorm2d(1)), (1, 1, 2))
     with torch.no_grad():

@@ -162,6 +162,14 @@ def test_what_does_not_change_comes_back_bit_for_bit():
     assert unmoved.distance.abs().max() == 0
 
 
+def test_white_is_white_in_bfloat16():
+    backbone = timm.create_model("wrn_10_1", num_classes=3, in_chans=1)
+    jem = timm_jem.wrap(backbone, input_size=(1, 8, 8), mean=(0.1307,), std=(0.3081,)).bfloat16()
+    white = jem.normalize(torch.ones(2, 1, 8, 8))
+    assert jem.denormalize(white).max() > 1
+    assert jem.denormalize(jem.counterfactual(white, 1, steps=2).images).max() <= 1.005
+
+
 def test_digits_become_others_by_less_than_the_way_to_the_nearest_such_digit():
     splits = load_splits(DataConfig())
     network = trained_on_digits(splits, 0)

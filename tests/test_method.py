@@ -387,6 +387,17 @@ def test_frozen_batch_norm_is_the_loss_of_eval_mode():
     assert terms["loss"] == run(jem.eval(), buffer, u, y)["loss"]
 
 
+def test_gradient_checkpointing_goes_without_batch_norm_alone():
+    for norm in (False, True):
+        jem, buffer, u, y = make(norm)
+        jem.train().backbone.grad_checkpointing = True
+        if norm:
+            with pytest.raises(InputError, match="set_grad_checkpointing"):
+                run(jem, buffer, u, y)
+        else:
+            assert run(jem, buffer, u, y)["loss"].isfinite()
+
+
 def test_modes_are_restored_after_an_error():
     jem, buffer, u, y = make(norm=True)
     jem.train()

@@ -279,6 +279,13 @@ def test_the_models_own_settings_are_the_defaults_of_sample(jem):
     assert seen == [1, 2, 3, 1, 1, 2]
 
 
+def test_a_chain_that_goes_on_has_noise_in_each_step():
+    jem = timm_jem.from_pretrained("digits")
+    x = jem.sample(2, seeds=[1, 2], num_steps=5)
+    assert jem.sgld.denoise_steps > 2
+    assert not torch.equal(*(jem.sample(init=x, seeds=seeds, num_steps=2) for seeds in ([1, 2], [3, 4])))
+
+
 def test_class_conditional_chains_descend_their_own_energy():
     class Wells(nn.Module):
         num_classes = 3

@@ -187,6 +187,11 @@ def test_grey_ones():
     assert jem.predict(array[None, ..., None]) == [one]
 
 
+def test_a_prediction_keeps_its_own_probabilities_alone(jem):
+    for r in jem.predict(torch.randn(3, 3, 16, 16)):
+        assert r.probabilities.untyped_storage().nbytes() == r.probabilities.nbytes
+
+
 def test_none_and_many(jem):
     assert jem.predict([]) == []
     assert jem.predict(torch.zeros(0, 3, 16, 16)) == []

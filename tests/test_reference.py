@@ -78,6 +78,11 @@ def test_energies_that_are_all_alike():
     assert found.percentiles(torch.tensor([found.threshold - 1, found.threshold, found.threshold + 1])) == [0, 100, 100]
 
 
+def test_energies_as_the_model_gives_them(jem):
+    energies = jem.energy(X)
+    assert jem.fit_reference(X, Y).percentiles(energies) == [r.percentile for r in jem.predict(X)]
+
+
 def test_temperature_is_that_of_the_evaluation(jem):
     found = jem.fit_reference(X, Y)
     with torch.no_grad():

@@ -359,6 +359,14 @@ def test_frozen_restores_every_flag_even_after_an_error():
     assert ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]) == flags
 
 
+def test_frozen_restores_the_flag_of_a_compiled_backbone():
+    model = timm.create_model("test_resnet", num_classes=2)
+    wrapped = torch.nn.Sequential(torch.compile(model, backend="eager")).train()
+    with frozen(wrapped):
+        assert not any(m.training for m in wrapped.modules())
+    assert all(m.training for m in wrapped.modules())
+
+
 def test_the_last_of_several_contexts_restores_the_flags():
     model = timm.create_model("test_resnet", num_classes=2).train()
     other = torch.nn.Sequential(model)  # shares its layers

@@ -141,6 +141,12 @@ def test_options():
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 64)
 
 
+def test_weights_are_made_where_and_as_timm_users_say():
+    model = timm.create_model("wrn_10_2", norm_layer="batchnorm2d", device="meta", dtype=torch.bfloat16)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_features_and_checkpointing_as_timm_users_expect():
     features = timm.create_model("wrn_10_1", features_only=True)(torch.zeros(1, 3, 32, 32))
     assert [tuple(f.shape[1:]) for f in features] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]

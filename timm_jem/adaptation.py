@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, check_number, check_whole, quoted
-from timm_jem.modes import frozen
+from timm_jem.modes import checkpointed, frozen
 
 __all__ = ["METHODS", "Adapt", "adapted", "normalisation_layers"]
 
@@ -57,12 +57,15 @@ def adapted(
         A function that adapts to a further batch, going on from where the last one led, as the papers do with a stream.
 
     Raises:
-        InputError: nothing to adapt, too few images for statistics, a setting out of range, or a loss that is not finite.
+        InputError: nothing to adapt, gradient checkpointing, too few images for statistics, a setting out of range, or a loss
+            that is not finite.
     """
     if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"method of an adaptation is {quoted(method)}: give one of {', '.join(map(repr, METHODS))}")
     check_whole("steps of an adaptation", steps, 1)
     check_number("lr of an adaptation", lr, above=0, most=1)
+    if method != "statistics" and checkpointed(model):
+        raise InputError(f"method {method!r} can't move weights under gradient checkpointing: set_grad_checkpointing(False)")
     layers = normalisation_layers(model)
     counted = [layer for layer in layers if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
     moved = {} if method == "statistics" else _weights(model, layers)

@@ -14,7 +14,7 @@ from timm_jem.sampling import MOST_STEPS, filled
 
 __all__ = ["Counterfactual", "counterfactual"]
 
-_OUTSIDE = 1 / 255  # of [-1, 1], by which rounding may take a pixel there: half a grey level
+_OUTSIDE = 1 / 127.5  # of [-1, 1], by which rounding, of bfloat16 say, may take a pixel there: a grey level
 _LARGEST = 1e9  # step size, however flat the energy
 _GROWTH = 1.2  # of the step size after a step that was taken; one that was not halves it
 
@@ -137,7 +137,7 @@ def _check_images(u: Tensor, y: Tensor) -> None:
     if not is_labels(y, len(u), u):
         raise InputError(f"y is {kind(y)}: give the classes to change to, int64, shape ({len(u)},)")
     if not u.abs().max() <= 1 + _OUTSIDE:  # NaN, too
-        raise InputError(f"images to change have pixels of up to {u.abs().max():.3g}: cut them, jem.normalize(u.clamp(-1, 1))")
+        raise InputError(f"images to change have pixels of up to {u.abs().max():.4g}: cut them, jem.normalize(u.clamp(-1, 1))")
 
 
 def _state(

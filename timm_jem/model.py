@@ -270,7 +270,7 @@ class JEM(nn.Module):
         Args:
             images: the name of a file, a PIL image, a uint8 array of numpy, (H, W) or (H, W, C), a uint8 tensor (C, H, W), or
                 model input, a floating-point tensor (C, H, W), which is taken as it is; or a list of those; or a batch of
-                one of the last three, with one dimension more.
+                one of the last three, (N, H, W, C) or (N, C, H, W): grey arrays (H, W) go as a list.
             batch_size: images through the network at once.
 
         Returns:
@@ -336,7 +336,8 @@ class JEM(nn.Module):
             num_steps: length of the chains; None: for fresh chains the length that was found best after training
                 (``sgld.sample_steps``), for others that of a training iteration (``sgld.num_steps``).
             sgld_config: instead of the model's own settings.
-            init: where chains start: model input, shape (n, C, H, W); "buffer": distinct published chains; "noise": uniform
+            init: where chains start: model input, shape (n, C, H, W), from which they go on with noise in each step,
+                ``denoise_steps`` or not; "buffer": distinct published chains; "noise": uniform
                 noise; None: where those of training did, see ``starts``.
             batch_size: the most chains that go through the network at once, though never fewer than four do.
             on_step: called with (steps done, pixels) after each step.
@@ -370,7 +371,8 @@ class JEM(nn.Module):
         generators = generators or chain_generators(draw_seeds(n, generator))
         if not goes_on:
             u = self.fresh(n, y=y, generator=generators, noise=init == "noise").to(device)
-        options = {"num_steps": num_steps, "denoise_steps": config.denoise_steps, "batch_size": batch_size, "on_step": on_step}
+        options = {"num_steps": num_steps, "batch_size": batch_size, "on_step": on_step}
+        options["denoise_steps"] = 0 if isinstance(init, Tensor) else config.denoise_steps
         with frozen(self):
             return self.normalize(sgld(self.pixel_energy, u, config, y=y, generator=generators, **options))
 

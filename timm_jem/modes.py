@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_jem.errors import InputError, quoted
 
-__all__ = ["batch_norms", "frozen", "in_eval_mode", "statistics_kept"]
+__all__ = ["batch_norms", "checkpointed", "frozen", "in_eval_mode", "statistics_kept"]
 
 _lock = threading.Lock()
 # Of what open contexts hold, by object and attribute: how many do, and the value from before the first.
@@ -45,6 +45,11 @@ def frozen(model: nn.Module, batch_norm: str = "eval") -> Iterator[nn.Module]:
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     """The BatchNorm layers in train mode: those that mix the images of a batch."""
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+
+
+def checkpointed(model: nn.Module) -> bool:
+    """Whether timm's gradient checkpointing is on: a backward pass runs layers again, in the modes that they have by then."""
+    return any(getattr(module, "grad_checkpointing", False) for module in model.modules())
 
 
 @contextlib.contextmanager
@@ -87,8 +92,9 @@ def _set(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
     done = []
     try:
         with _lock:
-            for item in objects:
-                count, before = _held.get((id(item), name), (0, getattr(item, name)))
+            # Read all before any is set: a compiled module's flag is that of the module within.
+            found = [(item, *_held.get((id(item), name), (0, getattr(item, name)))) for item in objects]
+            for item, count, before in found:
                 _held[id(item), name] = count + 1, before
                 done.append(item)
                 setattr(item, name, value)

@@ -184,7 +184,7 @@ class Predictor:
                 label=str(one) if self.names is None else self.names[one],
                 y=one,
                 p=of_all[one].item(),
-                probabilities=of_all,
+                probabilities=of_all.clone(),  # a view would keep the whole batch
                 energy=e,
                 percentile=percentile,
                 outlier=None if reference is None else e > reference.threshold,

@@ -73,7 +73,7 @@ class Reference:
 
         Between two quantiles it is interpolated.
         """
-        return np.interp(energies.double().numpy(), self.quantiles, np.linspace(0, 100, _LEVELS)).tolist()
+        return np.interp(energies.detach().cpu().double().numpy(), self.quantiles, np.linspace(0, 100, _LEVELS)).tolist()
 
 
 def fit(

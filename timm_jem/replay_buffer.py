@@ -171,7 +171,7 @@ class ReplayBuffer:
         self.host_generator.manual_seed(int(seed))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a bit-exact resume needs: chains, labels and the generators' states."""
+        """Everything a bit-exact resume needs: chains, labels and the generators' states. Tensors are live: copy them."""
         state = {
             "chains": self.chains,
             "generator": self.generator.get_state(),

@@ -48,8 +48,8 @@ class SGLDConfig:
         pixel_clamp: elementwise bound of the chain after each step, or None (paper: none; JEM++: 1).
         sample_steps: steps of a fresh chain in ``JEM.sample``, ``denoise_steps`` included; None: ``num_steps``.
             The training recipe finds it on validation images.
-        denoise_steps: how many of a fresh chain's last steps add no noise (paper: 0). They take away the noise that
-            a chain always carries.
+        denoise_steps: how many of the last steps of a fresh or published chain add no noise in ``JEM.sample``, and in
+            ``JEM.restore`` (paper: 0). They take away the noise that a chain always carries.
         step_decay: the step size falls evenly to 0 within a chain, as in arXiv 2605.23819: that of step k = 0, …, K − 1 is
             ``step_size`` · (1 − k / K) (paper: no). K is the number of steps that a chain makes at a time: in training those
             of an iteration, in ``JEM.sample`` its ``num_steps``. The noise stays as it is; ``denoise_steps`` leaves it out of
@@ -180,7 +180,7 @@ def sgld(
     Args:
         energy_fn: ``energy_fn(u)``, or ``energy_fn(u, y)`` when ``y`` is given, to energies of shape (B,).
         u: initial chains, pixels, shape (B, C, H, W); not changed.
-        config: see :class:`SGLDConfig`; all of it counts here, ``jitter``, too.
+        config: see :class:`SGLDConfig`; ``jitter`` counts here, too, but not ``sample_steps`` and ``denoise_steps``.
         y: labels of the chains, shape (B,); chains of E(x, y) instead of E(x).
         generator: the only source of randomness, or a list of them, one a chain (:func:`chain_generators`); None:
             PyTorch's global one.

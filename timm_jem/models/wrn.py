@@ -47,18 +47,19 @@ class PreActBlock(nn.Module):
         stride_first: bool,
         conv_bias: bool,
         shortcut_activated: bool,
+        place: dict[str, Any],
     ) -> None:
         super().__init__()
         strides = (stride, 1) if stride_first else (1, stride)
-        self.norm1 = norm_layer(in_chs)
+        self.norm1 = norm_layer(in_chs, **place)
         self.act1 = act_layer()
-        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=strides[0], padding=1, bias=conv_bias)
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=strides[0], padding=1, bias=conv_bias, **place)
         self.drop = nn.Dropout(drop_rate)
-        self.norm2 = norm_layer(out_chs)
+        self.norm2 = norm_layer(out_chs, **place)
         self.act2 = act_layer()
-        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, stride=strides[1], padding=1, bias=conv_bias)
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, stride=strides[1], padding=1, bias=conv_bias, **place)
         same = stride == 1 and in_chs == out_chs
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=conv_bias)
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=conv_bias, **place)
         self.shortcut_activated = shortcut_activated and not same
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,6 +87,7 @@ class WideResNet(nn.Module):
             quarter or a sixteenth of the pixels, and, for the same work, room for more channels, which suit chips better.
         conv_bias: biases in the convolutions.
         shortcut_activated: where channels change, the shortcut takes norm and activation of a block's input.
+        device, dtype: of the weights; None: PyTorch's defaults.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class WideResNet(nn.Module):
         conv_bias: bool = True,
         shortcut_activated: bool = False,
         stem_stride: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if depth < 10 or depth % 6 != 4:
@@ -111,6 +115,7 @@ class WideResNet(nn.Module):
             raise ValueError(f"wide residual networks have a width of at least 1, not {width}")
         if type(stem_stride) is not int or stem_stride not in (1, 2, 4):
             raise ValueError(f"wide residual networks have a stem of stride 1, 2 or 4, not {stem_stride!r}")
+        place = {name: value for name, value in {"device": device, "dtype": dtype}.items() if value is not None}
         norm = nn.Identity if norm_layer is None else get_norm_layer(norm_layer)
         act = _activation(act_layer)
         block_of = partial(
@@ -121,14 +126,14 @@ class WideResNet(nn.Module):
             stride_first=stride_first,
             conv_bias=conv_bias,
             shortcut_activated=shortcut_activated,
+            place=place,
         )
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
         channels = [16, 16 * width, 32 * width, 64 * width]
         kernel = 3 if stem_stride == 1 else 2 * stem_stride
-        self.stem = nn.Conv2d(
-            in_chans, channels[0], kernel, stride=stem_stride, padding=(kernel - stem_stride + 1) // 2, bias=conv_bias
-        )
+        padding = (kernel - stem_stride + 1) // 2
+        self.stem = nn.Conv2d(in_chans, channels[0], kernel, stride=stem_stride, padding=padding, bias=conv_bias, **place)
         stages = []
         self.feature_info = []
         for stage, stride in enumerate((1, 2, 2)):
@@ -142,9 +147,9 @@ class WideResNet(nn.Module):
             self.feature_info.append({"num_chs": channels[stage + 1], "reduction": reduction, "module": f"stages.{stage}"})
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = channels[3]
-        self.norm = norm(self.num_features)
+        self.norm = norm(self.num_features, **place)
         self.act = act()
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, global_pool)
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, global_pool, **place)
         self.head_drop = nn.Dropout(drop_rate)
 
     @torch.jit.ignore

@@ -14,7 +14,7 @@ from timm_jem.energy import energy
 from timm_jem.errors import InputError, quoted
 from timm_jem.evaluation.attacks import PGDConfig, pgd_end
 from timm_jem.model import JEM
-from timm_jem.modes import batch_norms, frozen, in_eval_mode, statistics_kept
+from timm_jem.modes import batch_norms, checkpointed, frozen, in_eval_mode, statistics_kept
 from timm_jem.noise import draw_classes
 from timm_jem.objectives import ObjectiveConfig, joint_loss
 from timm_jem.pixels import from_unit
@@ -284,6 +284,11 @@ class MaximumLikelihood:
 
     def _logits(self, model: nn.Module, parts: list[Tensor]) -> list[Tensor]:
         mixing = batch_norms(model)
+        if mixing and checkpointed(model):
+            raise InputError(
+                "gradient checkpointing runs BatchNorm layers again after the loss, by other statistics: "
+                "call set_grad_checkpointing(False), or take a model without BatchNorm"
+            )
         if mixing and self.batch_norm != "frozen":
             logits = [model(self.jem.normalize(parts[0]))]
             with statistics_kept(mixing):
