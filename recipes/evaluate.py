@@ -79,8 +79,14 @@ def about(name: str, model: JEM, data: DataConfig) -> dict[str, Any]:
         "data": data.dataset,
         "headline": {"Model": f"{architecture(model.backbone)}, {parameters:,} parameters", "Data": data.dataset},
         "data_settings": asdict(data),
+        "sampling": {"sgld": asdict(model.sgld), "starts": _digest(model.starts), "chains": _digest(model.chains)},
         "trained": model.provenance.get("command"),
     }
+
+
+def _digest(kept: Any) -> str | None:
+    """Of the tensors of what is published with a model, or None."""
+    return None if kept is None else fingerprint({name: t for name, t in vars(kept).items() if isinstance(t, torch.Tensor)})
 
 
 def default_output_dir(name: str) -> str:
@@ -123,15 +129,17 @@ def to_measure(earlier: Report | None, config: EvaluationConfig, overwrite: bool
     return missing
 
 
-def same_subject(earlier: Report | None, subject: dict[str, Any], folder: Path, overwrite: bool) -> Report | None:
-    """``earlier`` if it is of these weights and images, or None where it is overwritten as a whole.
+def same_subject(
+    earlier: Report | None, subject: dict[str, Any], folder: Path, overwrite: bool, aspects: dict[str, str]
+) -> Report | None:
+    """``earlier`` if it is of the same ``aspects`` of a subject, key to words, or None where it is overwritten as a whole.
 
     Raises:
         InputError: it is of others and not to be overwritten.
     """
     if earlier is None:
         return None
-    for what, key in (("weights", "weights"), ("images", "data_settings")):
+    for key, what in aspects.items():
         if earlier.subject.get(key) != subject[key]:
             if overwrite:
                 return None
@@ -179,7 +187,8 @@ def main(argv: list[str]) -> str | None:
     model = load_model(given.model, second_derivatives=config.refines)
     data, alike = data_config(model, given.model, data)
     what = about(given.model, model, data)
-    earlier = same_subject(earlier, what, folder, given.overwrite)
+    known = {"weights": "weights", "data_settings": "images", "sampling": "settings or starts of chains"}
+    earlier = same_subject(earlier, what, folder, given.overwrite, known)
     if not todo:
         print(f"all that is asked for is measured already: look at {folder / 'report.md'}")
         return None
@@ -192,6 +201,8 @@ def main(argv: list[str]) -> str | None:
         if not out_of_memory(error):
             raise
         raise InputError(f"out of memory ({one_line(error)}): lower --test_images, --real_images or --batch_size") from error
+    what |= {"images": subject.identity, "as_in_training": subject.alike}
+    earlier = same_subject(earlier, what, folder, given.overwrite, {"images": "images"})
     return measure_all(subject, config, Report(what, earlier.sections if earlier else []), folder, argv)
 
 
@@ -210,6 +221,8 @@ def measure_all(subject: Subject, config: EvaluationConfig, report: Report, fold
             report.put(found, [title for title, *_ in MEASURES.values()])
             if found.left_out is not None:
                 left_out[name] = found.left_out
+                for picture in drawn.iterdir():  # of what failed, beside numbers that are there
+                    picture.unlink()
                 clear_device_cache(garbage_collection=True)  # of what filled the memory
             report.missing = [MEASURES[later][0] for later in config.sections[i:] if not report.measured(MEASURES[later][0])]
             if any(section.left_out is None for section in report.sections):  # a report of reasons alone is none

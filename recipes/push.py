@@ -36,6 +36,11 @@ def main(argv: list[str]) -> None:
         report = read_report(evaluation)
         if report.subject.get("weights") != fingerprint(jem.backbone.state_dict()):
             raise InputError(f"{evaluation} is of other weights than {run.model}: evaluate again, or remove it")
+        if not report.subject.get("as_in_training"):
+            raise InputError(
+                f"{evaluation} is of other images than {run} held out, and a card would call them its own: evaluate again "
+                "without --data, or remove it"
+            )
         # The report's own pictures, and none that an earlier one left.
         shown = {f"{evaluation.name}/{file}": evaluation / file for _, file, _ in report.pictures}
         pictures |= {name: file for name, file in shown.items() if name in PICTURES}

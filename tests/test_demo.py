@@ -1,6 +1,7 @@
 """What the page shows and does, without a browser and without Gradio."""
 
 import base64
+import copy
 import io
 import re
 import socket
@@ -388,6 +389,17 @@ def test_a_space_is_whole(tmp_path, shown):
     with pytest.raises(InputError, match="already"):
         write_space(shown.jem, space, title="again", app=demo.__file__)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["space"]
+
+
+def test_a_space_tells_nothing_of_folders_and_its_title_is_a_title(tmp_path, shown):
+    jem = copy.copy(shown.jem)
+    jem.provenance = {"dataset": "/home/anna/client/photos", "command": "train.py --data.dataset /home/anna/client/photos"}
+    write_space(jem, tmp_path / "space", title="a\n\n# Free!\n[here](http://there) <b>", app=demo.__file__)
+    assert "anna" not in (tmp_path / "space" / "model" / "config.json").read_text()
+    assert jem.provenance["dataset"] == "/home/anna/client/photos"
+    _, head, text = (tmp_path / "space" / "README.md").read_text(encoding="utf-8").split("---", 2)
+    assert yaml.safe_load(head)["title"] == "a # Free! [here](http://there) <b>"
+    assert [line for line in text.splitlines() if "Free" in line] == ["# ` a # Free! [here](http://there) <b> `"]
 
 
 def test_the_version_of_gradio_that_is_tested_is_one_that_installs():

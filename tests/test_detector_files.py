@@ -88,6 +88,7 @@ HOSTILE = {
     "method of no text": lambda file: rewritten(file, about=lambda a: {**a, "name": ["knn"]}),
     "no name": lambda file: rewritten(file, about=lambda a: {k: v for k, v in a.items() if k != "name"}),
     "options of another": lambda file: rewritten(file, about=lambda a: {**a, "options": {"k": 3}}),
+    "options of no option": lambda file: rewritten(file, about=lambda a: {**a, "options": {"jem": 1}}),
     "options of no dict": lambda file: rewritten(file, about=lambda a: {**a, "options": 3}),
     "threshold of no number": lambda file: rewritten(file, about=lambda a: {**a, "threshold": "1"}),
     "threshold of NaN": lambda file: rewritten(file, about=lambda a: {**a, "threshold": float("nan")}),

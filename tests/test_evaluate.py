@@ -3,6 +3,7 @@ import math
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import evaluate
@@ -21,7 +22,7 @@ from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.evaluation.ood import SCORES
 from timm_jem.evaluation.report import read_report
 from timm_jem.evaluation.settings import DEFAULT_DETECTORS
-from timm_jem.evaluation.subject import some
+from timm_jem.evaluation.subject import data_config, some
 from timm_jem.pixels import to_pixels
 
 SMALL = (
@@ -173,6 +174,48 @@ def test_the_card_says_what_was_measured(hub, run, evaluated):
             push.main([str(run), "user/evaluated"])
     finally:
         (run / "evaluation" / "report.json").write_text(json.dumps(report))
+    # What robustness tells is beside the run's own accuracy, not in its place.
+    sections = [section for section in report["sections"] if section["title"] == "Robustness"]
+    (run / "evaluation" / "report.json").write_text(json.dumps({**report, "sections": sections}))
+    push.main([str(run), "user/robust"])
+    (run / "evaluation" / "report.json").write_text(json.dumps(report))
+    names = [
+        result["name"] for result in json.loads(hub.files("user/robust")["config.json"])["timm_jem"]["provenance"]["results"]
+    ]
+    assert names[:2] == ["Accuracy", "Expected calibration error"]
+    assert "Accuracy under AutoAttack, ℓ∞, ε = 8/255" in names
+
+
+def test_numbers_of_other_images_are_on_no_card(hub, run, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied, ignore=shutil.ignore_patterns("evaluation"))
+    folder = digits_folder(tmp_path / "half", digits().select(range(900)))
+    evaluate.main(shlex.split(f"{copied} {SMALL} --sections [classification] --data.dataset {folder}"))
+    with pytest.raises(InputError, match="other images") as error:
+        push.main([str(copied), "user/other"])
+    assert "\n" not in str(error.value)
+
+
+def test_one_report_is_of_one_set_of_images_and_one_way_to_draw(run, tmp_path, capsys):
+    model, out = tmp_path / "model", f"--output_dir {tmp_path / 'out'}"
+    shutil.copytree(run / "model", model)
+    folder = digits_folder(tmp_path / "grown", digits().select(range(900)))
+    command = f"{model} {SMALL} {out} --data.dataset {folder} --sections"
+    evaluate.main(shlex.split(f"{command} [classification]"))
+    digits().to_parquet(folder / "train-0.parquet")
+    assert "report of other images" in fails(capsys, f"{command} [classification,ood]")
+    jem = timm_jem.from_pretrained(model)
+    jem.sgld = replace(jem.sgld, num_steps=jem.sgld.num_steps + 1)
+    jem.save_pretrained(model)
+    assert "settings or starts of chains" in fails(capsys, f"{command} [classification]")
+
+
+def test_provenance_that_says_nothing_of_its_settings():
+    for config in (None, [], {"data": None}, {"data": {"dataset": 3}}):
+        jem = timm_jem.create_model("test_resnet", num_classes=10, input_size=(1, 8, 8))
+        jem.provenance = {"config": config}
+        with pytest.raises(InputError, match=r"--data\.dataset"):
+            data_config(jem, "it", None)
 
 
 def digits_folder(folder: Path, rows) -> Path:

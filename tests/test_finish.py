@@ -90,6 +90,12 @@ def test_what_is_reported_is_what_is_saved(tmp_path, splits, flags):
     assert {result["value"] for result in saved.provenance["results"]} == {summary["test_accuracy"], summary["test_ece"]}
 
 
+def test_chains_that_have_not_grown_yet_draw_with_a_step_of_noise_at_least(tmp_path, splits):
+    flags = "--train.ramp_auc 1.0 --train.sample_steps [1] --sgld.num_steps 4 --sgld.denoise_steps 3"
+    end.finish(*trained(tmp_path / "run", splits, flags))
+    assert timm_jem.from_pretrained(tmp_path / "run" / "model").sgld.sample_steps == 4
+
+
 def test_a_run_leaves_a_reference_of_its_validation_images_and_nothing_else_changes(tmp_path, splits, monkeypatch):
     end.finish(*trained(tmp_path / "run", splits))
     saved = timm_jem.from_pretrained(tmp_path / "run" / "model")

@@ -10,7 +10,9 @@ from timm_jem.demo.gate import Gate
 MOST = 1000
 
 
-def answer(method: str, path: str, body: bytes = b"", *, pieces: int = 1, kind: str = "http", root: str = "") -> tuple:
+def answer(
+    method: str, path: str, body: bytes = b"", *, pieces: int = 1, kind: str = "http", root: str = "", local: dict | None = None
+) -> tuple:
     """The status, and the bodies that reached what is behind the gate."""
     reached, sent = [], []
 
@@ -29,8 +31,9 @@ def answer(method: str, path: str, body: bytes = b"", *, pieces: int = 1, kind: 
     async def send(message):
         sent.append(message)
 
-    scope = {"type": kind, "method": method, "path": root + path, "root_path": root}
-    asyncio.run(Gate(behind, MOST)(scope, receive, send))
+    headers = [(name.encode(), value.encode()) for name, value in (local or {}).items()]
+    scope = {"type": kind, "method": method, "path": root + path, "root_path": root, "headers": headers}
+    asyncio.run(Gate(behind, MOST, local=local is not None)(scope, receive, send))
     return (sent[0]["status"] if sent else None), reached
 
 
@@ -105,6 +108,25 @@ def test_arguments_are_texts_and_numbers(request_):
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 900, b'{"data": [' + b"[" * 400])
 def test_what_is_no_json_is_refused(body):
     assert answer("POST", "/gradio_api/queue/join", body) == (400, [])
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:7860"}, 200),
+        ({"host": "localhost:7860", "origin": "http://localhost:7860"}, 200),
+        ({"host": "[::1]:7860", "origin": "http://[::1]:7860"}, 200),
+        ({"host": "evil.example:7860"}, 403),
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "127.0.0.1:7860", "origin": "https://evil.example"}, 403),
+        ({"host": "127.0.0.1:7860", "origin": "null"}, 403),
+        ({"host": "[::1"}, 403),
+        ({}, 403),
+    ],
+)
+def test_a_page_for_this_machine_answers_no_other_site(headers, status):
+    assert answer("GET", "/", local=headers)[0] == status
+    assert answer("POST", "/gradio_api/queue/join", b"{}", local=headers)[0] == status
 
 
 def test_sockets_stay_closed():

@@ -190,6 +190,7 @@ def test_remedies_add_up():
     [{"check_every": 0}, {"snapshot_every": 15}, {"runaway_factor": math.nan}, {"ladder": []}, {"max_rollbacks": -1}],
 )
 def test_bad_settings_are_named(bad):
+    assert GuardConfig(ladder=[], max_rollbacks=0).ladder == []
     with pytest.raises(InputError, match=next(iter(bad))):
         GuardConfig(**bad)
     with pytest.raises(InputError, match="lr is 0"):

@@ -17,7 +17,7 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.training import Batch, MaximumLikelihood, check_plan, parse_settings
-from timm_jem.training.build import build_learner, build_model, build_stream
+from timm_jem.training.build import _scheduler, build_learner, build_model, build_stream
 from timm_jem.training.start import without_effect
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
@@ -97,11 +97,13 @@ def test_an_average_of_shards_is_refused(splits):
         ("--train.epochs 1e-9", 1, 1),
         ("--train.epochs 3 --train.steps 7", 1, 61),
         ("--train.steps 7", 3, 7),
+        ("--data.labels_per_class 10 --train.epochs 10", 1, 202),
+        ("--data.labels_per_class 10 --train.epochs 10 --train.objective.w_xy 0", 1, 16),  # 100 / 64
     ],
 )
 def test_epochs_become_steps(splits, flags, world, steps):
     told = settings(flags)
-    planned = check_plan(told, splits, world)
+    planned = check_plan(told, splits if told.data.labels_per_class is None else load_splits(told.data), world)
     assert planned.train.steps == steps
     assert told == settings(flags)  # pure
     assert planned.train.epochs is None
@@ -154,6 +156,7 @@ def test_a_run_of_epochs_goes_on_for_as_many_steps_as_it_is_told(splits, tmp_pat
         ("--model.name vit_tiny_patch16_224", "8"),
         ("--train.opt foo", "foo"),
         ("--train.opt_kwargs.colour 3", "colour"),
+        ("--train.opt adahessian", "adahessian needs second derivatives"),
         ("--train.sched_kwargs.colour 3", "colour"),
         ("--train.steps 1 --train.sched wsd", "wsd does not fit"),
         ("--train.ce_auto_augment rnd-m9", "rnd-m9"),
@@ -179,6 +182,23 @@ def test_what_can_not_be_built_is_said(splits, flags, message):
         build()
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "decays"),
+    [
+        ("--train.sched step", [100, 200]),
+        ("--train.sched multistep --train.milestones [0.9,0.2]", [59, 269]),
+    ],  # timm is one early
+)
+def test_steps_of_the_learning_rate_are_where_they_are_told(splits, flags, decays):
+    told = settings(f"{flags} --train.steps 300 --train.warmup_steps 0 --train.lr 1.0 --train.decay_rate 0.5")
+    optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
+    scheduler, rates = _scheduler(told.train, optimizer), []
+    for step in range(300):
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [0.5 ** sum(step >= decay for decay in decays) for step in range(300)]
 
 
 def test_a_backbone_that_can_not_take_such_images_is_said(splits):

@@ -54,6 +54,20 @@ def texts(figure):
     return " | ".join(sorted(found))
 
 
+def test_names_are_no_formulas(tmp_path):
+    name = "a$\\frac$"
+    for i, figure in enumerate(
+        (
+            reliability_diagram({name: BINS}),
+            score_histograms({"log p(x)": {name: SCORES["log p(x)"]["test"]}}, name),
+            auroc_table({name: {"log p(x)": 0.5}}),
+            accuracy_curves({name: CURVE}, "linf", name),
+            quality_curves({QUALITY: {name: LENGTHS}}, features=name),
+        )
+    ):
+        save_figure(figure, tmp_path / f"{i}.png")
+
+
 def line(axis, label):
     return next(line for line in axis.lines if line.get_label().startswith(label))
 

@@ -73,7 +73,7 @@ def test_cards_get_the_results_of_a_type():
 def test_what_is_no_report_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"has no report\.json"):
         read_report(tmp_path)
-    for text in ("[]", "{}", "nonsense", '{"format_version": 2}', '{"format_version": 2, "sections": [{"a": 1}]}'):
+    for text in ("[]", "{}", "nonsense", '{"format_version": 3}', '{"format_version": 3, "sections": [{"a": 1}]}'):
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(InputError, match="is not a report") as error:
             read_report(tmp_path)
@@ -217,8 +217,11 @@ def test_a_section_that_fails_takes_no_place_of_numbers():
     kept.put(Measured("Generation", left_out="out of memory"), ["Generation", "Robustness"])
     assert [section.title for section in kept.sections] == ["Generation", "Robustness"]
     assert len(kept.results) == 1
-    assert kept.warnings == ["Generation is left out: out of memory"]
+    again = "Robustness is of an earlier call; the last: out of memory"
+    assert kept.warnings == ["Generation is left out: out of memory", again]
     kept.put(Measured("Generation"), ["Generation", "Robustness"])
+    assert kept.warnings == [again]
+    kept.put(Measured("Robustness"), ["Generation", "Robustness"])
     assert kept.warnings == []
 
 

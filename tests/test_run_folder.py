@@ -224,9 +224,12 @@ def test_a_finished_run_has_nothing_more_to_do():
     assert folder.summary() == {"outcome": "finished", "steps": 4}
     assert [folder.finished(steps) for steps in (3, 4, 5)] == [4, 4, None]
     folder.write_json(folder.summary_file, {"outcome": "stopped", "steps": 4, "explanation": "gave up"})
-    with pytest.raises(InputError, match=r"a has ended: gave up; without its summary\.json it goes on"):
+    with pytest.raises(InputError, match="a has ended: gave up; it has no checkpoint to go on from: start anew"):
         folder.finished(4)
     assert sorted(os.listdir("a")) == ["summary.json"]
+    folder.checkpoints.mkdir()
+    with pytest.raises(InputError, match=r"a has ended: gave up; without its summary\.json it goes on"):
+        folder.finished(4)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import timm_jem
 from timm_jem import ClassGaussians, InputError, ReplayBuffer, SGLDConfig
-from timm_jem.data import digits
+from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.evaluation.chain_length import chains_by_length
 from timm_jem.gaussians import STARTS_FILE
 from timm_jem.hub.card import model_card
@@ -20,7 +20,7 @@ from timm_jem.noise import chain_generators, draw_seeds, uniform_noise
 from timm_jem.pixels import to_pixels
 from timm_jem.sampling import sgld
 from timm_jem.training.run_folder import RunFolder
-from timm_jem.training.starts import ImageStarts
+from timm_jem.training.starts import ImageStarts, class_gaussians
 from timm_jem.training.state import copy_tree, load_tree
 
 
@@ -169,6 +169,12 @@ def test_chains_start_at_images_drawn_by_the_generator_alone():
     for bad in (images.float(), images[0], images[:0], None):
         with pytest.raises(InputError, match="images to start chains at are not 8-bit"):
             ImageStarts(bad)
+
+
+def test_gaussians_are_of_the_same_images_whether_these_are_kept_in_memory_or_not():
+    kept, read = (class_gaussians(load_splits(DataConfig(cache_gib=gib)), 0) for gib in (2, 0))
+    for name in ("means", "factors", "scales", "residual_std", "weights"):
+        assert torch.equal(getattr(kept, name), getattr(read, name))
 
 
 def test_a_run_whose_chains_start_at_images_of_others_publishes_none_of_them(tmp_path, capsys):

@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 __all__ = ["Gate"]
 
@@ -17,6 +18,7 @@ _GET = re.compile(
     rf"|{_API}/(?:startup-events|app_id|queue/data|heartbeat/\w+)"
 )
 _POST = re.compile(rf"{_API}/(?:queue/join|cancel|reset)/?")
+_HERE = ("localhost", "127.0.0.1", "::1")
 _SCALARS = (str, int, float, bool, type(None))
 
 
@@ -29,13 +31,17 @@ class Gate:
     Args:
         app: what is behind it.
         most: bytes of a request.
+        local: the page is for this machine alone. Requests by another host's name, and those of other pages, are refused:
+            any site that is open in the same browser could send them.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], most: int) -> None:
-        self.app, self.most = app, most
+    def __init__(self, app: Callable[..., Awaitable[None]], most: int, *, local: bool = False) -> None:
+        self.app, self.most, self.local = app, most, local
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            if self.local and not _from_here(scope["headers"]):
+                return await _refuse(send, 403, "this page is for its own machine alone")
             method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
             if method in ("GET", "HEAD") and _GET.fullmatch(path) and ".." not in path:
                 return await self.app(scope, receive, send)
@@ -61,6 +67,17 @@ class Gate:
                 return None
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+
+def _from_here(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether the host asked, and the page that asks where a browser says which, are this machine by name."""
+    named = {name: value.decode("latin-1") for name, value in headers if name in (b"host", b"origin")}
+    try:
+        host = urlsplit(f"//{named.get(b'host', '')}").hostname
+        origin = urlsplit(named[b"origin"]).hostname if b"origin" in named else host
+    except ValueError:
+        return False
+    return host in _HERE and origin in _HERE
 
 
 def _plain(body: bytes) -> bool:

@@ -4,6 +4,7 @@ Pictures come and go as data within messages, never as files: see :mod:`timm_jem
 Gradio's per-session state, and all else is the same for all.
 """
 
+import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def launch(
         OSError: there is no such host, or its port is taken.
     """
     # A file grows by a third as text.
-    gate = Middleware(Gate, most=panels.MOST_BYTES * 4 // 3 + 2**20)
+    local = host is None and not share and "SPACE_ID" not in os.environ
+    gate = Middleware(Gate, most=panels.MOST_BYTES * 4 // 3 + 2**20, local=local)
     page = build(exhibit)
     page.launch(
         server_name=host,

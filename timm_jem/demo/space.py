@@ -1,5 +1,6 @@
 """A folder that is a Hugging Face Space: the page, this package, and a model."""
 
+import copy
 import os
 import re
 import shutil
@@ -11,6 +12,9 @@ import yaml
 import timm_jem.version
 from timm_jem.errors import InputError
 from timm_jem.files import as_path, folder_aside, move_in
+from timm_jem.hub.local_paths import without_local_paths
+from timm_jem.hub.markdown import inline
+from timm_jem.hub.provenance import printable
 from timm_jem.model import JEM
 
 __all__ = ["GRADIO", "write_space"]
@@ -29,7 +33,7 @@ here.
 
 
 def write_space(jem: JEM, folder: str | os.PathLike, *, title: str, app: Path) -> None:
-    """Write a Space to a new folder, or raise and leave nothing.
+    """Write a Space to a new folder, or raise and leave nothing. Of local paths no more goes along than their last part.
 
     Args:
         jem: the model, with its reference.
@@ -44,12 +48,14 @@ def write_space(jem: JEM, folder: str | os.PathLike, *, title: str, app: Path) -
     if os.path.lexists(target):
         raise InputError(f"{target} is there already: give a new folder")
     with folder_aside(target) as aside:
-        jem.save_pretrained(aside / "model")
+        published = copy.copy(jem)
+        published.provenance = without_local_paths(jem.provenance)
+        published.save_pretrained(aside / "model")
         package = Path(timm_jem.version.__file__).parent
         shutil.copytree(package, aside / "timm_jem", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copyfile(app, aside / "app.py")
-        header = {"title": title, "sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py", "pinned": False}
-        text = _TEXT.format(title=title, version=timm_jem.version.__version__)
+        header = {"title": printable(title), "sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py", "pinned": False}
+        text = _TEXT.format(title=inline(title), version=timm_jem.version.__version__)
         card = f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n{text}"
         (aside / "README.md").write_text(card, encoding="utf-8")
         (aside / "requirements.txt").write_text("\n".join(_requirements()) + "\n", encoding="utf-8")

@@ -1,7 +1,9 @@
 """Plots of what was measured. Each takes plain data by name, so that one model and several look alike."""
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from textwrap import fill
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 from timm_jem.errors import InputError, how_to_install, quoted
 
 try:
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
@@ -57,11 +60,23 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **opti
     return figure, axes
 
 
+def _without_formulas(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Names with two $ are names."""
+
+    @wraps(draw)
+    def drawn(*args: Any, **options: Any) -> Figure:
+        with contextlib.nullcontext() if Figure is None else rc_context({"text.parse_math": False}):
+            return draw(*args, **options)
+
+    return drawn
+
+
 def _check_some(what: str, data: Mapping) -> None:
     if not data or not all(data.values()):
         raise InputError(f"there is nothing to draw as {what}: give at least one entry, none of them empty")
 
 
+@_without_formulas
 def reliability_diagram(bins: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Accuracy against confidence, and the share of images at each confidence below (Guo et al., arXiv 1706.04599, fig. 1).
 
@@ -97,6 +112,7 @@ def reliability_diagram(bins: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
+@_without_formulas
 def score_histograms(
     scores: Mapping[str, Mapping[str, np.ndarray]],
     in_name: str,
@@ -159,6 +175,7 @@ def score_histograms(
     return figure
 
 
+@_without_formulas
 def auroc_table(auroc: Mapping[str, Mapping[str, float]]) -> Figure:
     """AUROC of each score (columns) against each set (rows): white at chance, purple above, orange below.
 
@@ -186,6 +203,7 @@ def auroc_table(auroc: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
+@_without_formulas
 def accuracy_curves(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]],
     norm: str,
@@ -227,6 +245,7 @@ def accuracy_curves(
     return figure
 
 
+@_without_formulas
 def quality_curves(
     panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]],
     *,

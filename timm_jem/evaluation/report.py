@@ -18,7 +18,7 @@ from timm_jem.evaluation.strict_json import built, dumps, fits, restored
 __all__ = ["REPORT_FILE", "Measured", "Report", "Result", "cell", "fingerprint", "in_order", "number", "read_report"]
 
 REPORT_FILE = "report.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,11 @@ class Report:
     def put(self, section: Measured, order: Sequence[str]) -> None:
         """Add a section, or replace it; the report's order is that of the titles ``order``.
 
-        One that was left out takes no place of numbers that are there.
+        One that was left out takes no place of numbers that are there, and becomes a warning.
         """
-        if section.left_out is not None and self.measured(section.title) is not None:
+        there = self.measured(section.title)
+        if section.left_out is not None and there is not None:
+            there.warnings = in_order([*there.warnings, f"{section.title} is of an earlier call; the last: {section.left_out}"])
             return
         others = [other for other in self.sections if other.title != section.title]
         self.sections = sorted([*others, section], key=lambda of: order.index(of.title) if of.title in order else len(order))

@@ -68,7 +68,7 @@ def _auto_attack(
     for norm, (epsilon, row) in _sizes(config).items():
         broken = auto_attack(classifier, images, y, norm=norm, eps=epsilon, seed=config.seed, batch_size=config.batch_size)
         right = is_correct(classifier, broken, y, config.batch_size)
-        card = {"type": "accuracy", "title": f"Accuracy under AutoAttack, {row}"}
+        card = {"type": "robust_accuracy", "title": f"Accuracy under AutoAttack, {row}"}
         section.share("Accuracy under AutoAttack", row, right, way, **card, **_more(subject))
 
 

@@ -1,10 +1,11 @@
 """What is evaluated, on which images, and beside what: everything that the sections of a report share."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ class Subject:
         test_total: how many test images there are.
         class_names: in order.
         data: where the images are from.
+        identity: which images these are, see :func:`timm_jem.data.identity.data_identity`.
+        alike: whether test and ``val`` are those that were held out in the model's training.
         split: the name of the test split.
         held_out: what ``val`` is, in words.
         warnings: what a reader must know where ``val`` is used.
@@ -61,6 +64,8 @@ class Subject:
     test_total: int
     class_names: list[str]
     data: DataConfig
+    identity: dict[str, Any]
+    alike: bool
     split: str
     held_out: str
     warnings: list[str]
@@ -95,8 +100,9 @@ def load_subject(
     check_libraries(config)
     baseline, judge = (None if other is None else load_model(other) for other in (config.baseline, config.judge))
     splits = load_splits(data)
+    identity = data_identity(splits)
     if isinstance(known := model.provenance.get("data"), dict):
-        alike = same_held_out(known, data_identity(splits))
+        alike = same_held_out(known, identity)
     for jem, called in ((model, name), (baseline, config.baseline), (judge, config.judge)):
         if jem is not None:
             check_classes(jem, splits, called, data.dataset)
@@ -133,6 +139,8 @@ def load_subject(
         test_total=len(splits.test),
         class_names=model.class_names or splits.class_names,
         data=data,
+        identity=identity,
+        alike=alike,
         split=data.test_split or "test",
         held_out=held_out,
         warnings=[] if alike else [f"Temperature and typicality use {held_out}."],
@@ -186,13 +194,13 @@ def data_config(jem: JEM, name: str, given: DataConfig | None) -> tuple[DataConf
     Raises:
         InputError: none are ``given``, and the model's provenance doesn't say what it was trained on.
     """
-    trained = jem.provenance.get("config", {}).get("data")
-    own = None
-    if isinstance(trained, dict):
+    config = jem.provenance.get("config")
+    trained, own = config.get("data") if isinstance(config, Mapping) else None, None
+    if isinstance(trained, Mapping):
         known = {f.name for f in fields(DataConfig)}
         try:
             own = DataConfig(**{key: value for key, value in trained.items() if key in known})
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:
             raise InputError(f"the data settings of {name} are broken ({one_line(error)}): give --data.dataset") from error
     if given is None and own is None:
         raise InputError(f"{name} doesn't say what it was trained on: give --data.dataset")

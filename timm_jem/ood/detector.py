@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_number, quoted
+from timm_jem.errors import InputError, check_number, one_line, quoted
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.ood import stored
@@ -207,7 +207,10 @@ class Detector:
         """
         state, about = stored.read(file)
         try:
-            found = cls(jem, about.get("name"), **about["options"])
+            try:
+                found = cls(jem, about.get("name"), **about["options"])
+            except TypeError as error:  # an option of that name is an argument of another kind
+                raise InputError(f"its options are {quoted(about['options'])}: {one_line(error)}") from error
             stored.check(state, found._method.shapes, jem)
             found.threshold, found.accept = stored.threshold(about)
             found.state = state

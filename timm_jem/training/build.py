@@ -149,7 +149,7 @@ def build_learner(
     jem = build_model(settings, splits, device, kept=kept, classifier=classifier)
     init = None
     if train.init == "gaussian" and train.objective.needs_chains:
-        jem.starts = class_gaussians(settings, splits, workers_of(train))
+        jem.starts = class_gaussians(splits, workers_of(train))
     elif settings.data.starts is not None and train.objective.needs_chains:
         init, jem.starts = image_starts(settings, splits, device)
     still = frozen_parts(jem.backbone, train.freeze)
@@ -162,6 +162,8 @@ def build_learner(
             f"train.opt is {quoted(train.opt)} ({one_line(error)}): give one of timm.optim.list_optimizers() and its own "
             "opt_kwargs"
         ) from error
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"train.opt {train.opt} needs second derivatives, which training doesn't take: give another one")
     ema = ModelEmaV3(jem, decay=train.ema_decay, use_warmup=True) if train.ema_decay else None
     accelerator = in_measured_precision(accelerator, train, jem)
     if train.compile is not None:
@@ -328,7 +330,8 @@ def _scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer) -> Schedule
             updates_per_epoch=1,
             **{
                 "warmup_lr": 0.0,
-                "decay_milestones": [round(part * train.steps) for part in train.milestones],
+                "decay_epochs": max(1, train.steps // 3),
+                "decay_milestones": sorted(round(part * train.steps) for part in train.milestones),
                 **train.sched_kwargs,
             },
         )

@@ -148,7 +148,7 @@ def _choose_length(settings: Settings, splits: Splits, jem: JEM) -> dict[str, An
         jem,
         to_pixels(images),
         torch.arange(train.sample_count) % jem.num_classes,
-        settings.lengths(jem.sgld.num_steps),
+        settings.lengths(jem.sgld.num_steps) or [jem.sgld.denoise_steps + 1],  # chains that have not grown yet
         generator=torch.Generator(jem.mean.device).manual_seed(train.seed),
         batch_size=train.batch_size,
     )

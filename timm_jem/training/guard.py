@@ -78,7 +78,7 @@ class GuardConfig:
             raise InputError(
                 f"guard snapshot_every {self.snapshot_every} is not a multiple of check_every {self.check_every}: make it one"
             )
-        if not self.ladder:
+        if not self.ladder and self.max_rollbacks:
             raise InputError("guard ladder is empty: give at least one remedy, or max_rollbacks 0")
 
 

@@ -7,7 +7,7 @@ from timm_jem.data import Splits
 from timm_jem.errors import InputError
 from timm_jem.training.settings import Settings
 
-__all__ = ["check_plan"]
+__all__ = ["check_plan", "images_of_an_epoch"]
 
 # JEM's (arXiv 1912.03263, appendix A and released code), where nothing speaks against them.
 _WARMUP_STEPS, _BUFFER_SIZE, _BUFFER_BYTES = 1000, 10_000, 2**30
@@ -56,13 +56,19 @@ def check_plan(settings: Settings, splits: Splits, world: int, *, sharded: bool 
     if train.balance and sharded:
         raise InputError("train.balance compares gradients of whole weights, and FSDP shards them: leave it out")
     if train.epochs is not None:
-        steps = max(1, round(train.epochs * len(splits.train) / (together * train.grad_accum)))
+        steps = max(1, round(train.epochs * images_of_an_epoch(settings, splits) / (together * train.grad_accum)))
         train = replace(train, steps=steps, epochs=None)
     if train.warmup_steps is None:
         train = replace(train, warmup_steps=min(_WARMUP_STEPS, train.steps // 10))
     elif train.warmup_steps >= train.steps:
         train = replace(train, warmup_steps=train.steps // 10)
     return replace(settings, train=train)
+
+
+def images_of_an_epoch(settings: Settings, splits: Splits) -> int:
+    """How many images training reads: cross-entropy alone has no use for those without a label."""
+    alone = splits.labeled is not None and not settings.train.objective.needs_chains
+    return len(splits.labeled if alone else splits.train)
 
 
 def _buffer_size(settings: Settings, splits: Splits) -> int:

@@ -72,8 +72,7 @@ class RunFolder:
         if found is not None:
             if output_dir is not None and Path(output_dir).resolve() != found.path.resolve():
                 raise InputError(f"resume is {resume}, and a run goes on in its own folder: leave output_dir {output_dir} out")
-            starts = (found.checkpoints, found.classifier.checkpoints, found.classifier.model)
-            if resume != "auto" and not any(folder.is_dir() for folder in starts):
+            if resume != "auto" and not found._can_go_on:
                 raise InputError(f"{found} has no checkpoints: give a run's folder, such as runs/digits, or --resume auto")
             return found
         if output_dir is None:
@@ -114,6 +113,10 @@ class RunFolder:
     @property
     def summary_file(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def _can_go_on(self) -> bool:
+        return any(at.is_dir() for at in (self.checkpoints, self.classifier.checkpoints, self.classifier.model))
 
     @property
     def checkpoints(self) -> Path:
@@ -210,9 +213,10 @@ class RunFolder:
         if summary is None:
             return None
         if summary.get("outcome") == "stopped":
-            raise InputError(
-                f"{self} has ended: {summary.get('explanation')}; without its summary.json it goes on with other settings"
-            )
+            further = "without its summary.json it goes on with other settings"
+            if not self._can_go_on:
+                further = "it has no checkpoint to go on from: start anew with other settings and another output_dir"
+            raise InputError(f"{self} has ended: {summary.get('explanation')}; {further}")
         done = summary.get("steps")
         if not isinstance(done, int):
             raise InputError(f"{self.summary_file} says {quoted(done)} for its steps: remove it, and the run goes on")

@@ -5,6 +5,7 @@ from operator import attrgetter
 
 from timm_jem.data import Splits
 from timm_jem.training.memory import in_bytes
+from timm_jem.training.plan import images_of_an_epoch
 from timm_jem.training.run import Run
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.settings import Settings
@@ -30,7 +31,9 @@ def start_lines(told: Settings, settings: Settings, splits: Splits, run: Run, fo
     accelerator, train = run.learner.accelerator, settings.train
     world = accelerator.num_processes
     together = train.batch_size * train.grad_accum * world
-    epochs = "" if settings.data.streaming else f" ({train.steps * together / len(splits.train):,.3g} epochs)"
+    epochs = ""
+    if not settings.data.streaming:
+        epochs = f" ({train.steps * together / images_of_an_epoch(settings, splits):,.3g} epochs)"
     processes = f"{world} process{'es' * (world > 1)}"
     captured = ", chains by a CUDA graph" if getattr(run.learner.method, "capture", False) else ""
     return "\n".join(

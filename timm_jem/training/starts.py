@@ -63,7 +63,7 @@ def image_starts(settings: Settings, splits: Splits, device: torch.device) -> tu
         InputError: images that can't be loaded, or fewer than eight.
     """
     (channels, *size), name = splits.image_shape, settings.data.starts
-    count = _most_images(settings, splits)
+    count = _most_images(splits)
     try:
         split = read_name(name).split or "train"
         images = load_images(name, channels=channels, size=tuple(size), count=count, split=split)
@@ -72,13 +72,13 @@ def image_starts(settings: Settings, splits: Splits, device: torch.device) -> tu
         raise InputError(f"data.starts: {error}") from error
 
 
-def class_gaussians(settings: Settings, splits: Splits, workers: int) -> ClassGaussians:
-    """The Gaussians of the training images of each class: of all of them, where memory allows, or else evenly many."""
-    count = min(_most_images(settings, splits), len(splits.train))
+def class_gaussians(splits: Splits, workers: int) -> ClassGaussians:
+    """The Gaussians of the training images of each class: of all of them up to 1 GiB, or else evenly spaced ones."""
+    count = min(_most_images(splits), len(splits.train))
     rows = torch.linspace(0, len(splits.train) - 1, count, dtype=torch.float64).round().long().tolist()
     images = torch.cat([images for images, _ in in_batches(Subset(splits.train, rows), workers)])
     return ClassGaussians.fit(images, splits.train.labels[rows], len(splits.class_names))
 
 
-def _most_images(settings: Settings, splits: Splits) -> int:
-    return max(int(settings.data.cache_gib * 2**30) // math.prod(splits.image_shape), FEWEST_IMAGES)
+def _most_images(splits: Splits) -> int:
+    return max(2**30 // math.prod(splits.image_shape), FEWEST_IMAGES)
