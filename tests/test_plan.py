@@ -188,8 +188,8 @@ def test_what_can_not_be_built_is_said(splits, flags, message):
     ("flags", "decays"),
     [
         ("--train.sched step", [100, 200]),
-        ("--train.sched multistep --train.milestones [0.9,0.2]", [59, 269]),
-    ],  # timm is one early
+        ("--train.sched multistep --train.milestones [0.9,0.2]", [59, 269]),  # timm is one early
+    ],
 )
 def test_steps_of_the_learning_rate_are_where_they_are_told(splits, flags, decays):
     told = settings(f"{flags} --train.steps 300 --train.warmup_steps 0 --train.lr 1.0 --train.decay_rate 0.5")
