@@ -96,6 +96,16 @@ def test_chains_that_have_not_grown_yet_draw_with_a_step_of_noise_at_least(tmp_p
     assert timm_jem.from_pretrained(tmp_path / "run" / "model").sgld.sample_steps == 4
 
 
+def test_chains_rest_as_soon_as_it_is_known_where(tmp_path, splits):
+    settings, _, run, record = trained(tmp_path / "run", splits, "--sgld.rest 0.2")
+    record.samples(run.step, run.learner.published().eval(), "early.png")  # on the way
+    end.finish(settings, splits, run, record)
+    saved = timm_jem.from_pretrained(tmp_path / "run" / "model")
+    assert saved.sgld.rest == 0.2
+    assert len(saved.reference.medians) == 10
+    assert saved.sample(y=[0, 1], seeds=[0, 1]).isfinite().all()
+
+
 def test_a_run_leaves_a_reference_of_its_validation_images_and_nothing_else_changes(tmp_path, splits, monkeypatch):
     end.finish(*trained(tmp_path / "run", splits))
     saved = timm_jem.from_pretrained(tmp_path / "run" / "model")

@@ -1,5 +1,6 @@
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -260,9 +261,10 @@ def test_chains_seen_at_a_length_are_those_that_sample_draws():
         assert torch.equal(jem.normalize(u), drawn)
 
 
-@pytest.mark.parametrize("jitter", [0, 1])
-def test_the_first_view_of_noisy_chains_is_what_sample_draws_and_the_last_goes_on_from_noisy_ones(jitter):
-    jem, y = model(jitter=jitter), torch.arange(6)
+@pytest.mark.parametrize(("jitter", "rest"), [(0, None), (1, None), (1, 0.4)])
+def test_the_first_view_of_noisy_chains_is_what_sample_draws_and_the_last_goes_on_from_noisy_ones(jitter, rest):
+    jem, y = model(jitter=jitter, rest=rest), torch.arange(6)
+    jem.fit_reference(torch.randn(40, 1, 8, 8, generator=seeded(3)), torch.arange(40) % 10)
     found = dict(chains_by_length(jem, [4, 7], y=y, generator=seeded()))
     assert torch.equal(jem.normalize(found[4]), jem.sample(y=y, num_steps=4, generator=seeded()))
     # Noise-free steps draw nothing: 7 steps with one stream of noise are those after 4 - 2 noisy ones.
@@ -294,7 +296,8 @@ def test_chains_of_x_and_from_given_images():
     kept = init.clone()
     ((_, u),) = chains_by_length(jem, [6], init=init, generator=seeded())
     assert torch.equal(init, kept)
-    expected = jem.sample(init=jem.normalize(init), num_steps=6, generator=seeded())
+    noisy = jem.sample(init=jem.normalize(init), num_steps=4, generator=seeded())  # goes on with noise; the view ends without
+    expected = jem.sample(init=noisy, num_steps=2, sgld_config=replace(jem.sgld, noise_std=0.0), generator=seeded())
     torch.testing.assert_close(jem.normalize(u), expected)
 
 

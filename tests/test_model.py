@@ -2,6 +2,7 @@ import copy
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from torch import nn
 
 import timm_jem
 from timm_jem import InputError, SGLDConfig
+from timm_jem.data import DataConfig, load_splits
 from timm_jem.modes import frozen
+from timm_jem.pixels import to_pixels
 
 # Convolutions with BatchNorm, LayerNorm, GroupNorm-free and scaled; transformers with fixed and free input sizes, with
 # distilled and attention-pooling heads; mixers; recurrences; a zero head.
@@ -284,6 +287,26 @@ def test_a_chain_that_goes_on_has_noise_in_each_step():
     x = jem.sample(2, seeds=[1, 2], num_steps=5)
     assert jem.sgld.denoise_steps > 2
     assert not torch.equal(*(jem.sample(init=x, seeds=seeds, num_steps=2) for seeds in ([1, 2], [3, 4])))
+
+
+def test_fresh_chains_rest_at_energies_of_held_out_images():
+    jem = timm_jem.from_pretrained("digits")
+    images, y = load_splits(DataConfig()).val, torch.arange(10)
+    jem.fit_reference(jem.normalize(to_pixels(images.images)), images.labels)
+    settings = {"y": y, "seeds": range(10), "num_steps": 100}
+    for share in (0.25, 0.75):
+        rests = replace(jem.sgld, rest=share, denoise_steps=0, noise_std=0.0)
+        plain = replace(rests, rest=None)
+        with torch.no_grad():
+            rested, fallen = (jem.energy(jem.sample(**settings, sgld_config=config), y) for config in (rests, plain))
+        assert ((rested <= jem.reference.at(share, y)) | (rested == fallen)).all()
+        assert (rested > fallen).any()
+    x = jem.sample(y=y, seeds=range(10), num_steps=2)
+    on = [jem.sample(init=x, y=y, seeds=range(10), num_steps=3, sgld_config=config) for config in (rests, plain)]
+    assert torch.equal(*on)  # a chain that goes on does not rest
+    jem.reference = None
+    with pytest.raises(InputError, match="call fit_reference, or set rest to None"):
+        jem.sample(2, sgld_config=rests)
 
 
 def test_class_conditional_chains_descend_their_own_energy():

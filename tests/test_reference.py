@@ -83,6 +83,24 @@ def test_energies_as_the_model_gives_them(jem):
     assert jem.fit_reference(X, Y).percentiles(energies) == [r.percentile for r in jem.predict(X)]
 
 
+def test_energies_at_which_chains_rest():
+    """Of two logits that are alike E(x, y) is the mean of x, and E(x) log 2 less."""
+    x = torch.cat([torch.linspace(-0.5, -0.1, 101), torch.linspace(0.1, 0.9, 101)])
+    found = well().fit_reference(levels(x), torch.arange(202) // 101)
+    assert found.medians == pytest.approx((-0.3, 0.5), abs=1e-6)
+    assert found.spread[50] == 0
+    assert (found.spread[0], found.spread[100]) == pytest.approx((-0.4, 0.4), abs=1e-6)
+    assert found.at(0.5, torch.tensor([1, 0, 1])).tolist() == pytest.approx([0.5, -0.3, 0.5], abs=1e-6)
+    assert found.at(0.0, torch.tensor([1])).tolist() == pytest.approx([0.1], abs=1e-6)
+    assert found.at(0.0).item() == pytest.approx(-0.5 - math.log(2), abs=1e-6)
+    alone = well().fit_reference(levels([0.1, 0.2, 0.6]), torch.ones(3, dtype=torch.int64))
+    assert alone.medians == pytest.approx((0.2, 0.2))  # the class without images has that of all
+    assert Reference.read(GOOD).medians is None  # as an older version wrote it
+    for reference, y in ((Reference.read(GOOD), 0), (found, 2)):
+        with pytest.raises(InputError, match="call fit_reference"):
+            reference.at(0.5, torch.tensor([y]))
+
+
 def test_temperature_is_that_of_the_evaluation(jem):
     found = jem.fit_reference(X, Y)
     with torch.no_grad():
@@ -168,6 +186,15 @@ HOSTILE = [
     {**GOOD, "n": 1.5},
     {**GOOD, "n": 10**30},
     {**GOOD, "n": None},
+    {**GOOD, "medians": [0.0]},
+    {**GOOD, "spread": GOOD["quantiles"]},
+    {**GOOD, "spread": GOOD["quantiles"], "medians": "0"},
+    {**GOOD, "spread": GOOD["quantiles"], "medians": [math.nan]},
+    {**GOOD, "spread": GOOD["quantiles"], "medians": [10**400]},
+    {**GOOD, "spread": GOOD["quantiles"], "medians": ["0"]},
+    {**GOOD, "spread": GOOD["quantiles"][1:], "medians": [0.0]},
+    {**GOOD, "spread": GOOD["quantiles"][::-1], "medians": [0.0]},
+    {**GOOD, "spread": [math.inf] * 101, "medians": [0.0]},
 ]
 
 
@@ -183,7 +210,7 @@ def test_a_folder_with_a_broken_one_is_refused_by_name(jem, tmp_path):
     jem.reference = Reference.read(GOOD)
     jem.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["timm_jem"]["reference"] == GOOD
+    assert config["timm_jem"]["reference"] == {**GOOD, "medians": None, "spread": None}
     config["timm_jem"]["reference"]["threshold"] = 1e99
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=rf"^{tmp_path}: the reference in config\.json is broken \(.*1e\+99.*fit_reference"):

@@ -79,6 +79,7 @@ OTHER = {
     "sgld.sample_steps": "9",
     "sgld.denoise_steps": "1",
     "sgld.jitter": "1",
+    "sgld.rest": "0.2",
     "train.epochs": "3",
     "train.init": "gaussian",
     "train.ramp_from": "2",

@@ -399,6 +399,27 @@ def test_frozen_can_leave_batch_norm_in_train_mode_without_moving_its_statistics
         pass
 
 
+def test_a_chain_rests_where_its_energy_is_low_enough():
+    config, start = SGLDConfig(num_steps=50, step_size=0.1, noise_std=0.01), torch.tensor([1.0, 2.0, -1.0]).view(3, 1, 1, 1)
+    seeds = lambda: chain_generators([1, 2, 3])  # noqa: E731
+    rest_at, seen = torch.tensor([0.1, -1.0, 9.0]), []
+    found = sgld(quadratic(1.0), start, config, generator=seeds(), rest_at=rest_at, on_step=lambda _, u: seen.append(u))
+    energies = torch.stack([quadratic(1.0)(u) for u in (start, *seen)], 1)
+    first = int((energies[0] <= 0.1).long().argmax())
+    assert 0 < first < 50
+    assert energies[0, first - 1] > 0.1
+    assert torch.equal(found[0], seen[first - 1][0])
+    assert torch.equal(found[1], sgld(quadratic(1.0), start, config, generator=seeds())[1])  # one that never may
+    assert torch.equal(found[2], start[2])  # and one that always does, but for steps that take noise away
+    denoised = sgld(quadratic(1.0), start, config, generator=seeds(), rest_at=rest_at, denoise_steps=2)
+    torch.testing.assert_close(denoised[2], 0.9**2 * start[2])
+    lost = sgld(lambda u: u.sum((1, 2, 3)) * math.nan, start, config, rest_at=rest_at)
+    assert lost.isnan().all()
+    for bad in (0.1, rest_at[:2], rest_at.long()):
+        with pytest.raises(InputError, match=r"rest_at is .*: give one energy per chain, shape \(3,\)"):
+            sgld(quadratic(1.0), start, config, rest_at=bad)
+
+
 def test_clamps_hold_along_the_chains():
     # Of gradients 0.1 and 30 the second is clamped to 1, so that the chains go down by 0.05 and 0.5 a step, as far as -0.8.
     slopes = torch.tensor([0.1, 30.0]).view(1, 1, 1, 2)
@@ -425,6 +446,8 @@ def test_clamps_hold_along_the_chains():
         {"jitter": -1},
         {"jitter": 0.5},
         {"jitter": 10**9},
+        {"rest": 20},
+        {"rest": True},
         {"pixel_clamp": float("nan")},
         {"sample_steps": 0},
         {"denoise_steps": -1},

@@ -372,9 +372,27 @@ class JEM(nn.Module):
         if not goes_on:
             u = self.fresh(n, y=y, generator=generators, noise=init == "noise").to(device)
         options = {"num_steps": num_steps, "batch_size": batch_size, "on_step": on_step}
+        options["rest_at"] = None if goes_on else self.rest_at(n, config, y=y)
         options["denoise_steps"] = 0 if isinstance(init, Tensor) else config.denoise_steps
         with frozen(self):
             return self.normalize(sgld(self.pixel_energy, u, config, y=y, generator=generators, **options))
+
+    def rest_at(self, n: int, sgld: SGLDConfig, *, y: Tensor | None = None) -> Tensor | None:
+        """The energies at which ``n`` fresh chains rest, see ``rest`` of ``sgld``; nats, shape (n,), on the model's device.
+
+        Args:
+            n: how many.
+            sgld: their settings.
+            y: their classes, int64, shape (n,); None: of chains of E(x).
+
+        Raises:
+            InputError: chains that rest, and no reference that knows where.
+        """
+        if sgld.rest is None:
+            return None
+        if self.reference is None:
+            raise InputError("sgld.rest needs energies of held-out images: call fit_reference, or set rest to None")
+        return self.reference.at(sgld.rest, y).expand(n).to(self.device)
 
     def fresh(self, n: int, *, y: Tensor | None = None, generator: Generators = None, noise: bool = False) -> Tensor:
         """``n`` chains that have made no step, from ``starts`` or of noise, on the CPU unless ``generator`` is of a GPU.

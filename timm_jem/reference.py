@@ -31,6 +31,9 @@ class Reference:
             by which images of higher energy are outliers.
         accept: a share, above 0 and at most 1.
         n: how many images there were.
+        medians: those of E(x, y) of each class's images, nats, in order; of a class without images that of all; None: they
+            had no labels.
+        spread: quantiles, nats, at 0, 1, ..., 100 %, of how far each E(x, y) is above its class's median; None: no labels.
 
     Raises:
         InputError: values that no images have.
@@ -41,20 +44,33 @@ class Reference:
     threshold: float
     accept: float
     n: int
+    medians: tuple[float, ...] | None = None
+    spread: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.temperature is not None:
             check_number("temperature", self.temperature, least=1e-3, most=1e3)
-        if not isinstance(self.quantiles, (tuple, list)) or len(self.quantiles) != _LEVELS:
-            raise InputError(f"quantiles are {quoted(self.quantiles)}: give {_LEVELS} energies, at 0, 1, ..., 100 %")
-        for value in (*self.quantiles, self.threshold):
+        tables = {"quantiles": self.quantiles}
+        if self.medians is not None or self.spread is not None:
+            if not isinstance(self.medians, (tuple, list)):
+                raise InputError(
+                    f"medians are {quoted(self.medians)}: give an energy for each class, or neither them nor spread"
+                )
+            tables["spread"] = self.spread
+        for name, values in tables.items():
+            if not isinstance(values, (tuple, list)) or len(values) != _LEVELS:
+                raise InputError(f"{name} are {quoted(values)}: give {_LEVELS} energies, at 0, 1, ..., 100 %")
+        for value in (*self.quantiles, self.threshold, *(self.medians or ()), *(self.spread or ())):
             check_number("an energy", value, least=-_LARGEST, most=_LARGEST)
         lowest, highest = self.quantiles[0], self.quantiles[-1]
-        if list(self.quantiles) != sorted(self.quantiles) or not lowest <= self.threshold <= highest:
+        rising = all(list(values) == sorted(values) for values in tables.values())
+        if not rising or not lowest <= self.threshold <= highest:
             raise InputError("quantiles don't rise, or the threshold is not among them: these are no energies of images")
         check_number("accept", self.accept, above=0, most=1)
         check_whole("n", self.n, 1, 2**53)
-        object.__setattr__(self, "quantiles", tuple(map(float, self.quantiles)))
+        for name in ("quantiles", "medians", "spread"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(map(float, values)))
 
     @classmethod
     def read(cls, data: Any) -> "Reference":
@@ -64,9 +80,26 @@ class Reference:
             InputError: a value that is missing, unknown, or of the wrong type.
         """
         names = [field.name for field in fields(cls)]
-        if not isinstance(data, Mapping) or set(data) != set(names):
+        if not isinstance(data, Mapping) or {"medians", "spread", *data} != set(names):  # which older ones lack
             raise InputError(f"it is {quoted(data)}: give {', '.join(names)}")
         return cls(**data)
+
+    def at(self, share: float, y: Tensor | None = None) -> Tensor:
+        """The energy, nats, below which about a share of held-out images is: E(x), shape (); or E(x, y), shape (B,).
+
+        Args:
+            share: in [0, 1].
+            y: classes, int64, shape (B,). A class's is its own median plus the spread of all, so that few images tell it.
+
+        Raises:
+            InputError: classes, and there are no medians, or fewer.
+        """
+        levels = np.linspace(0, 1, _LEVELS)
+        if y is None:
+            return torch.tensor(np.interp(share, levels, self.quantiles), dtype=torch.float32)
+        if self.medians is None or (len(y) and int(y.max()) >= len(self.medians)):
+            raise InputError("the held-out images had no labels, or of fewer classes: call fit_reference with this model's")
+        return torch.tensor(self.medians)[y.cpu()] + float(np.interp(share, levels, self.spread))
 
     def percentiles(self, energies: Tensor) -> list[float]:
         """How many of the held-out images have at most each energy, %, shape (B,): 100 is beyond all of them.
@@ -112,14 +145,23 @@ def fit(
     if broken := int((~energies.isfinite()).sum()):
         raise InputError(f"energies of {broken} of {len(f)} held-out images are not finite: the model's weights are broken")
     # Each is the energy of an image: the least at which so many of them, or more, have at most that.
+    y = None if labels[0] is None else torch.cat(labels)
     ordered, shares = energies.double().sort().values.numpy(), np.arange(1, len(f) + 1) / len(f)
     return Reference(
-        temperature=None if labels[0] is None else best_temperature(f, torch.cat(labels)),
+        temperature=None if y is None else best_temperature(f, y),
         quantiles=tuple(ordered[np.searchsorted(shares, np.linspace(0, 1, _LEVELS))].tolist()),
         threshold=accepting(energies.double(), accept),
         accept=float(accept),
         n=len(f),
+        **({} if y is None else _of_classes(energy(f, y).double(), y, num_classes)),
     )
+
+
+def _of_classes(energies: Tensor, y: Tensor, num_classes: int) -> dict[str, tuple[float, ...]]:
+    parts = [energies[y == label] for label in range(num_classes)]
+    medians = torch.stack([(part if len(part) else energies).median() for part in parts])
+    spread = np.quantile((energies - medians[y]).numpy(), np.linspace(0, 1, _LEVELS))
+    return {"medians": tuple(medians.tolist()), "spread": tuple(spread.tolist())}
 
 
 def accepting(scores: Tensor, accept: float) -> float:

@@ -60,6 +60,10 @@ class SGLDConfig:
             moved by a pixel different energies, and by one of them alone chains grow patterns of the strides' periods; as many
             shifts as a period has, or a multiple of it, take them out. (Feature visualisation has the same remedy: Olah et
             al., Distill 2017, "transformation robustness".) Chains of training are not moved, nor are images that are refined.
+        rest: where a model draws, a fresh chain makes no step while its energy is no higher than those of this share of
+            held-out images, of its class where it has one: see :class:`timm_jem.Reference` (paper: None, for none; this
+            package's choice). The energies of chains fall with every step, in the end below those of nearly all images: so
+            the fast ones wait for the slow, and long chains stay as near to images as short ones.
 
     Raises:
         InputError: a value outside its range, NaN included: settings come with models of others, too.
@@ -75,6 +79,7 @@ class SGLDConfig:
     denoise_steps: int = 0
     step_decay: bool = False
     jitter: int = 0
+    rest: float | None = None
 
     def __post_init__(self) -> None:
         check_whole("sgld num_steps", self.num_steps, 1, MOST_STEPS)
@@ -87,6 +92,8 @@ class SGLDConfig:
         for name in ("normalize_grad", "step_decay"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"sgld {name} is {quoted(getattr(self, name))}: give true or false")
+        if self.rest is not None:
+            check_number("sgld rest", self.rest, least=0, most=1)
         for name in ("grad_clamp", "pixel_clamp"):
             if getattr(self, name) is not None:
                 check_number(f"sgld {name}", getattr(self, name), above=0, most=_FAR)
@@ -167,6 +174,7 @@ def sgld(
     first_step: int = 0,
     denoise_steps: int = 0,
     batch_size: int | None = None,
+    rest_at: Tensor | None = None,
     step_scale: Tensor | None = None,
     on_gradient: Callable[[Tensor, Tensor], None] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
@@ -180,7 +188,7 @@ def sgld(
     Args:
         energy_fn: ``energy_fn(u)``, or ``energy_fn(u, y)`` when ``y`` is given, to energies of shape (B,).
         u: initial chains, pixels, shape (B, C, H, W); not changed.
-        config: see :class:`SGLDConfig`; ``jitter`` counts here, too, but not ``sample_steps`` and ``denoise_steps``.
+        config: see :class:`SGLDConfig`; ``jitter`` counts here, too, but not ``sample_steps``, ``denoise_steps`` and ``rest``.
         y: labels of the chains, shape (B,); chains of E(x, y) instead of E(x).
         generator: the only source of randomness, or a list of them, one a chain (:func:`chain_generators`); None:
             PyTorch's global one.
@@ -190,6 +198,8 @@ def sgld(
         denoise_steps: how many of the last steps are without noise.
         batch_size: chains per gradient evaluation, at least four: fewer are filled up by repeating the last, since the
             matrix products of so few images round differently. None: all at once, just as they are.
+        rest_at: energies, shape (B,), on the chains' device: a chain whose energy is no higher makes no step, but for those
+            without noise; None: all make all.
         step_scale: a factor of ``config.step_size`` on the chains' device, shape (); None: 1.
         on_gradient: called with (chains, ∇E), both of shape (B, C, H, W), before each step.
         on_step: called with (steps done, chains) after each step.
@@ -221,6 +231,8 @@ def sgld(
         check_whole("batch_size of chains", batch_size, 1)
     if on_step is not None and not callable(on_step):
         raise InputError(f"on_step is {quoted(on_step)}: give a function of (steps done, pixels)")
+    if rest_at is not None and not (is_floats(rest_at) and rest_at.shape == u.shape[:1]):
+        raise InputError(f"rest_at is {kind(rest_at)} for {len(u)} chains: give one energy per chain, shape ({len(u)},)")
     check_generators(generator, len(u))
     with torch.inference_mode(False), torch.enable_grad():
         u = u.detach().clone()  # a clone of an inference tensor is an ordinary one
@@ -229,10 +241,14 @@ def sgld(
         for step in range(num_steps):
             noise = next(noises, None)
             shift = config.shift(first_step + step)
-            grad = shifted(_gradient(energy_fn, shifted(u, shift), y, batch_size), [-pixels for pixels in shift])
+            energies, grad = _gradient(energy_fn, shifted(u, shift), y, batch_size)
+            grad = shifted(grad, [-pixels for pixels in shift])
             if on_gradient is not None:
                 on_gradient(u, grad)
-            u = _step(u, grad, noise, config.of_step(step, num_steps), step_scale)
+            moved = _step(u, grad, noise, config.of_step(step, num_steps), step_scale)
+            if rest_at is not None and step < num_steps - denoise_steps:
+                moved = torch.where((energies <= rest_at).view(-1, *[1] * (u.ndim - 1)), u, moved)
+            u = moved
             if on_step is not None:
                 on_step(step + 1, u)
     return u
@@ -260,8 +276,9 @@ def filled(part: Tensor) -> Tensor:
     return part if len(part) >= FEWEST else part[torch.arange(FEWEST, device=part.device).clamp(max=len(part) - 1)]
 
 
-def _gradient(energy_fn: Callable[..., Tensor], u: Tensor, y: Tensor | None, batch_size: int | None) -> Tensor:
-    gradients = []
+def _gradient(energy_fn: Callable[..., Tensor], u: Tensor, y: Tensor | None, batch_size: int | None) -> tuple[Tensor, Tensor]:
+    """Energies, shape (B,), and their gradient, of the shape of ``u``; both detached."""
+    found, gradients = [], []
     size = len(u) if batch_size is None else max(batch_size, FEWEST)
     for start in range(0, len(u), size):
         part, labels = u[start : start + size].detach(), None if y is None else y[start : start + size]
@@ -278,5 +295,6 @@ def _gradient(energy_fn: Callable[..., Tensor], u: Tensor, y: Tensor | None, bat
                 f"energy_fn gives {kind(energies)} for {len(part)} chains: give energies of shape ({len(part)},), with the "
                 "graph that leads to the chains"
             )
+        found.append(energies.detach()[:count])
         gradients.append(gradient[:count])
-    return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+    return (found[0], gradients[0]) if len(gradients) == 1 else (torch.cat(found), torch.cat(gradients))

@@ -72,6 +72,7 @@ def _views(
     init: Tensor | None,
 ) -> Iterator[tuple[int, Tensor]]:
     config, device, done = jem.sgld, jem.mean.device, 0
+    rest_at = jem.rest_at(n, config, y=y) if init is None else None
     generators = chain_generators(draw_seeds(n, generator))  # as in jem.sample
     u = jem.fresh(n, y=y, generator=generators) if init is None else init.cpu()
     last, size = config.denoise_steps, max(batch_size, FEWEST)  # as many as sgld takes at once, so that they round alike
@@ -84,6 +85,7 @@ def _views(
                 for rows, own in parts:
                     own_y = None if y is None else y[rows].to(device)
                     options = {"y": own_y, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
+                    options["rest_at"] = None if rest_at is None else rest_at[rows]
                     now = u[rows].to(device)
                     if config.step_decay:
                         options["generator"] = [each.clone_state() for each in own]

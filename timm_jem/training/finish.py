@@ -70,6 +70,7 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
     if not accelerator.is_main_process:
         return
     jem.fit_reference((jem.normalize(to_pixels(images)), y) for images, y in in_batches(splits.val, workers))
+    jem.sgld = replace(jem.sgld, rest=settings.sgld.rest)
     _keep(run, record, lambda: jem.save_pretrained(folder.model))  # sampling may fail where training did not: for memory, say
     if settings.train.objective.needs_chains:
         summary |= _choose_length(settings, splits, jem)

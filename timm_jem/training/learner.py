@@ -5,7 +5,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -83,11 +83,12 @@ class Learner:
     def published(self) -> JEM:
         """The model to evaluate, draw from and save, on the live weights: the moving average, where there is one.
 
-        It computes in the precision in which it is saved, and samples by the settings that remedies and the method left.
+        It computes in the precision in which it is saved, and samples by the settings that remedies and the method left, but
+        without ``rest``: energies of held-out images to rest at are known at the end.
         """
         jem = self._as_saved if self.ema is None else self.ema.module
         adapted = getattr(self.method, "adapted", lambda sgld: sgld)
-        jem.sgld = self.remedy.chains(adapted(self._sgld))
+        jem.sgld = replace(self.remedy.chains(adapted(self._sgld)), rest=None)
         return jem
 
     def iterate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:

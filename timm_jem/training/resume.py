@@ -83,6 +83,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "sgld.denoise_steps": None,
     "sgld.step_decay": None,
     "sgld.jitter": None,
+    "sgld.rest": None,
     "train.steps": None,
     "train.epochs": None,
     "train.batch_size": None,
