@@ -52,7 +52,7 @@ MAY_IMPORT = {
         "objectives", "models", "hub", "model", "wrap", "data", "evaluation", "training", "version", "errors",
     },
     "demo": {
-        "files", "pixels", "modes", "noise", "decoding", "prediction", "reference", "backbone", "model", "data",
+        "files", "pixels", "modes", "noise", "decoding", "prediction", "reference", "backbone", "hub", "model", "data",
         "evaluation", "demo", "version", "errors",
     },
     "stability": {"files", "evaluation", "stability", "training", "errors"},
