@@ -79,7 +79,12 @@ def about(name: str, model: JEM, data: DataConfig) -> dict[str, Any]:
         "data": data.dataset,
         "headline": {"Model": f"{architecture(model.backbone)}, {parameters:,} parameters", "Data": data.dataset},
         "data_settings": asdict(data),
-        "sampling": {"sgld": asdict(model.sgld), "starts": _digest(model.starts), "chains": _digest(model.chains)},
+        "sampling": {
+            "sgld": asdict(model.sgld),
+            "starts": _digest(model.starts),
+            "chains": _digest(model.chains),
+            "rest": _rest(model),
+        },
         "trained": model.provenance.get("command"),
     }
 
@@ -87,6 +92,13 @@ def about(name: str, model: JEM, data: DataConfig) -> dict[str, Any]:
 def _digest(kept: Any) -> str | None:
     """Of the tensors of what is published with a model, or None."""
     return None if kept is None else fingerprint({name: t for name, t in vars(kept).items() if isinstance(t, torch.Tensor)})
+
+
+def _rest(model: JEM) -> list[float] | None:
+    """Energies by which fresh chains rest, or None where they don't."""
+    if model.sgld.rest is None or model.reference is None:
+        return None
+    return list(model.reference.medians or model.reference.quantiles)
 
 
 def default_output_dir(name: str) -> str:

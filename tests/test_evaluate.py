@@ -208,6 +208,16 @@ def test_one_report_is_of_one_set_of_images_and_one_way_to_draw(run, tmp_path, c
     jem.sgld = replace(jem.sgld, num_steps=jem.sgld.num_steps + 1)
     jem.save_pretrained(model)
     assert "settings or starts of chains" in fails(capsys, f"{command} [classification]")
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    jem.fit_reference(images, torch.arange(40) % 10)
+    jem.sgld = replace(jem.sgld, rest=0.2)
+    jem.save_pretrained(model)
+    for _ in range(2):  # made, and then known again
+        evaluate.main(shlex.split(f"{command} [classification] --output_dir {tmp_path / 'rests'}"))
+    assert "all that is asked for is measured already" in capsys.readouterr().out
+    jem.fit_reference(images * 0.5, torch.arange(40) % 10)
+    jem.save_pretrained(model)
+    assert "starts of chains" in fails(capsys, f"{command} [classification] --output_dir {tmp_path / 'rests'}")
 
 
 def test_provenance_that_says_nothing_of_its_settings():

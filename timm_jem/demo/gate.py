@@ -41,7 +41,7 @@ class Gate:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             if self.local and not _from_here(scope["headers"]):
-                return await _refuse(send, 403, "this page is for its own machine alone")
+                return await _refuse(send, 403, "this page is for its own machine alone: open it as localhost, or give --host")
             method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
             if method in ("GET", "HEAD") and _GET.fullmatch(path) and ".." not in path:
                 return await self.app(scope, receive, send)

@@ -53,7 +53,8 @@ def launch(
         OSError: there is no such host, or its port is taken.
     """
     # A file grows by a third as text.
-    local = host is None and not share and "SPACE_ID" not in os.environ
+    elsewhere = share or any(name in os.environ for name in ("SPACE_ID", "GRADIO_SERVER_NAME", "GRADIO_SHARE"))
+    local = host is None and not elsewhere
     gate = Middleware(Gate, most=panels.MOST_BYTES * 4 // 3 + 2**20, local=local)
     page = build(exhibit)
     page.launch(
