@@ -63,7 +63,7 @@ class SGLDConfig:
         rest: where a model draws, a fresh chain makes no step while its energy is no higher than those of this share of
             held-out images, of its class where it has one: see :class:`timm_jem.Reference` (paper: None, for none; this
             package's choice). The energies of chains fall with every step, in the end below those of nearly all images: so
-            the fast ones wait for the slow, and long chains stay as near to images as short ones.
+            the fast ones wait for the slow, and long chains stay about as near to images as short ones.
 
     Raises:
         InputError: a value outside its range, NaN included: settings come with models of others, too.
