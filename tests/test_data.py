@@ -167,6 +167,19 @@ def test_large_sets_are_decoded_batch_by_batch(tmp_path):
     assert torch.equal(lazy.train[2][0], kept.train.images[2])
 
 
+@pytest.mark.parametrize("size", [(6, 6), (80, 80)])
+def test_many_images_stay_in_their_places(tmp_path, size):
+    """Small ones are decoded by one thread, large ones by several."""
+    images = pictures(200, size=size)
+    splits = load_splits(DataConfig(save(tmp_path, images=images)))
+    kept = [(np.asarray(image), label % 3) for label, image in enumerate(images)]
+    for part in (splits.train, splits.val, splits.test):
+        ((_, numbers),) = part.parts
+        for pixels, label, number in zip(part.images, part.labels, numbers, strict=True):
+            assert np.array_equal(pixels.permute(1, 2, 0).numpy(), kept[number][0])
+            assert label == kept[number][1]
+
+
 def test_flips_and_crops_suit_the_data(tmp_path):
     numbers = ClassLabel(names=["0", "1", "2"])
     assert not load_splits(DataConfig(save(tmp_path, feature=numbers))).flip

@@ -113,7 +113,7 @@ def find_class_names(train: Dataset | IterableDataset, column: str, dataset: str
     if isinstance(feature, ClassLabel):
         names = list(feature.names)
     else:
-        values = set(train[column])
+        values = set(train[column][:])
         if not all(isinstance(value, str) for value in values - {None}):
             values = {value for value in values if value is None or value >= 0}  # −1 is how "no label" is written
         names = [str(value) for value in sorted(value for value in values if not is_missing(value))]
@@ -184,4 +184,4 @@ def labelling_of(features: Features, config: DataConfig, split: str, column: str
 def labels_of(rows: Dataset, config: DataConfig, split: str, column: str, class_names: list[str]) -> np.ndarray:
     labelling = labelling_of(rows.features, config, split, column, class_names)
     what = f"split {split} of {config.dataset}"
-    return np.array([labelling.of(value, f"{what}, row {row}") for row, value in enumerate(rows[column])], dtype=np.int64)
+    return np.array([labelling.of(value, f"{what}, row {row}") for row, value in enumerate(rows[column][:])], dtype=np.int64)

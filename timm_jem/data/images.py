@@ -17,6 +17,8 @@ from timm_jem.files import cores
 __all__ = ["SKIP_HINT", "ImageSet", "cache_small", "located"]
 
 SKIP_HINT = "or leave out all such images with --data.skip_broken true"
+_AT_ONCE = 64  # rows that a thread fetches: encoded photographs of some hundred MB at most
+_SMALL = 4096  # bytes of an encoded image whose decoding is mostly Python: threads would wait for one another
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -66,22 +68,34 @@ class ImageSet(torch.utils.data.Dataset):
         return self._decode_all(None)
 
     def _decode_all(self, images: Tensor | None) -> dict[int, BrokenImage]:
-        def decode_one(row: int) -> BrokenImage | None:
-            try:
-                pixels = self._decode(row)
-            except BrokenImage as error:
-                return error
-            if images is not None:
-                images[row] = pixels
-            return None
+        def decode_some(rows: range) -> dict[int, BrokenImage]:
+            broken = {}
+            for row, stored in zip(rows, self.data[rows.start : rows.stop][self.image_column], strict=True):
+                try:
+                    pixels = self._decode(row, stored)
+                except BrokenImage as error:
+                    broken[row] = error
+                    continue
+                if images is not None:
+                    images[row] = pixels
+            return broken
 
-        pool = ThreadPoolExecutor(cores())
+        # Rows one by one would take longer to fetch than to decode, where images are small.
+        some = [range(len(self))[start : start + _AT_ONCE] for start in range(0, len(self), _AT_ONCE)]
+        pool = ThreadPoolExecutor(1 if self._are_small() else cores())
+        broken = {}
         try:
-            outcomes = pool.map(decode_one, range(len(self)))
-            described = {"total": len(self), "desc": f"decoding images of {self.parts[0][0]}", "leave": False}
-            return {row: error for row, error in enumerate(tqdm(outcomes, **described)) if error is not None}
+            with tqdm(total=len(self), desc=f"decoding images of {self.parts[0][0]}", leave=False) as progress:
+                for rows, outcome in zip(some, pool.map(decode_some, some), strict=True):
+                    broken |= outcome
+                    progress.update(len(rows))
         finally:
             pool.shutdown(cancel_futures=True)
+        return broken
+
+    def _are_small(self) -> bool:
+        first = [(stored or {}).get("bytes") for stored in self.data[:_AT_ONCE][self.image_column]]
+        return all(data is not None and len(data) < _SMALL for data in first)
 
     def without(self, rows: Iterable[int]) -> "ImageSet":
         """The other images; decoded ones are copied."""
@@ -125,11 +139,12 @@ class ImageSet(torch.utils.data.Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         rows = list(rows)
-        images = torch.stack([self._decode(row) for row in rows]) if self.images is None else self.images[rows]
-        return images, self.labels[rows]
+        if self.images is not None:
+            return self.images[rows], self.labels[rows]
+        stored = self.data[rows][self.image_column]
+        return torch.stack([self._decode(row, image) for row, image in zip(rows, stored, strict=True)]), self.labels[rows]
 
-    def _decode(self, row: int) -> Tensor:
-        stored = self.data[row][self.image_column]
+    def _decode(self, row: int, stored: dict) -> Tensor:
         return decode(stored, self.channels, self.size, located(self._named(row), stored))
 
     def _named(self, row: int) -> str:
