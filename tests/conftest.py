@@ -1,7 +1,9 @@
 """The Hub's client reads its settings when it is first imported: from here on they name a Hub on loopback."""
 
+import gc
 import os
 import tempfile
+from pathlib import Path
 
 from loopback_hub import TOKEN, Hub
 
@@ -18,6 +20,14 @@ from accelerate.state import AcceleratorState  # noqa: E402
 
 # Seconds for PyArrow's threads to end where a stream is left before its end; those of a few rows are quick.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.2
+# A file is run by one process: those that take long go first, so that the processes end together.
+LONG = ("manual", "resume", "recipes", "classifier_first", "evaluate", "wheel", "sections", "hub", "stability", "model")
+
+
+def pytest_collection_modifyitems(items):
+    gc.freeze()  # what is imported stays: searching it for garbage takes a quarter of a second, and each recipe does it
+    order = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(Path(item.path).stem, len(LONG)))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -22,25 +23,43 @@ def launch(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def start_recipe(
-    name: str, flags: list[str], folder: Path, environment: dict[str, str], output: Path, *, fresh: bool = False
+    name: str,
+    flags: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    output: Path,
+    *,
+    fresh: bool = False,
+    before: Callable[[], None] | None = None,
 ) -> BaseProcess:
     """``python recipes/<name>`` in ``folder``, a session of its own, which appends all that it says to ``output``.
 
     Args:
         fresh: in a new interpreter that has imported nothing, as a shell would start it.
+        before: what that process does first.
     """
-    process = FORKS.Process(target=_run, args=(ROOT / "recipes" / name, flags, folder, environment, output, fresh))
+    process = FORKS.Process(target=_run, args=(ROOT / "recipes" / name, flags, folder, environment, output, fresh, before))
     process.start()
     return process
 
 
-def _run(script: Path, flags: list[str], folder: Path, environment: dict[str, str], output: Path, fresh: bool) -> None:
+def _run(
+    script: Path,
+    flags: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    output: Path,
+    fresh: bool,
+    before: Callable[[], None] | None,
+) -> None:
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)
     said = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(said, sys.stdout.fileno())
     os.dup2(said, sys.stderr.fileno())
+    if before is not None:
+        before()
     if fresh:
         os.execv(sys.executable, [sys.executable, str(script), *flags])
     sys.argv = [str(script), *flags]

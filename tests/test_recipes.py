@@ -4,6 +4,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ import train
 import yaml
 from datasets import Image
 from PIL import Image as PILImage
-from recipe_processes import ROOT, launch
+from recipe_processes import ROOT, launch, start_recipe
 from safetensors.torch import load_file
 from sklearn.svm import SVC
 
@@ -29,7 +30,7 @@ from timm_jem import InputError
 from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.evaluation import frechet_distance
 from timm_jem.pixels import to_pixels
-from timm_jem.training import ModelConfig, TrainConfig, check_plan, damage, parse_settings
+from timm_jem.training import ModelConfig, TrainConfig, check_plan, damage, parse_settings, record
 from timm_jem.training.run_folder import RunFolder
 
 SHORT = (
@@ -42,9 +43,9 @@ SHORT = (
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     flags = "--train.sample_every 2 --train.eval_every 2 --train.log_every 1"
-    done = launch(f"{ROOT}/recipes/train.py {SHORT} {flags}", folder)
-    assert done.returncode == 0, done.stderr
-    assert "test accuracy" in done.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main(shlex.split(f"{SHORT} {flags}"))
     return folder / "runs" / "digits"
 
 
@@ -406,32 +407,25 @@ def test_an_image_that_breaks_late_is_named_and_nothing_is_lost(tmp_path, monkey
     assert damage("run/checkpoints/step_00000003") is None
 
 
+def on_a_full_disk():
+    """The kernel itself refuses to write files above a size; checkpoints have more, metrics and pictures less."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    record.WAITS = (0.01, 0.01)
+
+
 def test_a_full_disk_is_one_line_and_nothing_earlier_is_lost(tmp_path, monkeypatch):
-    """The kernel itself refuses to write files above a size, as it does on a full disk; then more is allowed."""
+    """And with more room, it goes on."""
     flags = f"{SHORT} --output_dir run --resume auto --train.checkpoint_every 2 --train.buffer_size 200 --train.steps 6"
-    impatient = (
-        "import runpy, sys; from timm_jem.training import record; record.WAITS = (0.01, 0.01); "
-        f"sys.argv[0] = '{ROOT}/recipes/train.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", impatient, *shlex.split(flags)]
-
-    def run(limit):
-        def restrict():
-            import resource
-            import signal
-
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        return subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=restrict,
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONDONTWRITEBYTECODE": "1"},
-        )  # fmt: skip
-
-    done = run(100_000)  # the checkpoints have more, metrics and pictures less
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    said = (done.stdout + done.stderr).replace("\r", "\n").splitlines()
+    output = tmp_path / "output.txt"
+    environment = {"ACCELERATE_USE_CPU": "true", "PYTHONDONTWRITEBYTECODE": "1"}
+    process = start_recipe("train.py", shlex.split(flags), tmp_path, environment, output, before=on_a_full_disk)
+    process.join(120)
+    assert process.exitcode == 1
+    assert "Traceback" not in output.read_text()
+    said = output.read_text().replace("\r", "\n").splitlines()
     assert [line for line in said if "can't be written (" in line and "training goes on" in line]
     assert said[-1].startswith("error: the model can't be written")
     assert said[-1].endswith("; nothing is saved")
@@ -440,7 +434,7 @@ def test_a_full_disk_is_one_line_and_nothing_earlier_is_lost(tmp_path, monkeypat
     assert not (tmp_path / "run" / "model").exists()
     assert [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")] == []
     monkeypatch.chdir(tmp_path)
-    train.main(command[3:])
+    train.main(shlex.split(flags))
     assert (tmp_path / "run" / "summary.json").exists()
 
 
@@ -450,6 +444,7 @@ def test_a_run_publishes_itself_and_a_run_already_done_too(hub, tmp_path, monkey
     train.main(shlex.split(f"{SHORT} {flags}"))
     said = capsys.readouterr()
     assert "pushed to" in said.err + said.out
+    assert "test accuracy" in said.out
     assert len(hub.revisions["user/first"]) == 3  # the new repository, step 2, the end
     assert "user/first" in hub.private
     assert "model-index" not in hub.find("user/first", hub.revisions["user/first"][1][0])[1]["README.md"].decode()
@@ -463,11 +458,7 @@ def test_a_run_publishes_itself_and_a_run_already_done_too(hub, tmp_path, monkey
     assert f"in {summary['seconds']:.0f} s" in card
     first = timm_jem.from_pretrained("user/first")
     assert len(first.chains) == 1000
-    done = subprocess.run(
-        [sys.executable, ROOT / "recipes" / "push.py", "runs/digits", "user/second"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    push.main(["runs/digits", "user/second"])
     first_files, second_files = hub.files("user/first"), hub.files("user/second")
     assert set(first_files) == set(second_files)
     assert all(first_files[name] == second_files[name] for name in first_files if name != "README.md")
