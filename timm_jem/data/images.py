@@ -17,7 +17,7 @@ from timm_jem.files import cores
 __all__ = ["SKIP_HINT", "ImageSet", "cache_small", "located"]
 
 SKIP_HINT = "or leave out all such images with --data.skip_broken true"
-_AT_ONCE = 64  # rows that a thread fetches: encoded photographs of some hundred MB at most
+_AT_ONCE = 64  # rows of small images: one by one they would take longer to fetch than to decode
 _SMALL = 4096  # bytes of an encoded image whose decoding is mostly Python: threads would wait for one another
 
 
@@ -80,9 +80,9 @@ class ImageSet(torch.utils.data.Dataset):
                     images[row] = pixels
             return broken
 
-        # Rows one by one would take longer to fetch than to decode, where images are small.
-        some = [range(len(self))[start : start + _AT_ONCE] for start in range(0, len(self), _AT_ONCE)]
-        pool = ThreadPoolExecutor(1 if self._are_small() else cores())
+        threads, at_once = (1, _AT_ONCE) if self._are_small() else (cores(), 1)
+        some = [range(len(self))[start : start + at_once] for start in range(0, len(self), at_once)]
+        pool = ThreadPoolExecutor(threads)
         broken = {}
         try:
             with tqdm(total=len(self), desc=f"decoding images of {self.parts[0][0]}", leave=False) as progress:
@@ -94,7 +94,7 @@ class ImageSet(torch.utils.data.Dataset):
         return broken
 
     def _are_small(self) -> bool:
-        first = [(stored or {}).get("bytes") for stored in self.data[:_AT_ONCE][self.image_column]]
+        first = [(stored or {}).get("bytes") for stored in self.data[:8][self.image_column]]
         return all(data is not None and len(data) < _SMALL for data in first)
 
     def without(self, rows: Iterable[int]) -> "ImageSet":
@@ -141,8 +141,8 @@ class ImageSet(torch.utils.data.Dataset):
         rows = list(rows)
         if self.images is not None:
             return self.images[rows], self.labels[rows]
-        stored = self.data[rows][self.image_column]
-        return torch.stack([self._decode(row, image) for row, image in zip(rows, stored, strict=True)]), self.labels[rows]
+        # A whole batch of encoded photographs could be a GB.
+        return torch.stack([self._decode(row, self.data[row][self.image_column]) for row in rows]), self.labels[rows]
 
     def _decode(self, row: int, stored: dict) -> Tensor:
         return decode(stored, self.channels, self.size, located(self._named(row), stored))
