@@ -14,6 +14,7 @@ import pytest
 import stability
 import torch
 from PIL import Image as PILImage
+from recipe_processes import FORKS
 from safetensors.torch import save_file
 
 from timm_jem import InputError
@@ -173,20 +174,26 @@ def test_a_crash_is_tried_again_and_not_forgotten(fake_train, tmp_path, capsys):
     assert "- default, seed 1: crashed once: error: the disk is full" in capsys.readouterr().out.splitlines()
 
 
+def in_a_process(argv: list[str], program: Path, folder: Path) -> None:
+    os.chdir(folder)
+    os.dup2(os.open(folder / "told.txt", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    sys.exit(stability.main(argv, program))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_and_called_again(fake_train, tmp_path, number):
     (tmp_path / "mended").touch()
     argv = shlex.split("--seeds 5 --output_dir out")
-    code = f"import sys, stability; sys.exit(stability.main({argv!r}, stability.Path({str(fake_train)!r})))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "recipes"), str(ROOT)])}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    process = FORKS.Process(target=in_a_process, args=(argv, fake_train, tmp_path))
+    process.start()
     third = tmp_path / "out" / "default" / "seed_3"
     deadline = time.monotonic() + 120
-    while not (third / "waits").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (third / "waits").exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, told
+    os.kill(process.pid, number)
+    process.join(60)
+    told = (tmp_path / "told.txt").read_text()
+    assert process.exitcode == 128 + number, told
     assert told.splitlines()[-1] == f"{number.name}: 3 of 5 runs are done; run the same command again to continue"
     assert (third / "checkpoint").read_text() == number.name
     assert not (tmp_path / "out" / "default" / "seed_4").exists()

@@ -140,12 +140,10 @@ def test_training_from_the_wheel_with_its_dependencies(wheel, tmp_path):
 
 
 def assert_trains(python: Path, folder: Path) -> None:
+    found = run([python, "-c", "from importlib.util import find_spec; print(find_spec('timm_jem').origin)"], folder)
+    assert Path(found.strip()).is_relative_to(folder / "env")
     assert "test accuracy" in run([python, *TRAIN], folder)
     assert json.loads((folder / "runs" / "digits" / "summary.json").read_text())["steps"] == 4
-    push = "import runpy, timm_jem; print(timm_jem.__file__); runpy.run_module('timm_jem.recipes.push', run_name='__main__')"
-    where, usage, *_ = run([python, "-c", push, "--help"], folder).splitlines()
-    assert Path(where).is_relative_to(folder / "env")
-    assert usage.startswith("usage:")
 
 
 def test_citation_and_changelog_agree_with_the_version():
