@@ -32,6 +32,18 @@ def wrn(**options) -> timm_jem.JEM:
     return timm_jem.create_model("wrn_10_1", num_classes=3, input_size=(3, 32, 32), **options).eval()
 
 
+def test_timm_finds_the_data_configuration(tmp_path):
+    jem = wrn()
+    jem.save_pretrained(tmp_path)
+    plain = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
+    found = timm.data.resolve_model_data_config(jem)
+    assert found == plain | {"mean": tuple(plain["mean"]), "std": tuple(plain["std"])}
+    assert {key: found[key] for key in jem.data_config} == jem.data_config
+    assert (found["input_size"], found["mean"]) == ((3, 32, 32), (0.5, 0.5, 0.5))
+    with pytest.raises(InputError, match="joint energy model already"):
+        timm_jem.wrap(jem)
+
+
 def test_lora_is_trained_saved_and_merged(tmp_path):
     jem = vit()
     fresh = copy.deepcopy(jem)

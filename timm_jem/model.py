@@ -59,7 +59,17 @@ class JEM(nn.Module):
     """
 
     # TorchScript compiles what it finds; of this class that is forward alone.
-    __jit_unused_properties__ = ("chains", "device", "dtype", "input_size", "mean", "num_classes", "starts", "std")
+    __jit_unused_properties__ = (
+        "chains",
+        "device",
+        "dtype",
+        "input_size",
+        "mean",
+        "num_classes",
+        "pretrained_cfg",
+        "starts",
+        "std",
+    )
 
     def __init__(
         self,
@@ -141,6 +151,11 @@ class JEM(nn.Module):
     def input_size(self) -> tuple[int, int, int]:
         """(C, H, W) of the images this model is for, and of those that :meth:`sample` makes."""
         return tuple(self.data_config["input_size"])
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The backbone's, with ``data_config``: what ``timm.data.resolve_model_data_config(jem)`` reads."""
+        return {**(getattr(self.backbone, "pretrained_cfg", None) or {}), **self.data_config}
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits f(x), shape (B, num_classes): the backbone's own, bit for bit."""
