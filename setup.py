@@ -75,7 +75,7 @@ setup(
             *robust,
             *ood,
             "pytest",
-            "pytest-xdist",
+            "pytest-xdist>=3.8",  # --no-loadscope-reorder
             "peft",
             "ruff",
             "setuptools>=77",  # builds the wheel that is tested

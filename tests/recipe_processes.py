@@ -43,6 +43,14 @@ def start_recipe(
     return process
 
 
+def exit_status(process: BaseProcess, seconds: float = 300) -> int | None:
+    """Once it has one; one that takes longer is killed, and has none."""
+    process.join(seconds)
+    status = process.exitcode
+    process.kill()
+    return status
+
+
 def _run(
     script: Path,
     flags: list[str],

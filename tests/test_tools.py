@@ -33,15 +33,21 @@ def wrn(**options) -> timm_jem.JEM:
 
 
 def test_timm_finds_the_data_configuration(tmp_path):
-    jem = wrn()
+    jem = timm_jem.create_model("resnet18", num_classes=3, input_size=(3, 32, 32), class_names=["a", "b", "c"])
     jem.save_pretrained(tmp_path)
     plain = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
     found = timm.data.resolve_model_data_config(jem)
     assert found == plain | {"mean": tuple(plain["mean"]), "std": tuple(plain["std"])}
     assert {key: found[key] for key in jem.data_config} == jem.data_config
-    assert (found["input_size"], found["mean"]) == ((3, 32, 32), (0.5, 0.5, 0.5))
-    with pytest.raises(InputError, match="joint energy model already"):
-        timm_jem.wrap(jem)
+    assert found["input_size"] == (3, 32, 32)
+    assert timm.data.resolve_model_data_config(jem, use_test_size=True) == found
+
+
+def test_no_joint_energy_model_is_made_of_another():
+    jem = vit()
+    for model in (jem, peft.get_peft_model(vit(), peft.LoraConfig(target_modules=["qkv"], r=2))):
+        with pytest.raises(InputError, match="joint energy model already"):
+            timm_jem.wrap(model)
 
 
 def test_lora_is_trained_saved_and_merged(tmp_path):

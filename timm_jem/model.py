@@ -154,8 +154,8 @@ class JEM(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """The backbone's, with ``data_config``: what ``timm.data.resolve_model_data_config(jem)`` reads."""
-        return {**(getattr(self.backbone, "pretrained_cfg", None) or {}), **self.data_config}
+        """What ``timm.data.resolve_model_data_config(jem)`` reads: ``data_config``, and what else is true of this model."""
+        return {"num_classes": self.num_classes, "fixed_input_size": self.fixed_input_size, **self.data_config}
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits f(x), shape (B, num_classes): the backbone's own, bit for bit."""

@@ -51,7 +51,7 @@ def wrap(
     Warns:
         UserWarning: the head's weights are all zero, so that energies are flat in x and chains can't move.
     """
-    if isinstance(model, JEM):
+    if isinstance(model, nn.Module) and any(isinstance(part, JEM) for part in model.modules()):
         raise InputError("this is a joint energy model already: use it as it is, or wrap its backbone")
     check_classifier(model)
     data_config, fixed_input_size = resolve_data_config(model, input_size, mean, std)
