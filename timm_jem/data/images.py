@@ -145,7 +145,7 @@ class ImageSet(torch.utils.data.Dataset):
         # A whole batch of encoded photographs could be a GB.
         return torch.stack([self._decode(row, self.data[row][self.image_column]) for row in rows]), self.labels[rows]
 
-    def _decode(self, row: int, stored: dict) -> Tensor:
+    def _decode(self, row: int, stored: dict | None) -> Tensor:
         return decode(stored, self.channels, self.size, located(self._named(row), stored))
 
     def _named(self, row: int) -> str:
