@@ -122,12 +122,13 @@ def kill(folder: Path, world: int, moment: float | None) -> bool:
     return alive
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, reference):
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, reference, world):
     for moment in (0.1, None):
-        assert kill(tmp_path, 1, moment)
-    whole(tmp_path, 1)
+        assert kill(tmp_path, world, moment)
+    whole(tmp_path, world)
     assert "goes on from" in output(tmp_path)
-    assert_same(reference(1), tmp_path / "run")
+    assert_same(reference(world), tmp_path / "run")
 
 
 @pytest.mark.slow

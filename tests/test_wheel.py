@@ -144,6 +144,7 @@ def assert_trains(python: Path, folder: Path) -> None:
     assert Path(found.strip()).is_relative_to(folder / "env")
     assert "test accuracy" in run([python, *TRAIN], folder)
     assert json.loads((folder / "runs" / "digits" / "summary.json").read_text())["steps"] == 4
+    assert run([python, "-m", "timm_jem.recipes.push", "--help"], folder).startswith("usage:")
 
 
 def test_citation_and_changelog_agree_with_the_version():

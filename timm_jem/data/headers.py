@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from datasets import Dataset, Image
 from PIL import ExifTags
 from PIL import Image as PILImage
 
 from timm_jem.data.config import DataConfig
-from timm_jem.data.images import located
+from timm_jem.data.images import evenly, located
 from timm_jem.decoding import UNREADABLE, open_image, open_lazily
 
 __all__ = ["Headers", "read_headers"]
@@ -77,9 +76,8 @@ def read_headers(rows: Dataset, image_column: str, what: str) -> Headers:
         BrokenImage: none has a header.
     """
     rows = rows.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-    looked_at = np.unique(np.linspace(0, len(rows) - 1, min(_LOOK, len(rows))).round().astype(int)).tolist()
     sizes, grey = [], 0
-    for row in looked_at:
+    for row in evenly(len(rows), _LOOK):
         try:
             with open_lazily(rows[row][image_column]) as image:
                 sizes.append(_upright(image))

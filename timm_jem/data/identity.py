@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
-from timm_jem.data.images import ImageSet
+from timm_jem.data.images import ImageSet, evenly
 from timm_jem.data.splits import Splits
 
 __all__ = ["changed_data", "data_identity", "same_held_out"]
@@ -56,13 +56,13 @@ def same_held_out(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def _of_images(images: ImageSet) -> dict[str, Any]:
-    rows = np.unique(np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).round().astype(int))
+    rows = evenly(len(images), _SAMPLE)
     numbers = np.concatenate([np.asarray(numbers, dtype="<i8") for _, numbers in images.parts])
     return {
         "images": len(images),
         "labels": _digest(images.labels.numpy().astype("<i8").tobytes()),
         "rows": _digest(numbers.tobytes()),
-        "sample": _digest(b"".join(_content(images.data[int(row)][images.image_column]) for row in rows)),
+        "sample": _digest(b"".join(_content(images.data[row][images.image_column]) for row in rows)),
     }
 
 

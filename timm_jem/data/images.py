@@ -14,7 +14,7 @@ from timm_jem.decoding import BrokenImage, decode
 from timm_jem.errors import InputError
 from timm_jem.files import cores
 
-__all__ = ["SKIP_HINT", "ImageSet", "cache_small", "located"]
+__all__ = ["SKIP_HINT", "ImageSet", "cache_small", "evenly", "located"]
 
 SKIP_HINT = "or leave out all such images with --data.skip_broken true"
 _AT_ONCE = 64  # rows of small images: one by one they would take longer to fetch than to decode
@@ -94,8 +94,7 @@ class ImageSet(torch.utils.data.Dataset):
         return broken
 
     def _are_small(self) -> bool:
-        some = np.unique(np.linspace(0, len(self) - 1, min(8, len(self))).round().astype(int)).tolist()
-        files = [(stored or {}).get("bytes") for stored in self.data[some][self.image_column]]
+        files = [(stored or {}).get("bytes") for stored in self.data[evenly(len(self), 8)][self.image_column]]
         return all(data is not None and len(data) < _SMALL for data in files)
 
     def without(self, rows: Iterable[int]) -> "ImageSet":
@@ -154,6 +153,11 @@ class ImageSet(torch.utils.data.Dataset):
                 return f"row {numbers[row]} of {name}"
             row -= len(numbers)
         raise IndexError(row)
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most ``most`` of ``count`` rows, from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
 
 
 def cache_small(sets: Mapping[str, ImageSet], gib: float, *, skip_broken: bool | None) -> tuple[dict[str, ImageSet], int]:
