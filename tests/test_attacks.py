@@ -1,8 +1,11 @@
+import re
 import sys
+from functools import partial
 
 import foolbox
 import pytest
 import torch
+from accelerate.utils import tqdm
 from small_networks import trained_on_digits
 from torch import nn
 
@@ -351,6 +354,20 @@ def test_auto_attack_puts_the_trace_function_back(digits):
         assert sys.gettrace() is tracer
     finally:
         sys.settrace(before)
+
+
+def test_auto_attack_shows_how_many_images_it_asked_about(digits, monkeypatch, capsys):
+    images, y, network = digits
+    sizes = []
+
+    def classifier(x):
+        sizes.append(len(x))
+        return network(x)
+
+    monkeypatch.setattr("timm_jem.evaluation.auto_attack.tqdm", partial(tqdm, mininterval=0))
+    auto_attack(classifier, images[:4], y[:4], norm="linf", eps=0.1, attacks=["square"], n_queries=20, desc="here")
+    *_, shown = re.findall(r"here: (\d+) images", capsys.readouterr().err)
+    assert int(shown) == sum(sizes) - 2  # two images tell first how many classes there are
 
 
 def test_auto_attack_takes_a_jem_without_gradients_of_its_parameters(digits):

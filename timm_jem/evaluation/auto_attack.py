@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from accelerate.utils import tqdm
 from torch import Tensor, nn
 
 from timm_jem.errors import InputError, check_number, check_whole, how_to_install, quoted
@@ -38,6 +39,7 @@ def auto_attack(
     n_queries: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
+    desc: str = "AutoAttack",
 ) -> Tensor:
     """AutoAttack (Croce & Hein, ICML 2020, arXiv 2003.01690) by pyautoattack.
 
@@ -56,6 +58,7 @@ def auto_attack(
         n_queries: of Square, per image; None: 5000, the published number.
         seed: of the attack.
         batch_size: images at once.
+        desc: of the progress bar, which counts images that the classifier is asked about: nobody knows their number before.
 
     Returns:
         Shape of ``images``, on their device; those that no attack broke are unchanged.
@@ -80,9 +83,15 @@ def auto_attack(
     if isinstance(attacks, str) or (attacks is not None and (len(attacks) == 0 or not set(attacks) <= set(_ATTACKS))):
         raise InputError(f"attacks of AutoAttack are {quoted(attacks)}: give a list of {', '.join(_ATTACKS)}")
     freezing = frozen(classifier) if isinstance(classifier, nn.Module) else contextlib.nullcontext()
+    progress = tqdm(desc=desc, unit=" images", leave=False)
     tracer = sys.gettrace()
+
+    def asked(x: Tensor) -> Tensor:
+        progress.update(len(x))
+        return check_logits(classifier(x))
+
     try:
-        with freezing, torch.inference_mode(False), torch.random.fork_rng():
+        with progress, freezing, torch.inference_mode(False), torch.random.fork_rng():
             start, y = images.detach().float().contiguous().clone(), y.clone()
             if eps == 0:
                 return start.to(images.dtype)
@@ -91,7 +100,7 @@ def auto_attack(
             names = auto_attack_names(version, num_classes) if attacks is None else list(attacks)
             _check_names(names, num_classes, norm, tuple(start.shape[2:]))
             attack = AutoAttack(
-                lambda x: check_logits(classifier(x)),
+                asked,
                 norm={"linf": "Linf", "l2": "L2"}[norm],
                 eps=eps,
                 seed=seed,

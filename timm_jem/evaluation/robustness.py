@@ -258,7 +258,7 @@ def _square(classifier: Classifier, images: Tensor, y: Tensor, config: PGDConfig
     if not len(images):
         return 0
     square = {"norm": config.norm, "eps": config.eps, "attacks": ["square"], "n_queries": 500}
-    broken = auto_attack(classifier, images, y, **square, batch_size=batch_size)
+    broken = auto_attack(classifier, images, y, **square, batch_size=batch_size, desc="sanity of attacks: Square")
     return int((~is_correct(classifier, broken, y, batch_size)).sum())
 
 

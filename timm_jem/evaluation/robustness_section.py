@@ -66,7 +66,8 @@ def _auto_attack(
     attacks = ", ".join(auto_attack_names("standard", subject.model.num_classes))
     way = f"AutoAttack, standard ({attacks}; Croce & Hein 2020), by pyautoattack {version('pyautoattack')}"
     for norm, (epsilon, row) in _sizes(config).items():
-        broken = auto_attack(classifier, images, y, norm=norm, eps=epsilon, seed=config.seed, batch_size=config.batch_size)
+        options = {"seed": config.seed, "batch_size": config.batch_size, "desc": f"AutoAttack {NORMS[norm]}"}
+        broken = auto_attack(classifier, images, y, norm=norm, eps=epsilon, **options)
         right = is_correct(classifier, broken, y, config.batch_size)
         card = {"type": "robust_accuracy", "title": f"Accuracy under AutoAttack, {row}"}
         section.share("Accuracy under AutoAttack", row, right, way, **card, **_more(subject))
