@@ -201,7 +201,7 @@ def test_evaluation_commands_run(runs, monkeypatch):
     for command in commands("recipes/evaluate.py"):
         words = shlex.split(command)[2:]
         if "--compare" in words:
-            evaluate.main(["runs/plain", *shlex.split(FEW)])
+            evaluate.main(["runs/plain", *shlex.split(FEW), "--sections", "[classification]"])
             evaluate.main(words)
         else:
             large = ["--sections", "[classification]"] if "timm:" in command else []
