@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -173,6 +174,20 @@ def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(tmp_path, reference, numb
     whole(tmp_path, world)
     assert "is finished: 40 steps" in output(tmp_path)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == content
+
+
+def test_a_signal_to_the_group_ends_no_worker_before_the_checkpoint(tmp_path):
+    (process,) = start(
+        tmp_path, 1, *["--train.steps", "100000", "--data.cache_gib", "0", "--train.workers", "1", "--train.eval_every", "0"]
+    )
+    while not list((tmp_path / "run").glob("checkpoints/step_*")):
+        assert running(process), output(tmp_path)
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)  # what batch systems do
+    assert exit_status(process) == 128 + signal.SIGTERM, output(tmp_path)
+    (step,) = re.findall(r"SIGTERM: stopped at step (\d+); go on with --resume run", output(tmp_path))
+    assert rank_files(tmp_path / "run" / "checkpoints" / f"step_{int(step):08d}")
+    assert "Traceback" not in output(tmp_path)
 
 
 def test_runs_started_at_once_are_whole_and_a_second_writer_is_refused(tmp_path):

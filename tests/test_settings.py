@@ -112,12 +112,16 @@ def test_the_default_config_is_for_those_who_name_neither_data_nor_config():
         (["--model.kwargs.patch_size", "2", "--model.name", "vit_tiny_patch16_224"], {"patch_size": 2}),
         (["--model.kwargs.widen", "2"], {"act_layer": "silu", "widen": 2}),
         (["--model.name", "resnet18", "--config", str(DIGITS)], {"act_layer": "silu"}),  # its own model again
+        (["--config", str(DIGITS), "--config", "other.yaml"], {}),
+        (["--model", "{name: resnet18}"], {}),
+        (["--model", "{name: resnet18, kwargs: {widen: 2}}"], {"widen": 2}),
         (["--resume", "a", "--model.name", "resnet18"], {}),
         (["--resume", "a"], {"act_layer": "silu"}),
     ],
 )
 def test_a_configs_model_kwargs_belong_to_its_own_model(flags, kwargs):
     run_with("a", "--config", str(DIGITS))
+    Path("other.yaml").write_text("model: {name: resnet18}\n")
     assert parse_settings(flags, DIGITS)[0].model.kwargs == kwargs
 
 
@@ -127,6 +131,13 @@ def test_steps_are_meant_where_a_config_says_epochs():
     assert (told.steps, told.epochs) == (5, None)
     assert parse_settings(["--train.steps", "5", "--config", "some.yaml"])[0].train.epochs == 30
     assert parse_settings(["--config", "some.yaml", "--train.steps", "5", "--train.epochs", "2"])[0].train.epochs == 2
+    Path("shorter.yaml").write_text("train: {steps: 5}\nclassifier: {steps: 7}\n")
+    for later in (["--config", "shorter.yaml"], ["--train", "{steps: 5}"], ["--train", "shorter_train.yaml"]):
+        Path("shorter_train.yaml").write_text("steps: 5\n")
+        told = parse_settings(["--config", "some.yaml", *later])[0].train
+        assert (told.steps, told.epochs) == (5, None), later
+    told = parse_settings(["--classifier.epochs", "3", "--config", "shorter.yaml"])[0].classifier
+    assert (told.steps, told.epochs) == (7, None)
 
 
 def test_the_command_repeats_the_run_elsewhere():

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
 
 from timm_jem.errors import InputError, one_line, quoted
 
-__all__ = ["Arguments", "Flag", "make_parser", "parse_flags", "read_flags"]
+__all__ = ["Arguments", "Flag", "make_parser", "names_of", "parse_flags", "read_flags"]
 
 # Of another library's function. Text comes first: what is quoted in YAML stays text.
 Arguments = dict[str, str | int | float | bool | list | dict | None]
@@ -89,15 +89,35 @@ def parse_flags(parser: ArgumentParser, flags: Sequence[Flag]) -> Namespace:
     return parsed
 
 
+def names_of(parser: ArgumentParser, flag: Flag) -> set[str]:
+    """The settings that a flag gives, such as ``--train.lr``: of a YAML file, or of a mapping, all that are in it.
+
+    Raises:
+        InputError: a file or a mapping that can't be read.
+    """
+    options = _options(parser)
+    if flag.name != "--config" and options.get(flag.name) != "section":
+        return {flag.name}
+
+    def names(content: dict[str, Any], prefix: str) -> set[str]:
+        found = set()
+        for key, value in content.items():
+            name = f"{prefix}{key}"
+            section = options.get(name) == "section" and isinstance(value, dict)
+            found |= names(value, f"{name}.") if section else {name}
+        return found
+
+    prefix = _prefix(flag)
+    return names(_content(flag, prefix, parser, options)[0], prefix)
+
+
 def _word(flag: Flag, parser: ArgumentParser, options: dict[str, Any]) -> str:
     """The flag as jsonargparse takes it."""
     if not flag.name or flag.value is None:
         return flag.value or flag.name
     value = flag.value
     if flag.name == "--config" or options.get(flag.name) == "section":
-        prefix = "--" if flag.name == "--config" else f"{flag.name}."
-        value = _settings(flag, prefix, parser, options)
-        return f"{flag.name}={value}"
+        return f"{flag.name}={_settings(flag, _prefix(flag), parser, options)}"
     if "/" in value and _is_of_numbers(options.get(flag.name)):
         value = json.dumps(_without_fractions(_loaded(value), flag.name), default=str)
     if _kind(options, flag.name) is list and isinstance(loaded := _loaded(value), (str, int, float, dict)):
@@ -125,8 +145,13 @@ def _without_fractions(value: Any, name: str) -> Any:
     return int(fraction[1]) / int(fraction[2])
 
 
-def _settings(flag: Flag, prefix: str, parser: ArgumentParser, options: dict[str, Any]) -> str:
-    """The settings of a YAML file, or of a mapping on the command line, as JSON."""
+def _prefix(flag: Flag) -> str:
+    """What the names of the settings begin with that a YAML file or a mapping has."""
+    return "--" if flag.name == "--config" else f"{flag.name}."
+
+
+def _content(flag: Flag, prefix: str, parser: ArgumentParser, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What a YAML file, or a mapping on the command line, holds, and how errors call it."""
     source, text = flag.name, flag.value
     if flag.name == "--config" or Path(text).is_file():
         source = text
@@ -147,6 +172,12 @@ def _settings(flag: Flag, prefix: str, parser: ArgumentParser, options: dict[str
         first = _first(prefix, options)
         hint = f"did you mean {first} {str(content)[:60]}?" if content is not None else f"give {first} or another setting"
         raise InputError(f"{source} is a section of settings and is given {holds}: {hint}")
+    return content, source
+
+
+def _settings(flag: Flag, prefix: str, parser: ArgumentParser, options: dict[str, Any]) -> str:
+    """The settings of a YAML file, or of a mapping on the command line, as JSON."""
+    content, source = _content(flag, prefix, parser, options)
     content = _checked(content, prefix, source, options)
     nested = content
     for part in reversed(prefix.strip("-.").split(".") if prefix != "--" else []):

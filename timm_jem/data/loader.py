@@ -1,5 +1,6 @@
 """Endless batches of training images, whose place is a number or two: resuming and going back are exact."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
@@ -19,7 +20,7 @@ from timm_jem.decoding import BrokenImage
 from timm_jem.errors import InputError, check_whole, quoted
 from timm_jem.files import cores
 
-__all__ = ["ImageStream", "StreamedImages", "default_workers", "open_stream"]
+__all__ = ["ImageStream", "StreamedImages", "apart", "default_workers", "open_stream"]
 
 
 class _Batches:
@@ -196,10 +197,18 @@ def default_workers(local_world: int) -> int:
     return max(1, min(8, cores() // local_world - 1))
 
 
+def apart(_worker: int) -> None:
+    """Called in a worker process first: a group of its own, so that a signal to the run's group, Ctrl-C or what ``accelerate
+    launch`` and batch systems send, ends no worker while the run writes its checkpoint."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
 def _data_loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
     return DataLoader(
         dataset,
         num_workers=workers,
+        worker_init_fn=apart,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # without one it would draw from the global generator

@@ -6,6 +6,7 @@ from timm.utils import distribute_bn
 from torch.utils.data import DataLoader, Subset
 
 from timm_jem.data import ImageSet
+from timm_jem.data.loader import apart
 from timm_jem.evaluation import accuracy, expected_calibration_error, predict
 from timm_jem.model import JEM
 
@@ -19,6 +20,7 @@ def in_batches(images: ImageSet | Subset, workers: int) -> DataLoader:
         batch_size=256,
         collate_fn=_unchanged,
         num_workers=workers if getattr(images, "dataset", images).images is None else 0,
+        worker_init_fn=apart,
         generator=torch.Generator(),  # a loader draws from the global one otherwise
     )
 

@@ -1,5 +1,6 @@
 """Everything that can be set of a training run, and how it is told: YAML files and flags."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -7,8 +8,9 @@ from typing import Any, Literal
 import timm
 import yaml
 from accelerate.tracking import get_available_trackers
+from jsonargparse import ArgumentParser
 
-from timm_jem.command_line import Arguments, Flag, make_parser, parse_flags, read_flags
+from timm_jem.command_line import Arguments, Flag, make_parser, names_of, parse_flags, read_flags
 from timm_jem.data import DataConfig
 from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.evaluation.attacks import PGDConfig
@@ -33,7 +35,7 @@ class ModelConfig:
         drop_rate: timm's dropout, for the loss only: chains move without.
         drop_path_rate: timm's stochastic depth, likewise.
         kwargs: more arguments for timm.create_model, e.g. {act_layer: silu}. Those of a config are for its own model:
-            a --model.name after it drops them, whatever other arguments come with it.
+            a model's name after it, of a flag or another config, drops them, whatever other arguments come with it.
     """
 
     name: str = "wrn_28_10"
@@ -427,16 +429,7 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
             flags.insert(0, Flag("--config", str(own.config_file)))
         elif default_config is not None and not {"--data.dataset", "--data"} & set(told):
             flags.insert(0, Flag("--config", str(default_config)))
-    # A config's arguments of a model are for its own: flags that name another after it start from none. Its epochs are no
-    # more meant where steps follow.
-    after = max((i + 1 for i, flag in enumerate(flags) if flag.name == "--config"), default=0)
-    later = {flag.name for flag in flags[after:]}
-    if "--model.name" in later:
-        flags.insert(after, Flag("--model.kwargs", "{}"))
-    for section in ("train", "classifier"):
-        if f"--{section}.steps" in later and f"--{section}.epochs" not in later:
-            flags.insert(after, Flag(f"--{section}.epochs", "null"))
-    found = parser.instantiate(parse_flags(parser, flags))
+    found = parser.instantiate(parse_flags(parser, _with_resets(parser, flags)))
     settings = Settings(**{name: found[name] for name in Settings.__dataclass_fields__})
     if settings.train.mixed_precision == "auto":  # measured once in a run, however it is told to go on
         own = RunFolder.find(settings.output_dir, settings.data.dataset, settings.resume)
@@ -445,6 +438,27 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
             settings.train = replace(settings.train, mixed_precision=had)
             repeated += ["--train.mixed_precision", had]
     return settings, repeated
+
+
+def _with_resets(parser: ArgumentParser, flags: Sequence[Flag]) -> list[Flag]:
+    """The flags, and where a file, or the flags after it, name another model or a number of steps, what those before them said
+    of its arguments, or of epochs, is taken back."""
+    groups: list[list[Flag]] = [[]]
+    for flag in flags:
+        if flag.name == "--config":
+            groups += [[flag], []]
+        else:
+            groups[-1].append(flag)
+    found: list[Flag] = []
+    for group in groups:
+        given = set().union(*(names_of(parser, flag) for flag in group))
+        if "--model.name" in given:
+            found.append(Flag("--model.kwargs", "{}"))
+        for section in ("train", "classifier"):
+            if f"--{section}.steps" in given and f"--{section}.epochs" not in given:
+                found.append(Flag(f"--{section}.epochs", "null"))
+        found += group
+    return found
 
 
 def _named(name: str) -> str:
