@@ -177,9 +177,8 @@ def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(tmp_path, reference, numb
 
 
 def test_a_signal_to_the_group_ends_no_worker_before_the_checkpoint(tmp_path):
-    (process,) = start(
-        tmp_path, 1, *["--train.steps", "100000", "--data.cache_gib", "0", "--train.workers", "1", "--train.eval_every", "0"]
-    )
+    decoded_by_a_worker = ["--data.cache_gib", "0", "--train.workers", "1"]
+    (process,) = start(tmp_path, 1, "--train.steps", "100000", "--train.eval_every", "0", *decoded_by_a_worker)
     while not list((tmp_path / "run").glob("checkpoints/step_*")):
         assert running(process), output(tmp_path)
         time.sleep(0.01)

@@ -1,7 +1,7 @@
 """Chains seen at several lengths, and which of these is best."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from accelerate.utils import tqdm
@@ -103,7 +103,13 @@ def _views(
 
 @torch.no_grad()
 def best_num_steps(
-    jem: JEM, real: Tensor, y: Tensor, candidates: Sequence[int], *, generator: torch.Generator, batch_size: int = 256
+    jem: JEM,
+    real: Tensor | Iterable[Tensor],
+    y: Tensor,
+    candidates: Sequence[int],
+    *,
+    generator: torch.Generator,
+    batch_size: int = 256,
 ) -> tuple[int, dict[int, float]]:
     """The length of fresh chains whose images are nearest to ``real`` ones.
 
@@ -113,7 +119,7 @@ def best_num_steps(
 
     Args:
         jem: the model; its flags are left as they were.
-        real: held-out images, pixels in [-1, 1], shape (N, C, H, W).
+        real: held-out images, pixels in [-1, 1], shape (N, C, H, W), or batches of them, one in memory at a time.
         y: classes of the chains, int64, shape (M,).
         candidates: numbers of steps, each above ``denoise_steps``.
         generator: the only source of randomness.
@@ -128,12 +134,20 @@ def best_num_steps(
     """
     if len(candidates) == 0:
         raise InputError("there are no lengths of chains to choose from: give at least one")
+    parts = real.split(batch_size) if isinstance(real, Tensor) else real if isinstance(real, Iterable) else [real]
+    features = [_features(part, jem) for part in parts]
+    if (count := sum(map(len, features))) < 2:
+        raise InputError(f"images to be near to are {count}: give at least two")
+    features = torch.cat(features)
+    chains = chains_by_length(jem, candidates, y=y, generator=generator, batch_size=batch_size)
+    # Features are of pixels cut to [-1, 1], in which infinite ones would look like others.
+    distances = {steps: frechet_distance(pyramid(u), features) if u.isfinite().all() else math.nan for steps, u in chains}
+    return min(distances, key=lambda steps: (math.isnan(distances[steps]), distances[steps], steps)), distances
+
+
+def _features(real: Tensor, jem: JEM) -> Tensor:
     if not isinstance(real, Tensor) or real.shape[1:] != jem.input_size or not real.is_floating_point():
         raise InputError(f"images to be near to are no pixels: give floats, (N, {', '.join(map(str, jem.input_size))})")
-    if len(real) < 2 or not real.isfinite().all():
-        raise InputError(f"images to be near to are {len(real)}, or not finite: give at least two, in [-1, 1]")
-    chains = chains_by_length(jem, candidates, y=y, generator=generator, batch_size=batch_size)
-    real = torch.cat([pyramid(part) for part in real.cpu().split(batch_size)])
-    # Features are of pixels cut to [-1, 1], in which infinite ones would look like others.
-    distances = {steps: frechet_distance(pyramid(u), real) if u.isfinite().all() else math.nan for steps, u in chains}
-    return min(distances, key=lambda steps: (math.isnan(distances[steps]), distances[steps], steps)), distances
+    if not real.isfinite().all():
+        raise InputError("images to be near to are not finite: give pixels in [-1, 1]")
+    return pyramid(real.cpu())

@@ -144,10 +144,9 @@ def _choose_length(settings: Settings, splits: Splits, jem: JEM) -> dict[str, An
     """Set the length of fresh chains to the best on validation images; what the summary says of it."""
     train = settings.train
     jem.sgld = replace(jem.sgld, sample_steps=None)
-    images = torch.cat([images for images, _ in in_batches(splits.val, workers_of(train))])
     best_length, distances = best_num_steps(
         jem,
-        to_pixels(images),
+        (to_pixels(images) for images, _ in in_batches(splits.val, workers_of(train))),
         torch.arange(train.sample_count) % jem.num_classes,
         settings.lengths(jem.sgld.num_steps) or [jem.sgld.denoise_steps + 1],  # chains that have not grown yet
         generator=torch.Generator(jem.mean.device).manual_seed(train.seed),
