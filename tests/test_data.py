@@ -268,6 +268,28 @@ def test_some_labels_of_each_class(tmp_path):
     assert every.labeled is None
     with pytest.raises(InputError, match="labels_per_class is 15, and class 'ant' has 14 training images"):
         load_splits(DataConfig(str(tmp_path / "rows.parquet"), labels_per_class=15))
+    marked([i % 2 for i in range(60)]).to_parquet(tmp_path / "rows.parquet")  # no image of the third class
+    few = load_splits(DataConfig(str(tmp_path / "rows.parquet"), labels_per_class=5))
+    assert few.labeled.labels.bincount(minlength=3).tolist() == [5, 5, 0]
+
+
+@pytest.mark.parametrize("name", ["{}", "{}?image_column=image"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, split):
+    rows = marked([i % 3 for i in range(60)])
+    DatasetDict({"train": rows, "test": rows, "more": rows}).save_to_disk(str(tmp_path / "saved"))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    for data in (str(tmp_path / "saved"), str(tmp_path / "rows.parquet")):
+        with pytest.raises(InputError, match=f"unlabeled is split {split} of {data}, whose"):
+            load_splits(DataConfig(data, unlabeled=name.format(data), unlabeled_split=split))
+    more = load_splits(DataConfig(str(tmp_path / "saved"), unlabeled=name.format(tmp_path / "saved"), unlabeled_split="more"))
+    assert (more.train.labels == -1).sum() == 60
+
+
+@pytest.mark.parametrize(("size", "padding"), [((128, 16), 2), ((16, 128), 2), ((64, 15), 0), ((32, 24), 3)])
+def test_crops_fit_the_shorter_side(tmp_path, size, padding):
+    images = [PILImage.fromarray(np.full(size, i, np.uint8)) for i in range(12)]
+    assert load_splits(DataConfig(save(tmp_path, images=images))).crop_padding == padding
 
 
 def test_rows_without_labels(tmp_path):

@@ -73,6 +73,12 @@ def test_a_bounded_number_is_looked_at(tmp_path):
     assert splits.files == "RGB 4×4 (files are 4×4 to 5×5, 499 grey, of 500 looked at, --data.image_size sets another)"
 
 
+def test_photographs_stand_upright_by_xmp_too(tmp_path):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    splits = load_splits(DataConfig(folder(tmp_path, [PILImage.new("RGB", (48, 32))] * 4, "jpg", xmp=xmp)))
+    assert (splits.image_shape, splits.files) == ((3, 48, 32), "RGB 48×32")
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff", "avif"])
 def test_photographs_stand_upright(tmp_path, kind):
     """As in Hugging Face's loader; those of torchvision and timm leave them on their side."""

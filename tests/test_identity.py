@@ -95,6 +95,20 @@ def test_an_encoder_of_another_version_makes_no_other_data():
     assert len({_content(cell) for cell in first}) == 10
 
 
+def test_a_broken_one_is_named_when_it_is_decoded(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            PILImage.new("L", (8, 8), i).save(tmp_path / name / f"{i:02}.png")
+    file = tmp_path / "cat" / "03.png"
+    splits = load_splits(DataConfig(str(tmp_path), cache_gib=0))
+    whole = data_identity(splits)
+    file.write_bytes(file.read_bytes()[:-25])
+    with pytest.raises(OSError, match="truncated"):
+        PILImage.open(file).load()
+    assert data_identity(splits) != whole
+
+
 def test_of_a_stream_the_held_out_images_are_known(own, tmp_path):
     first, second = tmp_path / "a.parquet", tmp_path / "b.parquet"
     for file in (first, second):

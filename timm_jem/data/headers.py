@@ -92,7 +92,8 @@ def read_headers(rows: Dataset, image_column: str, what: str) -> Headers:
 
 def _upright(image: PILImage.Image) -> tuple[int, int]:
     # A TIFF's size is upright already; a PNG without the tag would be decoded to look for it.
-    tagged = image.format != "TIFF" and "exif" in image.info
+    # Pillow finds one in XMP, too.
+    tagged = image.format != "TIFF" and bool({"exif", "xmp", "XML:com.adobe.xmp"} & set(image.info))
     turned = tagged and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
     return image.size if turned else image.size[::-1]
 

@@ -1,5 +1,6 @@
 """Which images a run has trained, chosen and reported on: a few digests that tell whether they are the same elsewhere."""
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from PIL import Image as PILImage
 
 from timm_jem.data.images import ImageSet, evenly
 from timm_jem.data.splits import Splits
+from timm_jem.decoding import UNREADABLE
 
 __all__ = ["changed_data", "data_identity", "same_held_out"]
 
@@ -76,7 +78,7 @@ def _content(stored: Mapping[str, Any] | None) -> bytes:
     if data is None:
         data = str(path).encode()  # a file on the Hub
     elif data.startswith(b"\x89PNG") and len(data) <= _SMALL:
-        with PILImage.open(io.BytesIO(data)) as image:
+        with contextlib.suppress(UNREADABLE), PILImage.open(io.BytesIO(data)) as image:  # broken ones are named when decoded
             data = f"{image.mode} {image.size} ".encode() + image.tobytes()
     return hashlib.blake2b(data, digest_size=16).digest()
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -114,8 +115,9 @@ def load_splits(config: DataConfig) -> Splits:
         )
     channels, size = train.channels, train.size
     flip = not all(len(name) == 1 or name.isdigit() for name in class_names) if config.flip is None else config.flip
-    padding = (size[0] // 8 if size[0] >= 16 else 0) if config.crop_padding is None else config.crop_padding
-    if padding >= min(size):
+    side = min(size)
+    padding = (side // 8 if side >= 16 else 0) if config.crop_padding is None else config.crop_padding
+    if padding >= side:
         raise InputError(f"data crop_padding is {padding} for images of {size[0]}×{size[1]}: give less than the side")
     return Splits(
         **sets,
@@ -213,6 +215,12 @@ def _split_stored(
         sets["test"] = ImageSet(test, image_column, classes, channels, size, f"split {test_split}", range(len(test)))
     if config.unlabeled is not None:
         asked = read_name(config.unlabeled)
+        of_this = (asked.name, asked.config_name) == (config.dataset, config.config_name)
+        if of_this and (config.unlabeled_split in (config.train_split, test_split) or Path(asked.name).is_file()):
+            raise InputError(
+                f"data unlabeled is split {config.unlabeled_split} of {config.dataset}, whose validation or test images would "
+                "be trained on: give other images, or labels_per_class"
+            )
         more = with_images(load(asked.name, asked.config_name, config.unlabeled_split, streaming=False), asked.image_column)
         if config.unlabeled_split not in more:
             raise InputError(
@@ -232,11 +240,11 @@ def _split_stored(
 def _some_of_each(
     rows: np.ndarray, labels: np.ndarray, count: int, class_names: list[str], rng: np.random.Generator
 ) -> np.ndarray:
-    """``count`` of ``rows`` of each class, in the rows' order."""
+    """``count`` of ``rows`` of each class that has any, in the rows' order."""
     kept = []
     for label, name in enumerate(class_names):
         of_class = rng.permutation(rows[labels[rows] == label])
-        if len(of_class) < count:
+        if 0 < len(of_class) < count:
             raise InputError(
                 f"data labels_per_class is {count}, and class {name!r} has {len(of_class)} training images: lower it"
             )
