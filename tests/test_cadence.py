@@ -52,6 +52,7 @@ def test_the_last_step_is_looked_at_logged_and_saved_and_published_once():
     due = make(steps=60, hub={"push_to": "user/name", "every": 20}).at(60, [])
     assert due == Due(look=True, log=True, checkpoint=True, push=False)
     assert make(steps=60, log_every=7).at(59, []) == Due()
+    assert make(steps=60, best_k=1).at(60, []).validate  # it may be the best
 
 
 def test_what_is_kept_has_been_looked_at():

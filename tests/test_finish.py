@@ -96,6 +96,13 @@ def test_chains_that_have_not_grown_yet_draw_with_a_step_of_noise_at_least(tmp_p
     assert timm_jem.from_pretrained(tmp_path / "run" / "model").sgld.sample_steps == 4
 
 
+def test_a_length_that_was_told_is_kept(tmp_path, splits):
+    end.finish(*trained(tmp_path / "run", splits, "--sgld.sample_steps 7"))
+    assert timm_jem.from_pretrained(tmp_path / "run" / "model").sgld.sample_steps == 7
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["sample_steps"], "val_frechet_by_steps" in summary) == (7, False)
+
+
 def test_chains_rest_as_soon_as_it_is_known_where(tmp_path, splits):
     settings, _, run, record = trained(tmp_path / "run", splits, "--sgld.rest 0.2")
     record.samples(run.step, run.learner.published().eval(), "early.png")  # on the way

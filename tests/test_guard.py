@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from timm_jem import InputError
+from timm_jem import InputError, SGLDConfig
 from timm_jem.training import DivergenceGuard, GuardConfig, MaximumLikelihood, Remedy
 
 GOOD = {"loss": 0.5, "ce": 0.4, "gap": -0.3, "energy_data": -3.0, "energy_neg": -2.7, "grad_norm": 1.0}
@@ -183,6 +183,7 @@ def test_remedies_add_up():
     assert Remedy().then(remedy) == remedy  # one that says nothing changes nothing
     assert str(Remedy()) == "nothing but fresh chains"
     assert str(remedy) == "lr × 0.25, num_steps × 1.5, step_size × 0.3, energy_l2 + 0.2"
+    assert Remedy(num_steps=1e5).chains(SGLDConfig(num_steps=20)).num_steps == 100_000  # the most that a chain may have
 
 
 @pytest.mark.parametrize(

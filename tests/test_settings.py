@@ -180,6 +180,7 @@ def test_the_command_repeats_the_run_elsewhere():
         ("--model.kwargs.drop_rate 0.1", "drop_rate"),
         ("--train.sample_steps [1] --sgld.num_steps 4 --sgld.denoise_steps 4", "denoise_steps 4"),
         ("--train.sample_steps []", "sample_steps"),
+        ("--train.sample_steps [1,60000] --sgld.num_steps 2", "chains of 120,000 steps"),
         ("--train.trackers [tensorbord]", "choose from tensorboard"),
         ("--train.trackers [wandb]", "pip install wandb"),
         ("--train.ema_decay 1.5", "ema_decay is 1.5"),

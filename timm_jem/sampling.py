@@ -47,7 +47,7 @@ class SGLDConfig:
         grad_clamp: elementwise bound of the gradient, or None (paper: none; JEM++, arXiv 2109.09032: 1).
         pixel_clamp: elementwise bound of the chain after each step, or None (paper: none; JEM++: 1).
         sample_steps: steps of a fresh chain in ``JEM.sample``, ``denoise_steps`` included; None: ``num_steps``.
-            The training recipe finds it on validation images.
+            The training recipe finds it on validation images, unless it is told.
         denoise_steps: how many of the last steps of a fresh or published chain add no noise in ``JEM.sample``, and in
             ``JEM.restore`` (paper: 0). They take away the noise that a chain always carries.
         step_decay: the step size falls evenly to 0 within a chain, as in arXiv 2605.23819: that of step k = 0, …, K − 1 is

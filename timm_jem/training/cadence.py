@@ -62,7 +62,7 @@ class Cadence:
             look=look,
             log=every(train.log_every) or last,
             sample=every(train.sample_every) or push,  # a card shows pictures of its own weights
-            validate=every(train.eval_every),
+            validate=every(train.eval_every) or (last and train.best_k > 0),
             push=push,
             checkpoint=checkpoint,
             snapshot=every(guard.snapshot_every),

@@ -141,8 +141,10 @@ def _explanation(broke: Rollback, run: Run, settings: Settings, rate: str = "tra
 
 
 def _choose_length(settings: Settings, splits: Splits, jem: JEM) -> dict[str, Any]:
-    """Set the length of fresh chains to the best on validation images; what the summary says of it."""
+    """Set the length of fresh chains to the best on validation images, unless it was told; what the summary says of it."""
     train = settings.train
+    if settings.sgld.sample_steps is not None:
+        return {"sample_steps": settings.sgld.sample_steps}
     jem.sgld = replace(jem.sgld, sample_steps=None)
     best_length, distances = best_num_steps(
         jem,

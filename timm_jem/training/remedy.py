@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 from timm_jem.errors import check_number
 from timm_jem.objectives import ObjectiveConfig
-from timm_jem.sampling import SGLDConfig
+from timm_jem.sampling import MOST_STEPS, SGLDConfig
 
 __all__ = ["Remedy"]
 
@@ -20,7 +20,7 @@ class Remedy:
 
     Attributes:
         lr: factor of the learning rate.
-        num_steps: factor of the number of SGLD steps K, rounded up.
+        num_steps: factor of the number of SGLD steps K, rounded up, to 100,000 at most.
         step_size: factor of the SGLD step size.
         energy_l2: added to the weight of the squared energies.
 
@@ -54,7 +54,8 @@ class Remedy:
 
     def chains(self, sgld: SGLDConfig) -> SGLDConfig:
         """How chains move with it."""
-        return replace(sgld, num_steps=math.ceil(sgld.num_steps * self.num_steps), step_size=sgld.step_size * self.step_size)
+        num_steps = min(math.ceil(sgld.num_steps * self.num_steps), MOST_STEPS)
+        return replace(sgld, num_steps=num_steps, step_size=sgld.step_size * self.step_size)
 
     def objective(self, objective: ObjectiveConfig) -> ObjectiveConfig:
         """The loss with it."""

@@ -16,7 +16,7 @@ from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.evaluation.attacks import PGDConfig
 from timm_jem.models.names import check_name
 from timm_jem.objectives import ObjectiveConfig
-from timm_jem.sampling import SGLDConfig
+from timm_jem.sampling import MOST_STEPS, SGLDConfig
 from timm_jem.training.guard import GuardConfig
 from timm_jem.training.run_folder import RunFolder
 
@@ -96,7 +96,8 @@ class TrainConfig:
             4/255; None: 8/255 for linf, 0.5 for l2 (those of CIFAR-10, as in Madry et al. and DAT).
         attack_steps: steps of the attack, each as expensive as one of a chain.
         attack_step_size: of each; None: 2.5 · attack_eps / attack_steps.
-        buffer_size: chains in the replay buffer of a process; None: JEM's 10,000, or as many as take 1 GiB.
+        buffer_size: chains in the replay buffer of a process; None: JEM's 10,000, or as many as take 1 GiB; in any
+            case as many of each class as a batch may need.
         restart_prob: how likely a chain that is drawn from it starts anew.
         restart_least: where given, each slot has a likelihood of its own, evenly on a logarithmic scale from this to
             restart_prob, so that there are chains of every age, and long ones stay good when the model draws.
@@ -131,9 +132,10 @@ class TrainConfig:
         checkpoint_every: optimiser steps between checkpoints for --resume; 0: only when the last step is done, or when stopped
             by SIGTERM or SIGINT.
         keep_checkpoints: how many.
-        best_k: keep the models of the k best validation accuracies in best/.
+        best_k: keep the models of the k best validation accuracies in best/, that of the end included.
         trackers: tensorboard, trackio or wandb.
-        sample_steps: lengths tried on validation images for fresh chains, in multiples of sgld.num_steps.
+        sample_steps: lengths tried on validation images for fresh chains, in multiples of sgld.num_steps, where
+            sgld.sample_steps doesn't tell.
         sample_count: how many chains for that.
     """
 
@@ -360,6 +362,11 @@ class Settings:
             raise InputError(
                 f"no train.sample_steps is longer than sgld.denoise_steps {self.sgld.denoise_steps}: give longer ones"
             )
+        if (longest := max(self.train.sample_steps) * self.sgld.num_steps) > MOST_STEPS:
+            raise InputError(
+                f"train.sample_steps and sgld.num_steps {self.sgld.num_steps} make chains of {longest:,} steps: give at most "
+                f"{MOST_STEPS:,}"
+            )
         if self.data.streaming and (self.train.epochs is not None or self.classifier.epochs is not None):
             raise InputError("epochs need to know how many images there are, and data.streaming doesn't: give steps")
         if self.data.starts is not None and self.train.init != "noise":
@@ -377,7 +384,7 @@ class Settings:
 
     def lengths(self, num_steps: int | None = None) -> list[int]:
         """The lengths of fresh chains to try: ``train.sample_steps`` times K, which is ``num_steps`` or ``sgld.num_steps``."""
-        lengths = [n * (num_steps or self.sgld.num_steps) for n in self.train.sample_steps]
+        lengths = [min(n * (num_steps or self.sgld.num_steps), MOST_STEPS) for n in self.train.sample_steps]
         return [length for length in lengths if length > self.sgld.denoise_steps]
 
     def sections(self) -> dict[str, dict[str, Any]]:
