@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from timm_jem import InputError
-from timm_jem.files import as_path, folder_aside, move_in, replaced_file
+from timm_jem.files import as_path, files_left_aside, folder_aside, move_in, replaced_file
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -20,6 +20,22 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         aside.write_text("new")
         assert file.read_text() == "old"
     assert (file.read_text(), os.listdir(tmp_path)) == ("new", ["figures.json"])
+
+
+def test_two_writers_of_a_file_and_a_hidden_one_do_not_meet(tmp_path):
+    file, hidden = tmp_path / "table.csv", tmp_path / ".table.csv"
+    hidden.write_text("mine")
+    with replaced_file(file) as first:
+        first.write_text("first")
+        with replaced_file(file) as second:
+            second.write_text("second")
+        assert file.read_text() == "second"
+        assert first.suffix == ".csv"  # which may tell what is written
+        assert files_left_aside(tmp_path) == [first]
+    assert (file.read_text(), hidden.read_text()) == ("first", "mine")
+    assert sorted(os.listdir(tmp_path)) == [".table.csv", "table.csv"]
+    with replaced_file(tmp_path / ("名" * 85)) as aside:  # 255 bytes
+        aside.write_text("long")
 
 
 def test_a_folder_aside_is_where_its_target_can_be_written(tmp_path):

@@ -275,7 +275,7 @@ def test_tidy_leaves_strangers_files_alone():
     ):  # fmt: skip
         (folder.path / name).mkdir(parents=True)
         (folder.path / name / "file").write_text("")
-    for name in ("best/step_00000016", ".model-file"):
+    for name in ("best/step_00000016", ".model-file", ".samples-0a1b2c3d.png", ".samples.png"):
         (folder.path / name).write_text("")
     Path("elsewhere").mkdir()
     Path("elsewhere/file").write_text("")
@@ -284,7 +284,9 @@ def test_tidy_leaves_strangers_files_alone():
     assert sorted(os.listdir("a/best")) == [
         "backup_step_00000012", "my_step_notes", "step_00000004", "step_00000012.bak", "step_00000016", "step_00000020",
     ]  # fmt: skip
-    assert sorted(os.listdir("a")) == [".model", ".model-Of mine", ".model-file", "best", "model", "step_00000008"]
+    assert sorted(os.listdir("a")) == [
+        ".model", ".model-Of mine", ".model-file", ".samples.png", "best", "model", "step_00000008",
+    ]  # fmt: skip
     assert os.listdir("a/model") == ["file"]
     assert Path("elsewhere/file").exists()
     RunFolder("nowhere").tidy([])  # nothing there yet

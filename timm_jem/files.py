@@ -10,7 +10,9 @@ from pathlib import Path
 
 from timm_jem.errors import InputError, one_line, quoted
 
-__all__ = ["as_path", "cores", "folder_aside", "left_aside", "move_in", "replaced_file"]
+__all__ = ["as_path", "cores", "files_left_aside", "folder_aside", "left_aside", "move_in", "replaced_file"]
+
+_FILE_ASIDE = re.compile(r"\..+-[0-9a-f]{8}(\.\w+)?")
 
 
 def as_path(name: str | os.PathLike) -> Path:
@@ -28,11 +30,14 @@ def as_path(name: str | os.PathLike) -> Path:
 def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside ``path``, which takes its place when the context ends well; otherwise ``path`` is as before.
 
+    No other writer of ``path`` has it, and it ends as ``path`` does.
+
     Raises:
         OSError: whatever the file system says; nothing partial stays.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}")
+    # A name may have 255 bytes, and a character up to four.
+    aside = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}{path.suffix[:10]}")
     try:
         yield aside
         os.replace(aside, path)
@@ -77,6 +82,11 @@ def left_aside(target: Path) -> list[Path]:
     places = [place for place in (target, target.parent) if place.is_dir()]
     found = [path for place in places for path in place.iterdir() if ours.fullmatch(path.name)]
     return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
+def files_left_aside(folder: Path) -> list[Path]:
+    """What :func:`replaced_file` made in ``folder`` in processes that were killed."""
+    return [path for path in folder.glob(".*") if _FILE_ASIDE.fullmatch(path.name) and path.is_file() and not path.is_symlink()]
 
 
 def move_in(aside: Path, target: Path, *, last: str, stale: Iterable[str] = ()) -> None:

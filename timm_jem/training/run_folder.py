@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from timm_jem.errors import InputError, one_line, quoted
-from timm_jem.files import as_path, left_aside, replaced_file
+from timm_jem.files import as_path, files_left_aside, left_aside, replaced_file
 from timm_jem.hub.card import PICTURES
 from timm_jem.training.lock import LOCK_FILE, locked
 
@@ -271,6 +271,8 @@ class RunFolder:
         for folder in [*of_best, *left_aside(self.model)]:
             if folder.is_dir() and not folder.is_symlink() and folder not in kept:
                 shutil.rmtree(folder)
+        for file in files_left_aside(self.path):
+            file.unlink()
 
 
 def _empty(folder: Path) -> bool:
