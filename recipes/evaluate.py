@@ -42,7 +42,7 @@ from timm_jem.evaluation.report_folder import check_comparison_dir, earlier_repo
 from timm_jem.evaluation.robustness_section import robustness_section
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig, need
-from timm_jem.evaluation.subject import Subject, data_config, display_name, load_model, load_subject
+from timm_jem.evaluation.subject import Subject, data_config, display_name, load_model, load_subject, sampling_of
 from timm_jem.files import folder_aside, left_aside
 from timm_jem.training.shell import check_one_process, one_line_errors
 
@@ -79,26 +79,9 @@ def about(name: str, model: JEM, data: DataConfig) -> dict[str, Any]:
         "data": data.dataset,
         "headline": {"Model": f"{architecture(model.backbone)}, {parameters:,} parameters", "Data": data.dataset},
         "data_settings": asdict(data),
-        "sampling": {
-            "sgld": asdict(model.sgld),
-            "starts": _digest(model.starts),
-            "chains": _digest(model.chains),
-            "rest": _rest(model),
-        },
+        "sampling": sampling_of(model),
         "trained": model.provenance.get("command"),
     }
-
-
-def _digest(kept: Any) -> str | None:
-    """Of the tensors of what is published with a model, or None."""
-    return None if kept is None else fingerprint({name: t for name, t in vars(kept).items() if isinstance(t, torch.Tensor)})
-
-
-def _rest(model: JEM) -> list[float] | None:
-    """Energies by which fresh chains rest, or None where they don't."""
-    if model.sgld.rest is None or model.reference is None:
-        return None
-    return list(model.reference.medians or model.reference.quantiles)
 
 
 def default_output_dir(name: str) -> str:

@@ -5,12 +5,14 @@ What recipes/evaluate.py measured of it, in the run's folder evaluation, goes on
 python recipes/push.py runs/digits user/digits-jem
 """
 
+import json
 import sys
 
 import timm_jem
 from timm_jem import InputError
 from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.evaluation.report import REPORT_FILE, fingerprint, read_report
+from timm_jem.evaluation.subject import sampling_of
 from timm_jem.hub.card import PICTURES
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.shell import one_line_errors
@@ -36,6 +38,8 @@ def main(argv: list[str]) -> None:
         report = read_report(evaluation)
         if report.subject.get("weights") != fingerprint(jem.backbone.state_dict()):
             raise InputError(f"{evaluation} is of other weights than {run.model}: evaluate again, or remove it")
+        if report.subject.get("sampling") != json.loads(json.dumps(sampling_of(jem))):
+            raise InputError(f"{evaluation} is of chains with other settings than {run.model}'s: evaluate again, or remove it")
         if not report.subject.get("as_in_training"):
             raise InputError(
                 f"{evaluation} is of other images than {run} held out, and a card would call them its own: evaluate again "

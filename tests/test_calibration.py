@@ -7,6 +7,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from timm_jem import InputError
 from timm_jem.evaluation.calibration import (
+    binned,
     brier_score,
     expected_calibration_error,
     fit_temperature,
@@ -142,3 +143,11 @@ def test_logits_without_a_softmax_are_one_line(measure, row):
 def test_half_precision_probabilities_are_taken(predictions, dtype):
     p, y = predictions[0].softmax(1), predictions[1]
     assert reliability(p.to(dtype), y).ece == pytest.approx(reliability(p, y).ece, abs=0.01)
+
+
+def test_bins_of_images_drawn_again_are_those_of_their_probabilities():
+    p = torch.rand(50, 7, generator=torch.Generator().manual_seed(0)).double().softmax(1)
+    y, rows = torch.arange(50) % 7, torch.randint(50, (50,), generator=torch.Generator().manual_seed(1))
+    again, expected = binned(p, y).reliability(rows), reliability(p[rows], y[rows])
+    for name in ("count", "confidence", "accuracy"):
+        torch.testing.assert_close(getattr(again, name), getattr(expected, name), rtol=0, atol=1e-15, equal_nan=True)

@@ -1,5 +1,7 @@
 """Scores of detectors against pytorch-ood's own and against their formulas, in networks of every kind."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,9 @@ def by_pytorch_ood(name, seen, weight, bias):
     if name == "dice":
         return theirs.DICE(None, weight, bias, p=0.9).fit_features(z, zeros).predict_features(z)
     if name == "vim":
-        return theirs.ViM(None, 4, weight, bias).fit_features(z, zeros).predict_features(z)
+        mean, shift = weight.mean(0), bias.mean()  # which α and the origin don't depend on here
+        vim = theirs.ViM(None, 4, weight - mean, bias - shift).fit_features(z, zeros)
+        return vim.predict_features(z) - (z @ mean + shift)
     if name == "knn":
         return theirs.KNN(None, k=5).fit_features(z, zeros).predict_features(z)
     if name == "gradnorm":
@@ -135,16 +139,37 @@ def test_vim_and_knn_are_their_formulas(small):
     seen = view(jem, x, features=True)
     z, linear = seen.features.double(), jem.backbone.get_classifier()
     weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
-    centred = z + torch.linalg.pinv(weight) @ bias
+    centred = z + torch.linalg.pinv(weight - weight.mean(0)) @ (bias - bias.mean())
     basis = torch.linalg.svd(centred, full_matrices=True).Vh[3:]  # beyond three principal components
     residual = (centred @ basis.T).norm(dim=1)
     logits = z @ weight.T + bias
-    expected = residual * logits.amax(1).mean() / residual.mean() - logits.logsumexp(1)
+    expected = residual * (logits.amax(1) - logits.mean(1)).mean() / residual.mean() - logits.logsumexp(1)
     found = detector(jem, "vim", d=3).fit(x, accept=None).score(x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     distances = torch.cdist(F.normalize(z), F.normalize(z)).sort(1).values
     found = detector(jem, "knn", k=7).fit(x, accept=None).score(x)
     torch.testing.assert_close(found, distances[:, 6], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [-20.0, 5.0])
+def test_vim_is_the_papers_where_logits_are_centred_and_the_same_wherever_they_are(small, shift):
+    """A constant added to all logits changes no probability, and no difference of energies."""
+    jem, x, _ = small
+    moved = copy.deepcopy(jem)
+    with torch.no_grad():
+        for parameter in (head := moved.backbone.get_classifier()).parameters():
+            parameter -= parameter.mean(0)
+    seen = view(moved, x, features=True)
+    papers = theirs.ViM(None, 4, head.weight.detach(), head.bias.detach())
+    papers.fit_features(seen.features, torch.zeros(len(x), dtype=torch.long))
+    centred = detector(moved, "vim", d=4).fit(x, accept=None)
+    torch.testing.assert_close(centred.score(x), papers.predict_features(seen.features).double(), rtol=1e-3, atol=1e-3)
+    assert centred.state["alpha"] > 0
+    with torch.no_grad():
+        head.bias += shift
+    torch.testing.assert_close(
+        detector(moved, "vim", d=4).fit(x, accept=None).score(x), centred.score(x) - shift, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_neighbours_are_one_for_every_thousand_images():

@@ -172,6 +172,11 @@ def test_the_card_says_what_was_measured(hub, run, evaluated):
     try:
         with pytest.raises(InputError, match="other weights"):
             push.main([str(run), "user/evaluated"])
+        told = report["subject"]["sampling"]
+        others = {**report["subject"], "sampling": {**told, "sgld": {**told["sgld"], "sample_steps": 99}}}
+        (run / "evaluation" / "report.json").write_text(json.dumps({**report, "subject": others}))
+        with pytest.raises(InputError, match="chains with other settings"):
+            push.main([str(run), "user/evaluated"])
     finally:
         (run / "evaluation" / "report.json").write_text(json.dumps(report))
     # What robustness tells is beside the run's own accuracy, not in its place.
@@ -247,6 +252,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, plain, tmp_path, capsys):
     assert "doesn't say what it was trained on" in fails(capsys, f"{plain} {out}")
     assert "no data set" in fails(capsys, f"{run} {out} --data.dataset ./nowhere")
     assert "sections" in fails(capsys, f"{run} --sections [all] --output_dir {tmp_path / 'out'}")
+    assert "seed is 4294967296" in fails(capsys, f"{run} {out} --seed 4294967296")
 
     headless = tmp_path / "headless"
     model = timm.create_model("test_resnet", num_classes=0, in_chans=1)

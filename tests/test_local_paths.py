@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import pytest
 
@@ -47,6 +48,12 @@ def test_the_command_is_one_that_still_runs(tmp_path, monkeypatch):
     assert command("--data.unlabeled=acme/more") == "--data.unlabeled=./more"
     assert command("--config", "acme/settings.yaml") == "--config ./settings.yaml"
     assert command("--data.dataset", "'/home/me/my photos'") == "--data.dataset './my photos'"
+    told = {"file": "w/acme/x.safetensors", "name": "user/model"}
+    words = shlex.join(["--model.kwargs", f"{{pretrained_cfg_overlay: {{file: {told['file']}}}, of: {told['name']}}}"])
+    config = {"model": {"kwargs": {"pretrained_cfg_overlay": {"file": f"/home/me/{told['file']}"}, "of": told["name"]}}}
+    shown = without_local_paths({"command": words, "config": config})
+    assert shlex.split(shown["command"])[1] == "{pretrained_cfg_overlay: {file: ./x.safetensors}, of: user/model}"
+    assert shown["config"]["model"]["kwargs"] == {"pretrained_cfg_overlay": {"file": "./x.safetensors"}, "of": "user/model"}
     kept = "accelerate launch recipes/train.py --config recipes/configs/cifar10_jem.yaml --data.dataset user/name"
     assert command(kept) == kept
     assert command("--an open", "'quote", "/home/me/x") == "--an open 'quote ./x"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from timm_jem import InputError
-from timm_jem.evaluation.comparison import comparison
+from timm_jem.evaluation.comparison import comparison, read_reports
 from timm_jem.evaluation.report import Measured, Report, Result, read_report
 from timm_jem.evaluation.report_folder import check_comparison_dir, earlier_report, write_files
 from timm_jem.files import folder_aside
@@ -38,6 +38,14 @@ def test_reports_come_back_as_they_were(tmp_path):
     (tmp_path / "report.json").write_text(kept.as_json())
     assert read_report(tmp_path) == kept
     assert read_report(tmp_path / "report.json") == kept
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_path(tmp_path):
+    folder = tmp_path / "lr=0.1" / "evaluation"
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(report("ours").as_json())
+    assert list(read_reports([str(folder)])) == ["ours"]
+    assert list(read_reports([f"a={folder}"])) == ["a"]
 
 
 def test_comparison_averages_runs_of_a_name():

@@ -92,6 +92,12 @@ def test_a_config_that_is_named_is_taken_instead_of_the_runs_own():
         assert settings.data.dataset == "digits"
 
 
+def test_weights_in_a_file_are_told_from_the_root():
+    told = "{pretrained_cfg_overlay: {file: w/x.safetensors}, act_layer: silu}"
+    kwargs = parse_settings(["--model.pretrained", "--model.kwargs", told])[0].model.kwargs
+    assert kwargs == {"pretrained_cfg_overlay": {"file": f"{Path.cwd()}/w/x.safetensors"}, "act_layer": "silu"}
+
+
 def test_the_default_config_is_for_those_who_name_neither_data_nor_config():
     assert parse_settings([], DIGITS)[0].model.name == "wrn_10_1"
     assert parse_settings(["--train.lr", "1"], DIGITS)[0].model.name == "wrn_10_1"

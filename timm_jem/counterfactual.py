@@ -28,7 +28,8 @@ class Counterfactual:
         probability: p(y|x) of them under the classes asked for, shape (B,); ``probability_before``: of what was given.
         energies: E(x) along the way, shape (B, S + 1): first that of what was given, last that of ``images``. A step that an
             image didn't take repeats its energy.
-        distance: ℓ2 from what was given, pixels in [-1, 1], shape (B,).
+        distance: ℓ2 from what was given, pixels in [-1, 1], shape (B,); that of images in half precision before these were
+            rounded.
         reached: whether the class asked for is the likeliest, with the confidence asked for; bool, shape (B,).
     """
 
@@ -71,7 +72,7 @@ def counterfactual(
             near the minimum. A calibrated model need not be surer than 0.6 even there: on the digits p was 0.58 to 0.99.
         weight: price of distance, nats per squared pixel.
         sparsity: price of each pixel's change, nats per pixel; pixels that matter least stay exactly as they were.
-        limit: the largest ℓ2 distance from ``u``, pixels; None: any.
+        limit: the largest ℓ2 distance from ``u``, pixels; None: any. In half precision rounding may add to it.
         steps: the most steps, those not taken included.
         step_size: ℓ2 length of the first step and of the longest, pixels; None: 0.02 · √(C·H·W).
         batch_size: images through the network at once, though never fewer than four are.

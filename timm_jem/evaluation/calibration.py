@@ -10,7 +10,9 @@ from timm_jem.evaluation.labelled import labelled_logits, labelled_probabilities
 from timm_jem.temperature import best_temperature
 
 __all__ = [
+    "Binned",
     "Reliability",
+    "binned",
     "brier_score",
     "expected_calibration_error",
     "fit_temperature",
@@ -44,8 +46,39 @@ class Reliability:
         return (self.accuracy - self.confidence).abs()[self.count > 0].max().item()
 
 
+@dataclass(frozen=True)
+class Binned:
+    """Images by their bins of confidence.
+
+    Attributes:
+        bins: each image's, int64, shape (N,).
+        confidence, correct: max_y p(y|x), and 1 where that y is the label, else 0; float64, shape (N,).
+        num_bins: how many bins there are.
+    """
+
+    bins: Tensor
+    confidence: Tensor
+    correct: Tensor
+    num_bins: int
+
+    def reliability(self, rows: Tensor | slice = slice(None)) -> Reliability:
+        """Of the images with these row numbers, which may come more than once."""
+        bins = self.bins[rows]
+        count = bins.bincount(minlength=self.num_bins)
+        sums = (
+            torch.zeros(self.num_bins, dtype=torch.float64).index_add_(0, bins, values[rows])
+            for values in (self.confidence, self.correct)
+        )
+        return Reliability(count, *(total / count for total in sums))
+
+
 def reliability(probabilities: Tensor, y: Tensor, num_bins: int = 15, *, adaptive: bool = False) -> Reliability:
-    """Bins of confidence.
+    """Bins of confidence: arguments and errors as :func:`binned`'s."""
+    return binned(probabilities, y, num_bins, adaptive=adaptive).reliability()
+
+
+def binned(probabilities: Tensor, y: Tensor, num_bins: int = 15, *, adaptive: bool = False) -> Binned:
+    """Images in bins of confidence.
 
     Args:
         probabilities: p(y|x), shape (N, num_classes).
@@ -68,9 +101,7 @@ def reliability(probabilities: Tensor, y: Tensor, num_bins: int = 15, *, adaptiv
     else:
         edges = (torch.arange(1, num_bins, dtype=torch.float64) / num_bins).to(rounded.dtype)
         bins = torch.bucketize(rounded, edges)
-    count = bins.bincount(minlength=num_bins)
-    sums = (torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, values) for values in (confidence, correct))
-    return Reliability(count, *(total / count for total in sums))
+    return Binned(bins, confidence, correct, num_bins)
 
 
 def expected_calibration_error(probabilities: Tensor, y: Tensor, num_bins: int = 15) -> float:

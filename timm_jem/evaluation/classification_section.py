@@ -7,6 +7,7 @@ from torch import Tensor
 
 from timm_jem.evaluation.calibration import (
     Reliability,
+    binned,
     brier_score,
     fit_temperature,
     negative_log_likelihood,
@@ -58,11 +59,12 @@ def _calibration(section: Section, logits: Tensor, y: Tensor, way: str, column: 
         section.add(TABLE, row, value, n, way, column, **interval, **card, **more)
 
     p = logits.double().softmax(1)
-    losses, briers, bins = negative_log_likelihood(logits, y), brier_score(p, y), reliability(p, y)
+    losses, briers, images = negative_log_likelihood(logits, y), brier_score(p, y), binned(p, y)
+    bins = images.reliability()
     add("Negative log-likelihood, nats", losses.mean(), lambda rows: losses[rows].mean().item())
     add("Brier score", briers.mean(), lambda rows: briers[rows].mean().item())
     card = {"type": "ece", "title": "Expected calibration error, 15 equal bins, L1"} if column == "as it is" else {}
-    add("ECE, 15 equal bins, L1", bins.ece, lambda rows: reliability(p[rows], y[rows]).ece, biased=True, **card)
+    add("ECE, 15 equal bins, L1", bins.ece, lambda rows: images.reliability(rows).ece, biased=True, **card)
     adaptive = reliability(p, y, adaptive=True).ece
     section.add(TABLE, "ECE, 15 bins of equally many images, L1", adaptive, n, way, column, **more)
     section.add(TABLE, "Largest gap of 15 equal bins", bins.mce, n, way, column, **more)

@@ -17,14 +17,14 @@ __all__ = ["comparison", "overlays", "read_reports", "write_comparison"]
 
 
 def read_reports(entries: Sequence[str]) -> dict[str, list[Report]]:
-    """Reports of "name=FOLDER" or "FOLDER", by name; a folder without one has its report's own.
+    """Reports of "name=FOLDER" or "FOLDER", by name; a folder without one has its report's own, and may have a = in its path.
 
     Raises:
         InputError: a folder without a report.
     """
     reports: dict[str, list[Report]] = {}
     for entry in entries:
-        name, path = entry.split("=", 1) if "=" in entry else ("", entry)
+        name, path = entry.split("=", 1) if "=" in entry and not Path(entry).is_dir() else ("", entry)
         report = read_report(path)
         reports.setdefault(name or report.subject["name"], []).append(report)
     return reports

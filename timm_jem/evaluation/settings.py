@@ -152,9 +152,10 @@ class EvaluationConfig:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         least: dict[str, Any] = dict.fromkeys(PRESETS[self.preset], 1)
-        least |= {"auto_attack_images": 0, "refinement_steps": 0, "seed": 0, "batch_size": 1, "samples": 20}
+        least |= {"auto_attack_images": 0, "refinement_steps": 0, "batch_size": 1, "samples": 20}
         for name, value in least.items():
             check_whole(name, getattr(self, name), value)
+        check_whole("seed", self.seed, 0, 2**31 - 1)
         for name in ("linf_epsilons", "l2_epsilons"):
             for epsilon in getattr(self, name):
                 check_number(name, epsilon, above=0)

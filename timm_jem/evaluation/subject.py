@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from timm_jem.errors import InputError, one_line
 from timm_jem.evaluation.extractors import Extractor, classifier_extractor, load_extractors
 from timm_jem.evaluation.ood_sets import outlier_sets
 from timm_jem.evaluation.refinement import check_second_derivatives
+from timm_jem.evaluation.report import fingerprint
 from timm_jem.evaluation.settings import EvaluationConfig, check_libraries
 from timm_jem.files import as_path
 from timm_jem.model import JEM
@@ -26,7 +27,7 @@ from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
 from timm_jem.wrap import create_model, from_pretrained
 
-__all__ = ["Subject", "check_classes", "data_config", "display_name", "load_model", "load_subject", "some"]
+__all__ = ["Subject", "check_classes", "data_config", "display_name", "load_model", "load_subject", "sampling_of", "some"]
 
 
 @dataclass
@@ -78,6 +79,17 @@ class Subject:
     def generator(self, offset: int = 0) -> torch.Generator:
         """A new generator; other offsets give other numbers."""
         return torch.Generator().manual_seed(self.seed + 1000 * offset)
+
+
+def sampling_of(jem: JEM) -> dict[str, Any]:
+    """What samples of given weights depend on, as JSON data: settings, starts, published chains, energies to rest at."""
+
+    def digest(kept: Any) -> str | None:
+        return None if kept is None else fingerprint({name: t for name, t in vars(kept).items() if isinstance(t, Tensor)})
+
+    reference = None if jem.sgld.rest is None else jem.reference
+    rest = None if reference is None else list(reference.medians or reference.quantiles)
+    return {"sgld": asdict(jem.sgld), "starts": digest(jem.starts), "chains": digest(jem.chains), "rest": rest}
 
 
 def load_subject(

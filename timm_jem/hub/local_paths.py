@@ -11,6 +11,7 @@ __all__ = ["without_local_paths"]
 _START = r"(?:(?:~|\.{1,2})?/|[A-Za-z]:[\\/])"  # /x, ~/x, ./x, ../x and C:\x
 _WHOLE = re.compile(rf"(?:local-dir:|file://|{_START})")
 _WITHIN = re.compile(rf"(?:local-dir:|file://|(?<![\w:/.~\\-]){_START})[^\s'\"()\[\]{{}},;]+")
+_RELATIVE = re.compile(r"[^\s'\"()\[\]{},;/]+/[^\s'\"()\[\]{},;]+")
 _SCHEME = re.compile(r"(local-dir:|file://)?(.*)", re.DOTALL)
 
 
@@ -19,14 +20,17 @@ def without_local_paths(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
     In settings, command and explanations alike. What is in a folder "recipes" of the current one is this package's own.
     """
-    known = [text for text in _texts(provenance) if _WHOLE.match(text)]
+    known = [text.split("/") for text in _texts(provenance) if _WHOLE.match(text)]
+    ends = {"/".join(parts[i:]) for parts in known for i in range(1, len(parts))}  # each may be how the command told it
 
     def word(text: str) -> str:
         flag, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
         unmarked = "/" in value and not value.startswith("recipes/") and not _WHOLE.match(value)
         there = value.endswith((".yaml", ".yml")) or Path(value).exists()
-        if unmarked and (there or any(path.endswith(f"/{value}") for path in known)):
+        if unmarked and (there or value in ends):
             value = f"./{value}"
+        elif "{" in value:  # arguments, of which one may be a path from the current folder
+            value = _RELATIVE.sub(lambda told: f"./{told[0]}" if told[0] in ends else told[0], value)
         return f"{flag}{equals}{_cut(value)}"
 
     def shown(value: Any, key: str = "") -> Any:

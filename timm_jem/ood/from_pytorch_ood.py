@@ -111,9 +111,16 @@ def components(width: int, images: int, d: int | None) -> int:
 
 
 def fit_vim(layer: FinalLayer, seen: Survey, options: Options) -> State:
-    """The directions in which features vary least, and the scale of the virtual logit."""
+    """The directions in which features vary least, and the scale of the virtual logit.
+
+    The paper's α is the mean of the largest logit over that of the residual. A constant added to all logits changes neither
+    p(y|x) nor energies relative to one another, but that α: those of joint energy models lie around 0 and below, and with
+    them it would be nothing, or negative. So each logit is taken less the mean of all, which of other classifiers is about 0.
+    """
     width = seen.view.features.shape[1]
-    theirs = library("vim").ViM(None, components(width, len(seen), options["d"]), *layer.matrix(width))
+    weight, bias = layer.matrix(width)
+    centred = weight - weight.mean(0), bias - bias.mean()
+    theirs = library("vim").ViM(None, components(width, len(seen), options["d"]), *centred)
     theirs.fit_features(seen.view.features, torch.zeros(len(seen), dtype=torch.long))
     alpha = torch.tensor(theirs.alpha, dtype=torch.float64)
     if not alpha.isfinite():
@@ -123,9 +130,11 @@ def fit_vim(layer: FinalLayer, seen: Survey, options: Options) -> State:
 
 def vim(layer: FinalLayer, state: State, options: Options) -> Score:
     """α‖z's residual‖ − logsumexp f(x) (Wang et al., "ViM: out-of-distribution with virtual-logit matching", CVPR 2022, arXiv
-    2203.10807, section 4, eq. 4 to 7; the paper's score is this one's sigmoid)."""
+    2203.10807, section 4, eq. 4 to 7; the paper's score is this one's sigmoid); but α and the origin are :func:`fit_vim`'s."""
     width, residual = state["subspace"].shape
-    theirs = library("vim").ViM(None, width - residual, *layer.matrix(width))
+    weight, bias = layer.matrix(width)
+    theirs = library("vim").ViM(None, width - residual, weight - weight.mean(0), bias - bias.mean())
+    theirs.w, theirs.b = weight.float(), bias.float()  # logsumexp is of the logits as they are
     theirs.principal_subspace, theirs.alpha = state["subspace"], state["alpha"].item()
     return lambda seen: theirs.to(seen.features.device).predict_features(seen.features)
 

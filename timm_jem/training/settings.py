@@ -1,5 +1,6 @@
 """Everything that can be set of a training run, and how it is told: YAML files and flags."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -333,7 +334,7 @@ class Settings:
     resume: str | None = None
 
     def __post_init__(self) -> None:
-        self.model = replace(self.model, name=_named(self.model.name))
+        self.model = replace(self.model, name=_named(self.model.name), kwargs=_from_anywhere(self.model.kwargs))
         reserved = {"num_classes", "input_size", "class_names", "sgld", "drop_rate", "drop_path_rate"}
         if taken := reserved & set(self.model.kwargs):
             raise InputError(f"model.kwargs has {', '.join(sorted(taken))}, which other settings give: leave it out")
@@ -466,6 +467,14 @@ def _with_resets(parser: ArgumentParser, flags: Sequence[Flag]) -> list[Flag]:
                 found.append(Flag(f"--{section}.epochs", "null"))
         found += group
     return found
+
+
+def _from_anywhere(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model whose file of weights, where there is one, is told from the root."""
+    overlay = kwargs.get("pretrained_cfg_overlay")
+    if not isinstance(overlay, dict) or not isinstance(overlay.get("file"), str):
+        return kwargs
+    return {**kwargs, "pretrained_cfg_overlay": {**overlay, "file": os.path.abspath(os.path.expanduser(overlay["file"]))}}
 
 
 def _named(name: str) -> str:
