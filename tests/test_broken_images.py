@@ -1,6 +1,7 @@
 import io
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,6 +138,19 @@ def test_a_stream_leaves_them_out_as_they_come(tmp_path):
             x, y = next(again)
             assert torch.equal(x, images)
             assert torch.equal(y, labels)
+
+
+def test_a_stream_of_broken_images_alone_ends(tmp_path):
+    splits = stream_of(tmp_path, set(range(0, 40, 3)), skip_broken=True)
+    cells = [{"bytes": b"no %d" % i, "path": f"{i}.png"} for i in range(40)]
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    rows = Dataset.from_dict({"image": cells, "label": [i % 2 for i in range(40)]}, features).to_iterable_dataset()
+    rows = rows.cast_column("image", Image(decode=False))
+    stream = open_stream(replace(splits.train, rows=rows), 3, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(InputError, match="no training image that can be decoded"):
+            next(stream)
 
 
 def test_images_of_a_stream_to_compare_with(tmp_path):

@@ -269,6 +269,7 @@ class _Read(IterableDataset):
     ) -> None:
         self.data, self.seed, self.batch_size, self.augment = data, seed, batch_size, augment
         self.epoch, self.offset = epoch, offset
+        self.decoded = epoch  # the latest epoch of which an image could be
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[str, int]] | str]:
         try:
@@ -284,7 +285,10 @@ class _Read(IterableDataset):
         while len(images) < self.batch_size:
             image, epoch, offset = next(taken)
             if (pixels := self.data.decode(image)) is None:
+                if epoch > self.decoded + 1:
+                    raise InputError(f"{self.data.name} has no training image that can be decoded: repair some, or give others")
                 continue
+            self.decoded = epoch
             images.append(pixels)
             labels.append(image.label)
             seeds.append((self.seed, epoch, int.from_bytes(image.digest, "big")))
