@@ -42,7 +42,8 @@ def main(argv: list[str]) -> None:
     found.jem.save_pretrained(output)
     print(f"{output}: {METHODS[found.method].title}")
     print(*(f"  {line}" for line in found.lines), sep="\n")
-    print(f"next: python recipes/evaluate.py {output} --data.dataset cifar10")
+    data = {10: "cifar10", 100: "cifar100"}.get(found.jem.num_classes, "DATA")  # what the authors trained on
+    print(f"next: python recipes/evaluate.py {output} --data.dataset {data}")
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -176,6 +176,8 @@ def main(argv: list[str]) -> str | None:
     if given.model is None:
         raise InputError("which model? Give a run, a saved folder, a Hub name or timm:NAME; --help says more")
     check_one_process("an evaluation")
+    if idle := config.without_effect:
+        print(f"note: {', '.join(idle)} {'do' if idle[1:] else 'does'} nothing in the sections {', '.join(config.sections)}")
     folder = Path(given.output_dir or default_output_dir(given.model))
     earlier = earlier_report(folder, given.overwrite)
     todo = to_measure(earlier, config, given.overwrite)

@@ -170,6 +170,14 @@ class EvaluationConfig:
         return {setting: getattr(self, setting) for setting in (*_OF_ALL, *_OF_SECTION[name])}
 
     @property
+    def without_effect(self) -> list[str]:
+        """Settings that are told, and that none of these sections asks for."""
+        usual = EvaluationConfig(preset=self.preset)
+        asked = {setting for section in self.sections for setting in _OF_SECTION[section]}
+        others = dict.fromkeys(setting for settings in _OF_SECTION.values() for setting in settings if setting not in asked)
+        return [setting for setting in others if getattr(self, setting) != getattr(usual, setting)]
+
+    @property
     def refines(self) -> bool:
         """Whether the refinement defence is attacked, which needs second derivatives of the model."""
         return "robustness" in self.sections and self.refinement_steps > 0
