@@ -262,7 +262,7 @@ def test_every_setting_changes_a_section_or_none():
 def test_settings_that_no_section_asks_for_are_said(model, tmp_path, capsys):
     assert EvaluationConfig(preset="full", judge="a", baseline="b", samples=40).without_effect == []
     assert EvaluationConfig(sections=["pictures"], judge="a", baseline="b", samples=40).without_effect == ["judge", "samples"]
-    evaluate.main([str(model), "--output_dir", str(tmp_path), "--sections", "[classification]", "--samples", "40", "--seed", "3"])
+    evaluate.main(shlex.split(f"{model} --output_dir {tmp_path} --sections [classification] --samples 40 --seed 3"))
     assert "note: samples does nothing in the sections classification\n" in capsys.readouterr().out
 
 
