@@ -282,6 +282,9 @@ def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, s
     for data in (str(tmp_path / "saved"), str(tmp_path / "rows.parquet")):
         with pytest.raises(InputError, match=f"unlabeled is split {split} of {data}, whose"):
             load_splits(DataConfig(data, unlabeled=name.format(data), unlabeled_split=split))
+    (tmp_path / "link").symlink_to(tmp_path / "saved")
+    with pytest.raises(InputError, match="unlabeled is split"):
+        load_splits(DataConfig(str(tmp_path / "saved"), unlabeled=str(tmp_path / "link"), unlabeled_split=split))
     more = load_splits(DataConfig(str(tmp_path / "saved"), unlabeled=name.format(tmp_path / "saved"), unlabeled_split="more"))
     assert (more.train.labels == -1).sum() == 60
 

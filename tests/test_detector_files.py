@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import pytest
 import torch
@@ -32,6 +33,20 @@ def test_what_was_fitted_is_read_back(fitted, tmp_path, name):
     assert torch.equal(again.predict(x), d.predict(x))
     assert repr(again) == repr(d)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_detector_can_be_pickled(fitted, name):
+    _, x, detectors = fitted
+    again = pickle.loads(pickle.dumps(detectors[name]))
+    assert torch.equal(again.score(x), detectors[name].score(x))
+    assert (again.threshold, again.options) == (detectors[name].threshold, detectors[name].options)
+
+
+def test_others_may_read_a_file_as_any_other(fitted, tmp_path):
+    (tmp_path / "any").touch()
+    fitted[2]["knn"].save(tmp_path / "knn.safetensors")
+    assert (tmp_path / "knn.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 def test_half_precision_is_the_same_model_and_other_weights_are_not(fitted, tmp_path):

@@ -194,6 +194,7 @@ def test_without_pytorch_ood_the_others_work(small, monkeypatch):
         (lambda jem, x, y: detector(jem, "dice", p=1), "p is 1"),
         (lambda jem, x, y: detector(jem, "ash", variant="b"), "give ash-s, ash-p or ash-b"),
         (lambda jem, x, y: detector(jem, "vim", d=10_000).fit(x), "leaves nothing"),
+        (lambda jem, x, y: detector(random_network("test_resnet", classes=1)[0], "vim").fit(x), "the model has one"),
         (lambda jem, x, y: detector(jem, "knn", k=50).fit(x[:20]), "50-th nearest of 16 images"),
         (lambda jem, x, y: detector(jem, "knn", k=1).fit(x[:1]), "one image"),
         (lambda jem, x, y: detector(jem, "knn").score(x), "knn isn't fitted"),

@@ -343,7 +343,8 @@ def test_best_num_steps_is_what_its_steps_are_written_out():
     assert distances == expected
     assert best == min(expected, key=expected.get)
     assert best_num_steps(jem, iter(real.split(7)), y, [5, 3, 8], generator=seeded()) == (best, distances)
-    for bad, message in (([], "are 0"), (real[:1], "are 1"), (real / 0, "finite"), (real[:, :, 1:], "no pixels")):
+    none = [(real[:, :, 1:], "no pixels"), (torch.tensor(1.0), "no pixels"), (None, "no pixels")]
+    for bad, message in [([], "are 0"), (real[:1], "are 1"), (real / 0, "finite"), *none]:
         with pytest.raises(InputError, match=f"images to be near to .*{message}"):
             best_num_steps(jem, bad, y, [5], generator=seeded())
 

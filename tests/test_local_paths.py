@@ -54,6 +54,11 @@ def test_the_command_is_one_that_still_runs(tmp_path, monkeypatch):
     shown = without_local_paths({"command": words, "config": config})
     assert shlex.split(shown["command"])[1] == "{pretrained_cfg_overlay: {file: ./x.safetensors}, of: user/model}"
     assert shown["config"]["model"]["kwargs"] == {"pretrained_cfg_overlay": {"file": "./x.safetensors"}, "of": "user/model"}
+    spaced = "{pretrained_cfg_overlay: {file: 'my acme/w/x.safetensors'}, act_layer: silu}"
+    config = {"model": {"kwargs": {"pretrained_cfg_overlay": {"file": "/home/me/my acme/w/x.safetensors"}}}}
+    for told in (spaced, spaced.replace("acme/w", "acme//w"), spaced.replace("acme/w", "acme/v/../w")):
+        shown = without_local_paths({"command": shlex.join(["--model.kwargs", told]), "config": config})
+        assert shlex.split(shown["command"])[1] == "{pretrained_cfg_overlay: {file: ./x.safetensors}, act_layer: silu}"
     kept = "accelerate launch recipes/train.py --config recipes/configs/cifar10_jem.yaml --data.dataset user/name"
     assert command(kept) == kept
     assert command("--an open", "'quote", "/home/me/x") == "--an open 'quote ./x"

@@ -525,3 +525,17 @@ def test_energies_follow_attention_biases_that_are_trained():
     assert not torch.equal(*energies)
     jem.train().eval()
     torch.testing.assert_close(jem(jem.normalize(u)).logsumexp(1).neg().detach(), energies[1], rtol=1e-14, atol=0)
+
+
+def test_another_normalisation_is_used_as_it_is_saved(tmp_path):
+    jem = timm_jem.create_model("test_resnet", num_classes=2, input_size=(3, 16, 16)).eval()
+    assert jem.mean.flatten().tolist() == [0.5] * 3
+    jem.data_config.update(mean=(0.25,) * 3, std=(1.0,) * 3)
+    assert jem.normalize(torch.full((1, 3, 16, 16), -0.5)).abs().max() == 0
+    jem.save_pretrained(tmp_path / "saved")
+    assert torch.equal(timm_jem.from_pretrained(tmp_path / "saved").mean, jem.mean)
+
+
+def test_a_size_that_is_none_is_one_line():
+    with pytest.raises(InputError, match=r"'resnet18' can't be built .* for images of 32 "):
+        timm_jem.create_model("resnet18", input_size=32)

@@ -196,6 +196,11 @@ def test_a_setting_is_refused_or_not(name):
 def test_some_values_are_refused_and_others_are_not():
     for name, fine in (("train.ema_decay", "0.9"), ("train.objective.w_xy", "0.5")):
         refuse_changes(told().sections(), told(f"--{name}={fine}"))
+    kwargs = "--model.kwargs={pretrained_cfg_overlay: {file: %s, crop_pct: %s}}"
+    of_weights = told(kwargs % ("here/x.safetensors", 1))
+    refuse_changes(of_weights.sections(), told(kwargs % ("/elsewhere/x.safetensors", 1)))  # which were read at the start
+    with pytest.raises(InputError, match=r"model\.kwargs"):
+        refuse_changes(of_weights.sections(), told(kwargs % ("here/x.safetensors", 2)))
     refuse_changes({"train": {"lr": 1.0}}, Settings())  # one that knew fewer settings
 
 

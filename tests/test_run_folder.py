@@ -275,7 +275,9 @@ def test_tidy_leaves_strangers_files_alone():
     ):  # fmt: skip
         (folder.path / name).mkdir(parents=True)
         (folder.path / name / "file").write_text("")
-    for name in ("best/step_00000016", ".model-file", ".samples-0a1b2c3d.png", ".samples.png"):
+    for name in ("best/step_00000016", ".model-file", ".samples.png", ".notes-20261127.txt",
+        ".samples.aside-0a1b2c3d.png", ".samples_000020.aside-0a1b2c3d.png", ".predictions.aside-0a1b2c3d.csv",
+    ):  # fmt: skip
         (folder.path / name).write_text("")
     Path("elsewhere").mkdir()
     Path("elsewhere/file").write_text("")
@@ -285,7 +287,8 @@ def test_tidy_leaves_strangers_files_alone():
         "backup_step_00000012", "my_step_notes", "step_00000004", "step_00000012.bak", "step_00000016", "step_00000020",
     ]  # fmt: skip
     assert sorted(os.listdir("a")) == [
-        ".model", ".model-Of mine", ".model-file", ".samples.png", "best", "model", "step_00000008",
+        ".model", ".model-Of mine", ".model-file", ".notes-20261127.txt", ".predictions.aside-0a1b2c3d.csv", ".samples.png",
+        "best", "model", "step_00000008",
     ]  # fmt: skip
     assert os.listdir("a/model") == ["file"]
     assert Path("elsewhere/file").exists()

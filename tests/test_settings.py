@@ -1,3 +1,4 @@
+import os
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import get_args
@@ -96,6 +97,16 @@ def test_weights_in_a_file_are_told_from_the_root():
     told = "{pretrained_cfg_overlay: {file: w/x.safetensors}, act_layer: silu}"
     kwargs = parse_settings(["--model.pretrained", "--model.kwargs", told])[0].model.kwargs
     assert kwargs == {"pretrained_cfg_overlay": {"file": f"{Path.cwd()}/w/x.safetensors"}, "act_layer": "silu"}
+
+
+def test_a_config_may_come_through_a_pipe():
+    receiving, sending = os.pipe()
+    with open(sending, "w") as file:
+        file.write("train: {steps: 7}\n")
+    try:
+        assert parse_settings(["--config", f"/dev/fd/{receiving}"])[0].train.steps == 7
+    finally:
+        os.close(receiving)
 
 
 def test_the_default_config_is_for_those_who_name_neither_data_nor_config():

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
 
 from timm_jem.errors import InputError, one_line, quoted
 
-__all__ = ["Arguments", "Flag", "make_parser", "names_of", "parse_flags", "read_flags"]
+__all__ = ["Arguments", "Flag", "make_parser", "names_of", "parse_flags", "read_flags", "with_content"]
 
 # Of another library's function. Text comes first: what is quoted in YAML stays text.
 Arguments = dict[str, str | int | float | bool | list | dict | None]
@@ -24,11 +24,15 @@ _FRACTION = re.compile("([0-9]{1,9})/([0-9]{1,9})")
 
 
 class Flag(NamedTuple):
-    """A flag with its value, or, where ``name`` is empty, a word that stands alone; ``words`` are as they were typed."""
+    """A flag with its value, or, where ``name`` is empty, a word that stands alone; ``words`` are as they were typed.
+
+    ``content`` is what the YAML file or the mapping that it gives holds, once it has been read: a pipe can be read once.
+    """
 
     name: str
     value: str | None
     words: tuple[str, ...] = ()
+    content: dict[str, Any] | None = None
 
 
 def make_parser(prog: str, description: str) -> ArgumentParser:
@@ -89,15 +93,22 @@ def parse_flags(parser: ArgumentParser, flags: Sequence[Flag]) -> Namespace:
     return parsed
 
 
-def names_of(parser: ArgumentParser, flag: Flag) -> set[str]:
-    """The settings that a flag gives, such as ``--train.lr``: of a YAML file, or of a mapping, all that are in it.
+def with_content(parser: ArgumentParser, flag: Flag) -> Flag:
+    """The flag with its ``content``, where it gives a YAML file or a mapping.
 
     Raises:
-        InputError: a file or a mapping that can't be read.
+        InputError: it can't be read.
     """
-    options = _options(parser)
-    if flag.name != "--config" and options.get(flag.name) != "section":
+    if flag.name == "--config" or _options(parser).get(flag.name) == "section":
+        return flag._replace(content=_content(flag, parser))
+    return flag
+
+
+def names_of(parser: ArgumentParser, flag: Flag) -> set[str]:
+    """The settings that a flag gives, such as ``--train.lr``: of one :func:`with_content`, all that are in it."""
+    if flag.content is None:
         return {flag.name}
+    options = _options(parser)
 
     def names(content: dict[str, Any], prefix: str) -> set[str]:
         found = set()
@@ -107,8 +118,7 @@ def names_of(parser: ArgumentParser, flag: Flag) -> set[str]:
             found |= names(value, f"{name}.") if section else {name}
         return found
 
-    prefix = _prefix(flag)
-    return names(_content(flag, prefix, parser, options)[0], prefix)
+    return names(flag.content, _prefix(flag))
 
 
 def _word(flag: Flag, parser: ArgumentParser, options: dict[str, Any]) -> str:
@@ -117,7 +127,7 @@ def _word(flag: Flag, parser: ArgumentParser, options: dict[str, Any]) -> str:
         return flag.value or flag.name
     value = flag.value
     if flag.name == "--config" or options.get(flag.name) == "section":
-        return f"{flag.name}={_settings(flag, _prefix(flag), parser, options)}"
+        return f"{flag.name}={_settings(flag, parser, options)}"
     if "/" in value and _is_of_numbers(options.get(flag.name)):
         value = json.dumps(_without_fractions(_loaded(value), flag.name), default=str)
     if _kind(options, flag.name) is list and isinstance(loaded := _loaded(value), (str, int, float, dict)):
@@ -150,11 +160,15 @@ def _prefix(flag: Flag) -> str:
     return "--" if flag.name == "--config" else f"{flag.name}."
 
 
-def _content(flag: Flag, prefix: str, parser: ArgumentParser, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """What a YAML file, or a mapping on the command line, holds, and how errors call it."""
-    source, text = flag.name, flag.value
-    if flag.name == "--config" or Path(text).is_file():
-        source = text
+def _source(flag: Flag) -> str:
+    """How errors call where a YAML file's or a mapping's settings come from."""
+    return flag.value if flag.name == "--config" or Path(flag.value).is_file() else flag.name
+
+
+def _content(flag: Flag, parser: ArgumentParser) -> dict[str, Any]:
+    """What a YAML file, or a mapping on the command line, holds."""
+    source, text, prefix = _source(flag), flag.value, _prefix(flag)
+    if source == flag.value:
         try:
             text = Path(text).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -169,15 +183,16 @@ def _content(flag: Flag, prefix: str, parser: ArgumentParser, options: dict[str,
         holds = "nothing" if content is None else f"{str(content)[:60]!r}"
         if prefix == "--":
             raise InputError(f"{source} holds {holds}: give a YAML file of settings, such as 'train: {{steps: 1000}}'")
-        first = _first(prefix, options)
+        first = _first(prefix, _options(parser))
         hint = f"did you mean {first} {str(content)[:60]}?" if content is not None else f"give {first} or another setting"
         raise InputError(f"{source} is a section of settings and is given {holds}: {hint}")
-    return content, source
+    return content
 
 
-def _settings(flag: Flag, prefix: str, parser: ArgumentParser, options: dict[str, Any]) -> str:
+def _settings(flag: Flag, parser: ArgumentParser, options: dict[str, Any]) -> str:
     """The settings of a YAML file, or of a mapping on the command line, as JSON."""
-    content, source = _content(flag, prefix, parser, options)
+    source, prefix = _source(flag), _prefix(flag)
+    content = _content(flag, parser) if flag.content is None else flag.content
     content = _checked(content, prefix, source, options)
     nested = content
     for part in reversed(prefix.strip("-.").split(".") if prefix != "--" else []):

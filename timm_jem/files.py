@@ -12,8 +12,6 @@ from timm_jem.errors import InputError, one_line, quoted
 
 __all__ = ["as_path", "cores", "files_left_aside", "folder_aside", "left_aside", "move_in", "replaced_file"]
 
-_FILE_ASIDE = re.compile(r"\..+-[0-9a-f]{8}(\.\w+)?")
-
 
 def as_path(name: str | os.PathLike) -> Path:
     """A path, or an InputError where ``name`` can't be one."""
@@ -37,7 +35,7 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     # A name may have 255 bytes, and a character up to four.
-    aside = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}{path.suffix[:10]}")
+    aside = path.with_name(f".{path.stem[:40]}.aside-{secrets.token_hex(4)}{path.suffix[:20]}")
     try:
         yield aside
         os.replace(aside, path)
@@ -84,9 +82,12 @@ def left_aside(target: Path) -> list[Path]:
     return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
-def files_left_aside(folder: Path) -> list[Path]:
-    """What :func:`replaced_file` made in ``folder`` in processes that were killed."""
-    return [path for path in folder.glob(".*") if _FILE_ASIDE.fullmatch(path.name) and path.is_file() and not path.is_symlink()]
+def files_left_aside(folder: Path, names: str) -> list[Path]:
+    """What :func:`replaced_file` made in ``folder`` in processes that were killed, for files whose ``names`` match so."""
+    found = re.compile(r"\.(.{1,40})\.aside-[0-9a-f]{8}(\.\w+)?")
+    matches = [(path, found.fullmatch(path.name)) for path in folder.glob(".*.aside-*")]
+    ours = [path for path, match in matches if match and re.fullmatch(names, f"{match[1]}{match[2] or ''}")]
+    return [path for path in ours if path.is_file() and not path.is_symlink()]
 
 
 def move_in(aside: Path, target: Path, *, last: str, stale: Iterable[str] = ()) -> None:

@@ -98,7 +98,8 @@ class JEM(nn.Module):
         self._starts: ClassGaussians | None = None
         if any(parameter.is_inference() for parameter in backbone.parameters()):
             raise InputError("this backbone was built in torch.inference_mode and has no gradients: build it outside")
-        self._mean_std = normalisation(self.data_config, self.device, torch.promote_types(self.dtype, torch.float32))
+        self._mean_std_of: tuple | None = None
+        self._normalisation()
 
     def _check_settings(self) -> None:
         """All attributes are open to change, so that they are checked, and made plain, again when the model is saved."""
@@ -118,9 +119,11 @@ class JEM(nn.Module):
 
     def _normalisation(self) -> tuple[Tensor, Tensor]:
         # No buffers: half precision would round those, and what loads weights without memory would lose them.
-        made, device, dtype = self._mean_std[0], self.device, torch.promote_types(self.dtype, torch.float32)
-        if (made.device, made.dtype) != (device, dtype):
-            self._mean_std = normalisation(self.data_config, device, dtype)
+        device, dtype = self.device, torch.promote_types(self.dtype, torch.float32)
+        told = [self.data_config.get(name) for name in ("mean", "std", "input_size")]
+        key = (device, dtype, *(tuple(value) if isinstance(value, (list, tuple)) else value for value in told))
+        if self._mean_std_of != key:
+            self._mean_std, self._mean_std_of = normalisation(self.data_config, device, dtype), key
         return self._mean_std
 
     @property

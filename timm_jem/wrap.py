@@ -97,7 +97,7 @@ def create_model(
     except InputError:
         raise
     except BUILD_ERRORS as error:
-        of_size = "" if input_size is None else f" for images of {tuple(input_size)}"
+        of_size = "" if input_size is None else f" for images of {quoted(input_size)}"
         raise InputError(f"{quoted(name)} can't be built with these arguments{of_size} ({one_line(error)})") from error
     return wrap(backbone, input_size=input_size, class_names=class_names, sgld=sgld)
 

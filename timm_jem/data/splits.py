@@ -1,6 +1,7 @@
 """Hugging Face image data sets, split into train, validation and test."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,7 +216,8 @@ def _split_stored(
         sets["test"] = ImageSet(test, image_column, classes, channels, size, f"split {test_split}", range(len(test)))
     if config.unlabeled is not None:
         asked = read_name(config.unlabeled)
-        of_this = (asked.name, asked.config_name) == (config.dataset, config.config_name)
+        named = ((asked.name, asked.config_name), (config.dataset, config.config_name))
+        of_this = len({(os.path.realpath(name), which or "default") for name, which in named}) == 1
         if of_this and (config.unlabeled_split in (config.train_split, test_split) or Path(asked.name).is_file()):
             raise InputError(
                 f"data unlabeled is split {config.unlabeled_split} of {config.dataset}, whose validation or test images would "

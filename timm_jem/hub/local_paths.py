@@ -1,17 +1,19 @@
 """What strangers may read of local paths: their last part."""
 
+import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 __all__ = ["without_local_paths"]
 
 _START = r"(?:(?:~|\.{1,2})?/|[A-Za-z]:[\\/])"  # /x, ~/x, ./x, ../x and C:\x
 _WHOLE = re.compile(rf"(?:local-dir:|file://|{_START})")
 _WITHIN = re.compile(rf"(?:local-dir:|file://|(?<![\w:/.~\\-]){_START})[^\s'\"()\[\]{{}},;]+")
-_RELATIVE = re.compile(r"[^\s'\"()\[\]{},;/]+/[^\s'\"()\[\]{},;]+")
 _SCHEME = re.compile(r"(local-dir:|file://)?(.*)", re.DOTALL)
 
 
@@ -30,7 +32,7 @@ def without_local_paths(provenance: Mapping[str, Any]) -> dict[str, Any]:
         if unmarked and (there or value in ends):
             value = f"./{value}"
         elif "{" in value:  # arguments, of which one may be a path from the current folder
-            value = _RELATIVE.sub(lambda told: f"./{told[0]}" if told[0] in ends else told[0], value)
+            value = _arguments(value, ends)
         return f"{flag}{equals}{_cut(value)}"
 
     def shown(value: Any, key: str = "") -> Any:
@@ -47,6 +49,25 @@ def without_local_paths(provenance: Mapping[str, Any]) -> dict[str, Any]:
             return _cut(value)
 
     return shown(provenance)
+
+
+def _arguments(text: str, ends: Collection[str]) -> str:
+    """A mapping in YAML, in which what may be a local path is cut; as it was where nothing is."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [cut(item) for item in value]
+        return f"./{Path(value).name}" if isinstance(value, str) and os.path.normpath(value) in ends else value
+
+    try:
+        told = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if (shown := cut(told)) == told:
+        return text
+    return yaml.safe_dump(shown, default_flow_style=True, sort_keys=False, width=10**6).strip()
 
 
 def _texts(value: Any) -> Iterator[str]:

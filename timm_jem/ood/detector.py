@@ -67,6 +67,12 @@ class Detector:
         self.state: dict[str, Tensor] | None = None if self._method.fit else {}
         self._score: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_method": None, "_score": None}  # made again: they are functions
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _method=METHODS[state["name"]])
+
     @property
     def learns(self) -> bool:
         """Whether the method has to be fitted before it can score."""

@@ -119,6 +119,8 @@ def fit_vim(layer: FinalLayer, seen: Survey, options: Options) -> State:
     """
     width = seen.view.features.shape[1]
     weight, bias = layer.matrix(width)
+    if len(bias) < 2:
+        raise InputError("vim compares the logits of classes, and the model has one: use another detector, e.g. knn")
     centred = weight - weight.mean(0), bias - bias.mean()
     theirs = library("vim").ViM(None, components(width, len(seen), options["d"]), *centred)
     theirs.fit_features(seen.view.features, torch.zeros(len(seen), dtype=torch.long))

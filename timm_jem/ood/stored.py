@@ -35,7 +35,10 @@ def write(file: str | os.PathLike, state: Mapping[str, Tensor], about: dict[str,
     header = {_KEY: json.dumps({"format_version": FORMAT_VERSION, **about})}
     try:
         with replaced_file(as_path(file)) as aside:
+            aside.touch()
+            mode = aside.stat().st_mode  # safetensors gives its files to their owner alone
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, header)
+            aside.chmod(mode)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} can't be written ({one_line(error)}): give a file in a folder that is there") from error
 

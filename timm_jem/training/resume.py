@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from timm_jem.errors import InputError
-from timm_jem.training.settings import Settings
+from timm_jem.training.settings import OF_WEIGHTS, Settings
 
 __all__ = ["AT_RESUME", "Refused", "differences", "refuse_changes"]
 
@@ -177,14 +177,22 @@ def refuse_changes(saved: Mapping[str, Any], settings: Settings) -> None:
     now = settings.sections()
     for name, rule in AT_RESUME.items():
         try:
-            old, new = _value(saved, name), _value(now, name)
+            old, new = (_value(sections, name) for sections in (saved, now))
         except KeyError:  # none of a checkpoint's sections, or none that it knew
             continue
+        if name == "model.kwargs":
+            old, new = _without_weights(old), _without_weights(new)
         if rule is not None and old != new and rule.where(old, new):
             raise InputError(
                 f"{name} is {new!r} now and was {old!r}, and a run that goes on can't change it ({rule.why}): leave it out, "
                 "or start another run"
             )
+
+
+def _without_weights(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's arguments without the file that its weights came from, which a run that goes on doesn't read."""
+    dicts = {key: value for key, value in kwargs.items() if key in OF_WEIGHTS and isinstance(value, Mapping)}
+    return {**kwargs, **{key: {k: v for k, v in value.items() if k != "file"} for key, value in dicts.items()}}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

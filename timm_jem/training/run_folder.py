@@ -23,6 +23,7 @@ __all__ = ["RunFolder"]
 
 # With the names under which timm_jem.files.folder_aside writes them.
 _BEST = re.compile(r"step_\d{8}|\.step_\d{8}-[0-9a-f]{8}")
+_FILES = r"(config|summary|samples(_\d+)?|buffer|chains)\.(yaml|json|png)"  # that a run replaces
 
 
 class RunFolder:
@@ -271,7 +272,7 @@ class RunFolder:
         for folder in [*of_best, *left_aside(self.model)]:
             if folder.is_dir() and not folder.is_symlink() and folder not in kept:
                 shutil.rmtree(folder)
-        for file in files_left_aside(self.path):
+        for file in files_left_aside(self.path, _FILES):
             file.unlink()
 
 

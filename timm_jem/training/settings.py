@@ -11,7 +11,7 @@ import yaml
 from accelerate.tracking import get_available_trackers
 from jsonargparse import ArgumentParser
 
-from timm_jem.command_line import Arguments, Flag, make_parser, names_of, parse_flags, read_flags
+from timm_jem.command_line import Arguments, Flag, make_parser, names_of, parse_flags, read_flags, with_content
 from timm_jem.data import DataConfig
 from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.evaluation.attacks import PGDConfig
@@ -21,7 +21,9 @@ from timm_jem.sampling import MOST_STEPS, SGLDConfig
 from timm_jem.training.guard import GuardConfig
 from timm_jem.training.run_folder import RunFolder
 
-__all__ = ["ClassifierConfig", "HubConfig", "ModelConfig", "Settings", "TrainConfig", "parse_settings"]
+__all__ = ["OF_WEIGHTS", "ClassifierConfig", "HubConfig", "ModelConfig", "Settings", "TrainConfig", "parse_settings"]
+
+OF_WEIGHTS = ("pretrained_cfg", "pretrained_cfg_overlay")  # arguments of timm.create_model that may name a file of weights
 
 
 @dataclass
@@ -363,7 +365,8 @@ class Settings:
             raise InputError(
                 f"no train.sample_steps is longer than sgld.denoise_steps {self.sgld.denoise_steps}: give longer ones"
             )
-        if (longest := max(self.train.sample_steps) * self.sgld.num_steps) > MOST_STEPS:
+        longest = max(self.train.sample_steps) * self.sgld.num_steps
+        if self.sgld.sample_steps is None and longest > MOST_STEPS:
             raise InputError(
                 f"train.sample_steps and sgld.num_steps {self.sgld.num_steps} make chains of {longest:,} steps: give at most "
                 f"{MOST_STEPS:,}"
@@ -459,6 +462,7 @@ def _with_resets(parser: ArgumentParser, flags: Sequence[Flag]) -> list[Flag]:
             groups[-1].append(flag)
     found: list[Flag] = []
     for group in groups:
+        group = [with_content(parser, flag) for flag in group]
         given = set().union(*(names_of(parser, flag) for flag in group))
         if "--model.name" in given:
             found.append(Flag("--model.kwargs", "{}"))
@@ -471,10 +475,11 @@ def _with_resets(parser: ArgumentParser, flags: Sequence[Flag]) -> list[Flag]:
 
 def _from_anywhere(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a model whose file of weights, where there is one, is told from the root."""
-    overlay = kwargs.get("pretrained_cfg_overlay")
-    if not isinstance(overlay, dict) or not isinstance(overlay.get("file"), str):
-        return kwargs
-    return {**kwargs, "pretrained_cfg_overlay": {**overlay, "file": os.path.abspath(os.path.expanduser(overlay["file"]))}}
+    found = dict(kwargs)
+    for key in OF_WEIGHTS:
+        if isinstance(kwargs.get(key), dict) and isinstance(file := kwargs[key].get("file"), str):
+            found[key] = {**kwargs[key], "file": os.path.abspath(os.path.expanduser(file))}
+    return found
 
 
 def _named(name: str) -> str:
