@@ -104,3 +104,5 @@ class DataConfig:
         for name in ("labels_per_class", "unlabeled"):
             if self.streaming and getattr(self, name) is not None:
                 raise InputError(f"data {name} is {getattr(self, name)!r}, which excludes data.streaming: drop one")
+        if (self.unlabeled, self.unlabeled_split) == (self.dataset, self.train_split):
+            raise InputError("data unlabeled is the train split itself: give other images, or labels_per_class")
