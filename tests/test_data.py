@@ -280,7 +280,7 @@ def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, s
     DatasetDict({"train": rows, "test": rows, "more": rows}).save_to_disk(str(tmp_path / "saved"))
     rows.to_parquet(tmp_path / "rows.parquet")
     for data in (str(tmp_path / "saved"), str(tmp_path / "rows.parquet")):
-        with pytest.raises(InputError, match="unlabeled is (split|the train split)"):
+        with pytest.raises(InputError, match=r"unlabeled is (split|the train split)"):
             load_splits(DataConfig(data, unlabeled=name.format(data), unlabeled_split=split))
     (tmp_path / "link").symlink_to(tmp_path / "saved")
     with pytest.raises(InputError, match="unlabeled is split"):
