@@ -5,7 +5,6 @@ What recipes/evaluate.py measured of it, in the run's folder evaluation, goes on
 python recipes/push.py runs/digits user/digits-jem
 """
 
-import json
 import sys
 
 import timm_jem
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> None:
         report = read_report(evaluation)
         if report.subject.get("weights") != fingerprint(jem.backbone.state_dict()):
             raise InputError(f"{evaluation} is of other weights than {run.model}: evaluate again, or remove it")
-        if report.subject.get("sampling") != json.loads(json.dumps(sampling_of(jem))):
+        if report.subject.get("sampling") != sampling_of(jem):
             raise InputError(f"{evaluation} is of chains with other settings than {run.model}'s: evaluate again, or remove it")
         if not report.subject.get("as_in_training"):
             raise InputError(

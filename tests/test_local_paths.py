@@ -59,6 +59,10 @@ def test_the_command_is_one_that_still_runs(tmp_path, monkeypatch):
     for told in (spaced, spaced.replace("acme/w", "acme//w"), spaced.replace("acme/w", "acme/v/../w")):
         shown = without_local_paths({"command": shlex.join(["--model.kwargs", told]), "config": config})
         assert shlex.split(shown["command"])[1] == "{pretrained_cfg_overlay: {file: ./x.safetensors}, act_layer: silu}"
+    config["model"]["kwargs"]["act_layer"] = "/home/me/silu"  # whose last part is no path in other places
+    assert without_local_paths({"command": shlex.join(["--model.kwargs", "{act_layer: silu}"]), "config": config})[
+        "command"
+    ] == shlex.join(["--model.kwargs", "{act_layer: silu}"])
     kept = "accelerate launch recipes/train.py --config recipes/configs/cifar10_jem.yaml --data.dataset user/name"
     assert command(kept) == kept
     assert command("--an open", "'quote", "/home/me/x") == "--an open 'quote ./x"

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
 
 from timm_jem.errors import InputError, one_line, quoted
 
-__all__ = ["Arguments", "Flag", "make_parser", "names_of", "parse_flags", "read_flags", "with_content"]
+__all__ = ["Arguments", "Flag", "make_parser", "names_of", "parse_flags", "read_flags", "with_contents"]
 
 # Of another library's function. Text comes first: what is quoted in YAML stays text.
 Arguments = dict[str, str | int | float | bool | list | dict | None]
@@ -93,21 +93,18 @@ def parse_flags(parser: ArgumentParser, flags: Sequence[Flag]) -> Namespace:
     return parsed
 
 
-def with_content(parser: ArgumentParser, flag: Flag) -> Flag:
-    """The flag with its ``content``, where it gives a YAML file or a mapping.
+def with_contents(parser: ArgumentParser, flags: Sequence[Flag]) -> list[Flag]:
+    """The flags, those that give a YAML file or a mapping with their ``content``.
 
     Raises:
-        InputError: it can't be read.
+        InputError: one that can't be read.
     """
-    if flag.name == "--config" or _options(parser).get(flag.name) == "section":
-        return flag._replace(content=_content(flag, parser))
-    return flag
+    options = _options(parser)
+    return [flag._replace(content=_content(flag, options)) if _holds_settings(flag, options) else flag for flag in flags]
 
 
-def names_of(parser: ArgumentParser, flag: Flag) -> set[str]:
-    """The settings that a flag gives, such as ``--train.lr``: of one :func:`with_content`, all that are in it."""
-    if flag.content is None:
-        return {flag.name}
+def names_of(parser: ArgumentParser, flags: Sequence[Flag]) -> set[str]:
+    """The settings that flags give, such as ``--train.lr``: of those :func:`with_contents`, all that are in them."""
     options = _options(parser)
 
     def names(content: dict[str, Any], prefix: str) -> set[str]:
@@ -118,7 +115,7 @@ def names_of(parser: ArgumentParser, flag: Flag) -> set[str]:
             found |= names(value, f"{name}.") if section else {name}
         return found
 
-    return names(flag.content, _prefix(flag))
+    return set().union(*({f.name} if f.content is None else names(f.content, _prefix(f)) for f in flags))
 
 
 def _word(flag: Flag, parser: ArgumentParser, options: dict[str, Any]) -> str:
@@ -126,7 +123,7 @@ def _word(flag: Flag, parser: ArgumentParser, options: dict[str, Any]) -> str:
     if not flag.name or flag.value is None:
         return flag.value or flag.name
     value = flag.value
-    if flag.name == "--config" or options.get(flag.name) == "section":
+    if _holds_settings(flag, options):
         return f"{flag.name}={_settings(flag, parser, options)}"
     if "/" in value and _is_of_numbers(options.get(flag.name)):
         value = json.dumps(_without_fractions(_loaded(value), flag.name), default=str)
@@ -155,6 +152,11 @@ def _without_fractions(value: Any, name: str) -> Any:
     return int(fraction[1]) / int(fraction[2])
 
 
+def _holds_settings(flag: Flag, options: dict[str, Any]) -> bool:
+    """Whether it gives a YAML file, or a mapping, of settings."""
+    return flag.name == "--config" or options.get(flag.name) == "section"
+
+
 def _prefix(flag: Flag) -> str:
     """What the names of the settings begin with that a YAML file or a mapping has."""
     return "--" if flag.name == "--config" else f"{flag.name}."
@@ -165,7 +167,7 @@ def _source(flag: Flag) -> str:
     return flag.value if flag.name == "--config" or Path(flag.value).is_file() else flag.name
 
 
-def _content(flag: Flag, parser: ArgumentParser) -> dict[str, Any]:
+def _content(flag: Flag, options: dict[str, Any]) -> dict[str, Any]:
     """What a YAML file, or a mapping on the command line, holds."""
     source, text, prefix = _source(flag), flag.value, _prefix(flag)
     if source == flag.value:
@@ -183,7 +185,7 @@ def _content(flag: Flag, parser: ArgumentParser) -> dict[str, Any]:
         holds = "nothing" if content is None else f"{str(content)[:60]!r}"
         if prefix == "--":
             raise InputError(f"{source} holds {holds}: give a YAML file of settings, such as 'train: {{steps: 1000}}'")
-        first = _first(prefix, _options(parser))
+        first = _first(prefix, options)
         hint = f"did you mean {first} {str(content)[:60]}?" if content is not None else f"give {first} or another setting"
         raise InputError(f"{source} is a section of settings and is given {holds}: {hint}")
     return content
@@ -192,7 +194,7 @@ def _content(flag: Flag, parser: ArgumentParser) -> dict[str, Any]:
 def _settings(flag: Flag, parser: ArgumentParser, options: dict[str, Any]) -> str:
     """The settings of a YAML file, or of a mapping on the command line, as JSON."""
     source, prefix = _source(flag), _prefix(flag)
-    content = _content(flag, parser) if flag.content is None else flag.content
+    content = _content(flag, options) if flag.content is None else flag.content
     content = _checked(content, prefix, source, options)
     nested = content
     for part in reversed(prefix.strip("-.").split(".") if prefix != "--" else []):

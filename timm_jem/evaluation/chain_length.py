@@ -134,10 +134,9 @@ def best_num_steps(
     """
     if len(candidates) == 0:
         raise InputError("there are no lengths of chains to choose from: give at least one")
-    if isinstance(real, Tensor) and real.ndim:
-        real = real.split(batch_size)
-    parts = [real] if isinstance(real, Tensor) or not isinstance(real, Iterable) else real
-    features = [_features(part, jem) for part in parts]
+    if isinstance(real, Tensor):
+        real = real.split(batch_size) if real.ndim else [real]
+    features = [_features(part, jem) for part in (real if isinstance(real, Iterable) else [real])]
     if (count := sum(map(len, features))) < 2:
         raise InputError(f"images to be near to are {count}: give at least two")
     features = torch.cat(features)

@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,39 +35,38 @@ def without_local_paths(provenance: Mapping[str, Any]) -> dict[str, Any]:
             value = _arguments(value, ends)
         return f"{flag}{equals}{_cut(value)}"
 
-    def shown(value: Any, key: str = "") -> Any:
-        if isinstance(value, Mapping):
-            return {name: shown(item, name) for name, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [shown(item) for item in value]
-        if not isinstance(value, str):
-            return value
+    def shown(text: str, key: str) -> str:
         try:
-            lines = value.splitlines() if key == "command" else []
-            return "\n".join(shlex.join(map(word, shlex.split(line))) for line in lines) if lines else _cut(value)
+            lines = text.splitlines() if key == "command" else []
+            return "\n".join(shlex.join(map(word, shlex.split(line))) for line in lines) if lines else _cut(text)
         except ValueError:  # an open quote
-            return _cut(value)
+            return _cut(text)
 
-    return shown(provenance)
+    return _each_text(provenance, shown)
 
 
 def _arguments(text: str, ends: Collection[str]) -> str:
     """A mapping in YAML, in which what may be a local path is cut; as it was where nothing is."""
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cut(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [cut(item) for item in value]
-        return f"./{Path(value).name}" if isinstance(value, str) and os.path.normpath(value) in ends else value
+    def cut(text: str, _key: str) -> str:
+        return f"./{Path(text).name}" if "/" in text and os.path.normpath(text) in ends else text
 
     try:
         told = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    if (shown := cut(told)) == told:
+    if (shown := _each_text(told, cut)) == told:
         return text
     return yaml.safe_dump(shown, default_flow_style=True, sort_keys=False, width=10**6).strip()
+
+
+def _each_text(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """JSON data in which each text is ``change(text, the key it has in a mapping)``."""
+    if isinstance(value, Mapping):
+        return {name: _each_text(item, change, name) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_each_text(item, change) for item in value]
+    return change(value, key) if isinstance(value, str) else value
 
 
 def _texts(value: Any) -> Iterator[str]:

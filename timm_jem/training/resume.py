@@ -26,6 +26,16 @@ def _one_is_none(old: Any, new: Any) -> bool:
     return (old is None) != (new is None)
 
 
+def _other_networks(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a model's arguments differ in more than the file of its weights, which a run that goes on doesn't read."""
+
+    def without_file(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        dicts = {key: value for key, value in kwargs.items() if key in OF_WEIGHTS and isinstance(value, Mapping)}
+        return {**kwargs, **{key: {k: v for k, v in value.items() if k != "file"} for key, value in dicts.items()}}
+
+    return without_file(old) != without_file(new)
+
+
 _HELD_OUT = Refused("other images would be held out, and test images move into training")
 _PIXELS = Refused("weights and chains are of images of that shape")
 _NETWORK = Refused("the weights are of that network")
@@ -63,7 +73,7 @@ AT_RESUME: dict[str, Refused | None] = {
     "model.num_classes": _NETWORK,
     "model.drop_rate": None,
     "model.drop_path_rate": None,
-    "model.kwargs": _NETWORK,
+    "model.kwargs": Refused(_NETWORK.why, _other_networks),
     "classifier.steps": _CLASSIFIER,
     "classifier.epochs": _CLASSIFIER,
     "classifier.batch_size": _CLASSIFIER,
@@ -177,22 +187,14 @@ def refuse_changes(saved: Mapping[str, Any], settings: Settings) -> None:
     now = settings.sections()
     for name, rule in AT_RESUME.items():
         try:
-            old, new = (_value(sections, name) for sections in (saved, now))
+            old, new = _value(saved, name), _value(now, name)
         except KeyError:  # none of a checkpoint's sections, or none that it knew
             continue
-        if name == "model.kwargs":
-            old, new = _without_weights(old), _without_weights(new)
         if rule is not None and old != new and rule.where(old, new):
             raise InputError(
                 f"{name} is {new!r} now and was {old!r}, and a run that goes on can't change it ({rule.why}): leave it out, "
                 "or start another run"
             )
-
-
-def _without_weights(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's arguments without the file that its weights came from, which a run that goes on doesn't read."""
-    dicts = {key: value for key, value in kwargs.items() if key in OF_WEIGHTS and isinstance(value, Mapping)}
-    return {**kwargs, **{key: {k: v for k, v in value.items() if k != "file"} for key, value in dicts.items()}}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

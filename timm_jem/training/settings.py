@@ -11,7 +11,7 @@ import yaml
 from accelerate.tracking import get_available_trackers
 from jsonargparse import ArgumentParser
 
-from timm_jem.command_line import Arguments, Flag, make_parser, names_of, parse_flags, read_flags, with_content
+from timm_jem.command_line import Arguments, Flag, make_parser, names_of, parse_flags, read_flags, with_contents
 from timm_jem.data import DataConfig
 from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.evaluation.attacks import PGDConfig
@@ -455,15 +455,14 @@ def _with_resets(parser: ArgumentParser, flags: Sequence[Flag]) -> list[Flag]:
     """The flags, and where a file, or the flags after it, name another model or a number of steps, what those before them said
     of its arguments, or of epochs, is taken back."""
     groups: list[list[Flag]] = [[]]
-    for flag in flags:
+    for flag in with_contents(parser, flags):
         if flag.name == "--config":
             groups += [[flag], []]
         else:
             groups[-1].append(flag)
     found: list[Flag] = []
     for group in groups:
-        group = [with_content(parser, flag) for flag in group]
-        given = set().union(*(names_of(parser, flag) for flag in group))
+        given = names_of(parser, group)
         if "--model.name" in given:
             found.append(Flag("--model.kwargs", "{}"))
         for section in ("train", "classifier"):

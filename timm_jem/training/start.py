@@ -118,13 +118,11 @@ def _notes(told: Settings, settings: Settings, world: int) -> list[str]:
     if told.train.warmup_steps not in (None, train.warmup_steps):
         asked = told.train.warmup_steps
         notes.append(f"train.warmup_steps {asked} would be the whole run of {train.steps} steps: it is {train.warmup_steps}")
-    if told.train.buffer_size is None and train.objective.needs_chains and train.buffer_size < 10_000:
-        notes.append(f"train.buffer_size is {train.buffer_size:,}, which take 1 GiB: set it to have more or fewer")
-    if told.train.buffer_size is None and train.objective.needs_chains and train.buffer_size > 10_000:
-        notes.append(
-            f"train.buffer_size is {train.buffer_size:,}, as many of each class as a batch may need: lower train.batch_size to "
-            "have fewer"
-        )
+    if told.train.buffer_size is None and train.objective.needs_chains and train.buffer_size != 10_000:
+        why = "as many of each class as a batch may need: lower train.batch_size to have fewer"
+        if train.buffer_size < 10_000:
+            why = "which take 1 GiB: set it to have more or fewer"
+        notes.append(f"train.buffer_size is {train.buffer_size:,}, {why}")
     if settings.hub.every and settings.hub.push_to is None:
         notes.append(f"hub.every {settings.hub.every} publishes nothing without hub.push_to")
     # accelerate launch starts one process on a CPU, however many it was asked for, and leaves this trace of it.
