@@ -89,8 +89,10 @@ class _Graph:
 def _no_waiting() -> Iterator[None]:
     """Within the context what waits for the GPU raises a RuntimeError; in a capture it would break more than that."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(mode)
