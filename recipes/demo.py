@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import PartialState
 
 from timm_jem import InputError
-from timm_jem.command_line import make_parser, parse_flags, read_flags
+from timm_jem.command_line import make_parser, parse_flags, read_flags, told_of, with_contents
 from timm_jem.data import DataConfig
 from timm_jem.demo.exhibit import Exhibit, load_exhibit
 from timm_jem.demo.space import write_space
@@ -27,18 +27,19 @@ from timm_jem.training.shell import check_one_process, one_line_errors
 BESIDE = Path(__file__).parent / "model"
 
 
-def parse(argv: list[str]) -> tuple[Any, DataConfig | None]:
+def parse(argv: list[str]) -> tuple[Any, dict[str, Any]]:
     parser = make_parser("recipes/demo.py", __doc__.splitlines()[0])
     parser.add_argument("model", type=str | None, nargs="?", help="a run, a saved folder, a Hub name, or timm:NAME")
-    parser.add_argument("--data", type=DataConfig | None, default=None, help="pictures; default: those of the model's training")
+    parser.add_argument("--data", type=DataConfig | None, default=None, help="pictures; else as in the model's training")
     parser.add_argument("--host", type=str | None, default=None, help="0.0.0.0: for all machines; default: for this one alone")
     parser.add_argument("--port", type=int | None, default=None, help="default: the first free one from 7860 on")
     parser.add_argument("--share", type=bool, default=False, help="also a public link, by Gradio's tunnel and servers")
     parser.add_argument("--open_browser", type=bool, default=True, help="show the page at once")
     parser.add_argument("--space", type=str | None, default=None, help="serve nothing, and write a Space to this new folder")
-    given = parse_flags(parser, read_flags(parser, argv))
+    flags = with_contents(parser, read_flags(parser, argv))
+    given = parse_flags(parser, flags)
     check_address(given.host, given.port)
-    return given, parser.instantiate(given).data
+    return given, told_of(parser, flags, "data", parser.instantiate(given).data)
 
 
 def check_address(host: str | None, port: int | None) -> None:
@@ -61,14 +62,14 @@ def serve(exhibit: Exhibit, given: Any) -> None:
 
 
 def main(argv: list[str]) -> None:
-    given, data = parse(argv)
+    given, told = parse(argv)
     check_one_process("a page")
     name = given.model or (str(BESIDE) if BESIDE.is_dir() else None)
     if name is None:
         raise InputError("which model? Give a run, a saved folder, a Hub name or timm:NAME; --help says more")
     if given.space is None:
         need("gradio", "the page", "demo")
-    exhibit, instead = load_exhibit(name, data, device=PartialState().device)
+    exhibit, instead = load_exhibit(name, told, device=PartialState().device)
     if instead:
         print(f"note: {instead}", flush=True)
     if given.space is not None:

@@ -29,7 +29,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 import timm_jem
 from timm_jem import JEM, InputError
 from timm_jem.backbone import architecture
-from timm_jem.command_line import make_parser, parse_flags, read_flags
+from timm_jem.command_line import make_parser, parse_flags, read_flags, told_of, with_contents
 from timm_jem.data import DataConfig
 from timm_jem.errors import one_line, quoted
 from timm_jem.evaluation.classification_section import classification_section
@@ -56,17 +56,18 @@ MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], No
 }
 
 
-def parse(argv: list[str]) -> tuple[Any, EvaluationConfig, DataConfig | None]:
+def parse(argv: list[str]) -> tuple[Any, EvaluationConfig, dict[str, Any]]:
     parser = make_parser("recipes/evaluate.py", __doc__.splitlines()[0])
     parser.add_argument("model", type=str | None, nargs="?", help="a run, a saved folder, a Hub name, or timm:NAME")
     parser.add_argument("--output_dir", type=str | None, default=None, help="default: evaluation in the run's folder")
     parser.add_argument("--overwrite", type=bool, default=False, help="measure anew what output_dir has already")
     parser.add_argument("--compare", type=list[str], default=[], help="reports to put side by side, as name=FOLDER or FOLDER")
-    parser.add_argument("--data", type=DataConfig | None, default=None, help="images; default: those of the model's training")
+    parser.add_argument("--data", type=DataConfig | None, default=None, help="images; else as in the model's training")
     parser.add_class_arguments(EvaluationConfig, as_group=False)
-    given = parse_flags(parser, read_flags(parser, argv))
+    flags = with_contents(parser, read_flags(parser, argv))
+    given = parse_flags(parser, flags)
     config = EvaluationConfig(**{f.name: given[f.name] for f in fields(EvaluationConfig)})
-    return given, config, parser.instantiate(given).data
+    return given, config, told_of(parser, flags, "data", parser.instantiate(given).data)
 
 
 def about(name: str, model: JEM, data: DataConfig) -> dict[str, Any]:
@@ -149,6 +150,7 @@ def measured(name: str, subject: Subject, config: EvaluationConfig, command: str
     title, measure, less = MEASURES[name]
     versions = f"timm_jem {timm_jem.__version__}, timm {timm.__version__}, torch {torch.__version__}"
     found = Measured(title, asdict(config), command, f"{versions}, {subject.model.mean.device.type}")
+    found.warnings += subject.of_test
     start = time.perf_counter()
     try:
         measure(subject, config, Section(found, drawn))
@@ -168,7 +170,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def main(argv: list[str]) -> str | None:
     """Returns the exit message, where a section was left out."""
-    given, config, data = parse(argv)
+    given, config, told = parse(argv)
     if given.compare:
         if given.model is not None:
             raise InputError(f"--compare takes reports, and no model {given.model}: evaluate it first, then compare")
@@ -182,7 +184,7 @@ def main(argv: list[str]) -> str | None:
     earlier = earlier_report(folder, given.overwrite)
     todo = to_measure(earlier, config, given.overwrite)
     model = load_model(given.model, second_derivatives=config.refines)
-    data, alike = data_config(model, given.model, data)
+    data, alike = data_config(model, given.model, told)
     what = about(given.model, model, data)
     known = {"weights": "weights", "data_settings": "images", "sampling": "settings or starts of chains"}
     earlier = same_subject(earlier, what, folder, given.overwrite, known)

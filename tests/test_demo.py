@@ -370,7 +370,7 @@ def test_large_models_draw_nothing_before_the_page_opens(tmp_path, monkeypatch):
 def test_data_that_are_given_must_fit(tmp_path):
     small_model(class_names=list("abcdefghij")).save_pretrained(tmp_path / "plain")
     with pytest.raises(InputError, match="is 'a' and of digits '0'"):
-        load_exhibit(str(tmp_path / "plain"), timm_jem.data.DataConfig("digits"))
+        load_exhibit(str(tmp_path / "plain"), {"dataset": "digits"})
 
 
 def test_a_space_is_whole(tmp_path, shown):

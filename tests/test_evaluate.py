@@ -3,7 +3,7 @@ import math
 import re
 import shlex
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import evaluate
@@ -230,7 +230,34 @@ def test_provenance_that_says_nothing_of_its_settings():
         jem = timm_jem.create_model("test_resnet", num_classes=10, input_size=(1, 8, 8))
         jem.provenance = {"config": config}
         with pytest.raises(InputError, match=r"--data\.dataset"):
-            data_config(jem, "it", None)
+            data_config(jem, "it", {})
+
+
+def test_flags_of_data_change_the_settings_of_training_one_by_one(run, tmp_path):
+    _, _, told = evaluate.parse(["m", "--data.cache_gib", "1"])
+    assert told == {"cache_gib": 1.0}
+    jem = timm_jem.create_model("test_resnet", num_classes=10, input_size=(1, 8, 8))
+    of_training = DataConfig("digits", split_seed=7, skip_broken=True, labels_per_class=10)
+    jem.provenance = {"config": {"data": asdict(of_training)}}
+    found, alike = data_config(jem, "it", told)
+    assert (found, alike) == (replace(of_training, cache_gib=1.0, labels_per_class=None, channels=1, image_size=8), True)
+    assert data_config(jem, "it", {"dataset": "digits", "streaming": False})[1]
+    found, alike = data_config(jem, "it", {"split_seed": 0})
+    assert (found.split_seed, found.skip_broken, alike) == (0, True, False)
+    (tmp_path / "data.yaml").write_text("dataset: digits\nval_fraction: 0.2\n")
+    _, _, told = evaluate.parse(["m", "--data", str(tmp_path / "data.yaml")])
+    assert told == {"dataset": "digits", "val_fraction": 0.2}
+    jem.provenance = {}
+    with pytest.raises(InputError, match=r"doesn't say what it was trained on: give --data\.dataset"):
+        data_config(jem, "it", {"cache_gib": 1.0})
+
+
+def test_test_images_that_training_may_have_seen_are_told_of(run, tmp_path):
+    options = f"--sections [classification] --test_images 50 --output_dir {tmp_path / 'o'}"
+    evaluate.main(shlex.split(f"{run} {options} --data.dataset digits"))
+    assert read_report(tmp_path / "o").warnings == []
+    evaluate.main(shlex.split(f"{run} {options} --overwrite true --data.split_seed 1"))
+    assert any("all numbers may look too good" in warning for warning in read_report(tmp_path / "o").warnings)
 
 
 def digits_folder(folder: Path, rows) -> Path:

@@ -444,13 +444,16 @@ def test_images_held_out_in_training_are_known_by_themselves_wherever_they_lie(m
     jem, data = load_model(str(model)), DataConfig(channels=1, image_size=8)
     trained_on = data_identity(load_splits(data))
 
-    def warnings(alike, of=data):
-        return load_subject(str(model), jem, of, config, alike=alike).warnings
+    def warned(alike, of=data):
+        subject = load_subject(str(model), jem, of, config, alike=alike)
+        return len(subject.warnings), len(subject.of_test)
 
-    assert (warnings(True), len(warnings(False))) == ([], 1)  # settings alone tell
+    assert (warned(True), warned(False)) == ((0, 0), (1, 1))  # settings alone tell
     jem.provenance = {"data": trained_on}
-    assert warnings(False) == []
-    assert len(warnings(True, replace(data, split_seed=1))) == 1
+    assert warned(False) == (0, 0)
+    assert warned(True, replace(data, split_seed=1)) == (1, 1)
+    jem.provenance = {"data": {**trained_on, "val": None}}
+    assert warned(True) == (1, 0)  # the test images are those of then
 
 
 def test_chains_of_the_buffer_are_of_all_classes():

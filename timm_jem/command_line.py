@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
 
 from timm_jem.errors import InputError, one_line, quoted
 
-__all__ = ["Arguments", "Flag", "make_parser", "names_of", "parse_flags", "read_flags", "with_contents"]
+__all__ = ["Arguments", "Flag", "make_parser", "names_of", "parse_flags", "read_flags", "told_of", "with_contents"]
 
 # Of another library's function. Text comes first: what is quoted in YAML stays text.
 Arguments = dict[str, str | int | float | bool | list | dict | None]
@@ -116,6 +116,19 @@ def names_of(parser: ArgumentParser, flags: Sequence[Flag]) -> set[str]:
         return found
 
     return set().union(*({f.name} if f.content is None else names(f.content, _prefix(f)) for f in flags))
+
+
+def told_of(parser: ArgumentParser, flags: Sequence[Flag], section: str, values: Any) -> dict[str, Any]:
+    """What flags say of a section's settings, by name, whatever its defaults: of :func:`with_contents`.
+
+    Args:
+        parser, flags: that made ``values``.
+        section: its name, such as "data".
+        values: the section as it was parsed, an object with a setting an attribute; None: nothing was told.
+    """
+    prefix = f"--{section}."
+    names = [name.removeprefix(prefix) for name in sorted(names_of(parser, flags)) if name.startswith(prefix)]
+    return {} if values is None else {name: getattr(values, name) for name in names}
 
 
 def _word(flag: Flag, parser: ArgumentParser, options: dict[str, Any]) -> str:

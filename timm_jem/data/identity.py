@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,9 +52,9 @@ def changed_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
     return None
 
 
-def same_held_out(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def same_held_out(saved: Mapping[str, Any], now: Mapping[str, Any], splits: Sequence[str] = ("val", "test")) -> bool:
     """Whether validation and test images are the very ones that were held out then, wherever they lie."""
-    return all(saved.get(key) == now[key] for key in ("image_shape", "class_names", "val", "test"))
+    return all(saved.get(key) == now[key] for key in ("image_shape", "class_names", *splits))
 
 
 def _of_images(images: ImageSet) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class Splits:
     files: str = ""
     left_out: int = 0
 
+    @property
+    def test_of_train(self) -> bool:
+        """Whether test images were held out of the train split, as those of ``val`` always are: there is no test split."""
+        return self.test.parts[0][0] == self.val.parts[0][0]
+
     def summary(self) -> str:
         """One line that says what was loaded, for people."""
         classes = f"{len(self.class_names)} classes"

@@ -1,13 +1,15 @@
 """What a page is about: a model, and images to begin with."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from timm_jem.backbone import architecture
-from timm_jem.data import DataConfig, load_splits
+from timm_jem.data import load_splits
 from timm_jem.data.identity import data_identity, same_held_out
 from timm_jem.errors import InputError
 from timm_jem.evaluation.subject import check_classes, data_config, display_name, load_model, some
@@ -50,13 +52,13 @@ class Exhibit:
 
 
 def load_exhibit(
-    name: str, data: DataConfig | None = None, *, device: torch.device | str = "cpu", seed: int = 0
+    name: str, told: Mapping[str, Any] | None = None, *, device: torch.device | str = "cpu", seed: int = 0
 ) -> tuple[Exhibit, str]:
     """A model and images to look at: held-out ones where they are known and there, else chains that it draws.
 
     Args:
         name: a run, a saved folder, a Hub name, or timm:NAME.
-        data: the model's data set; None: as its provenance says.
+        told: settings of its data that are others than in its training, by name.
         device: where the model and the images are.
         seed: of the choice of images.
 
@@ -64,19 +66,19 @@ def load_exhibit(
         It, and a line that says what was done instead where the images can't be had, or nothing.
 
     Raises:
-        InputError: no such model, or ``data`` that don't fit it.
+        InputError: no such model, or data that were told and don't fit it.
     """
     jem = load_model(name).to(device)
     names = jem.predictor().names or [str(i) for i in range(jem.num_classes)]
     try:
-        examples, of_examples = _held_out(jem, name, data, seed)
-        told = ""
+        examples, of_examples = _held_out(jem, name, told or {}, seed)
+        instead = ""
     except InputError as error:
-        if data is not None:
+        if told:
             raise
         examples, of_examples = _drawn(jem, seed)
-        told = f"no held-out images ({error}): {of_examples}"
-    return Exhibit(_called(name, jem), jem, list(names), examples.to(device), of_examples), told
+        instead = f"no held-out images ({error}): {of_examples}"
+    return Exhibit(_called(name, jem), jem, list(names), examples.to(device), of_examples), instead
 
 
 def _called(name: str, jem: JEM) -> str:
@@ -85,9 +87,9 @@ def _called(name: str, jem: JEM) -> str:
     return display_name(str(jem.provenance.get("dataset") or "this model")) if shown == "model" else shown
 
 
-def _held_out(jem: JEM, name: str, given: DataConfig | None, seed: int) -> tuple[Tensor, str]:
+def _held_out(jem: JEM, name: str, told: Mapping[str, Any], seed: int) -> tuple[Tensor, str]:
     """Test images, of classes as different as possible; the reference is made of validation images if there is none."""
-    data, alike = data_config(jem, name, given)
+    data, alike = data_config(jem, name, told)
     splits = load_splits(replace(data, cache_gib=0))
     check_classes(jem, splits, name, data.dataset)
     if isinstance(known := jem.provenance.get("data"), dict):
@@ -98,7 +100,7 @@ def _held_out(jem: JEM, name: str, given: DataConfig | None, seed: int) -> tuple
     images, y = some(splits.test, 20 * _EXAMPLES, seed, "examples")
     classes = len(splits.class_names)
     chosen = _of_all_classes(y, _EXAMPLES - _EXAMPLES % classes if classes <= _EXAMPLES else _EXAMPLES)
-    held_out = "held-out images" if alike else "test images"
+    held_out = "held-out images" if alike else "images" if splits.test_of_train else "test images"
     noise = uniform_noise((1, *jem.input_size), generator=torch.Generator().manual_seed(seed))
     shown = torch.cat([to_pixels(images[chosen]), noise])
     return jem.normalize(shown), f"{held_out} of {display_name(data.dataset)}, and noise"

@@ -48,6 +48,7 @@ class Subject:
         split: the name of the test split.
         held_out: what ``val`` is, in words.
         warnings: what a reader must know where ``val`` is used.
+        of_test: what a reader must know where test images are used, which is everywhere.
         outliers: 8-bit images out of distribution, by name; empty where they aren't asked for.
         extractors: features of samples; empty where samples aren't asked for.
         baseline, judge: other classifiers of the same images, or None.
@@ -70,6 +71,7 @@ class Subject:
     split: str
     held_out: str
     warnings: list[str]
+    of_test: list[str]
     outliers: dict[str, Tensor]
     extractors: list[Extractor]
     baseline: JEM | None
@@ -113,8 +115,9 @@ def load_subject(
     baseline, judge = (None if other is None else load_model(other) for other in (config.baseline, config.judge))
     splits = load_splits(data)
     identity = data_identity(splits)
+    test_alike = alike
     if isinstance(known := model.provenance.get("data"), dict):
-        alike = same_held_out(known, identity)
+        alike, test_alike = same_held_out(known, identity), same_held_out(known, identity, ["test"])
     for jem, called in ((model, name), (baseline, config.baseline), (judge, config.judge)):
         if jem is not None:
             check_classes(jem, splits, called, data.dataset)
@@ -138,7 +141,11 @@ def load_subject(
         if judge is not None:
             extractors.append(classifier_extractor(judge, f"features of {Path(config.judge).name}"))
     of_split = f"images held out of split {data.train_split}"
-    held_out = f"{of_split}, as in training" if alike else f"{of_split}, which the model may have been trained on"
+    seen = f"{of_split}, which the model may have been trained on"
+    held_out = f"{of_split}, as in training" if alike else seen
+    of_test = []
+    if splits.test_of_train and not test_alike:
+        of_test.append(f"Test images are {seen}: all numbers may look too good.")
     return Subject(
         name=display_name(name),
         model=model,
@@ -156,6 +163,7 @@ def load_subject(
         split=data.test_split or "test",
         held_out=held_out,
         warnings=[] if alike else [f"Temperature and typicality use {held_out}."],
+        of_test=of_test,
         outliers=outliers,
         extractors=extractors,
         baseline=baseline,
@@ -200,11 +208,16 @@ def _unfused_attention() -> Iterator[None]:
         set_fused_attn(*before)
 
 
-def data_config(jem: JEM, name: str, given: DataConfig | None) -> tuple[DataConfig, bool]:
+def data_config(jem: JEM, name: str, told: Mapping[str, Any]) -> tuple[DataConfig, bool]:
     """The images to evaluate on, and whether they are split as in the model's own training.
 
+    Args:
+        jem: the model.
+        name: what to call it.
+        told: settings that are others than in its training, by name.
+
     Raises:
-        InputError: none are ``given``, and the model's provenance doesn't say what it was trained on.
+        InputError: no dataset is ``told``, and the model's provenance doesn't say what it was trained on.
     """
     config = jem.provenance.get("config")
     trained, own = config.get("data") if isinstance(config, Mapping) else None, None
@@ -214,9 +227,9 @@ def data_config(jem: JEM, name: str, given: DataConfig | None) -> tuple[DataConf
             own = DataConfig(**{key: value for key, value in trained.items() if key in known})
         except (AttributeError, TypeError) as error:
             raise InputError(f"the data settings of {name} are broken ({one_line(error)}): give --data.dataset") from error
-    if given is None and own is None:
+    if own is None and "dataset" not in told:
         raise InputError(f"{name} doesn't say what it was trained on: give --data.dataset")
-    config = own if given is None else given
+    config = replace(own or DataConfig(), **{**told, "labels_per_class": None, "unlabeled": None})
     channels, height, width = jem.input_size
     if config.channels is None:
         config = replace(config, channels=channels)
@@ -225,7 +238,7 @@ def data_config(jem: JEM, name: str, given: DataConfig | None) -> tuple[DataConf
     # Which images are held out depends on these alone.
     held = ("dataset", "config_name", "train_split", "test_split", "test_fraction", "val_fraction", "split_seed", "streaming")
     alike = own is not None and all(getattr(own, key) == getattr(config, key) for key in held)
-    return replace(config, labels_per_class=None, unlabeled=None), alike
+    return config, alike
 
 
 def check_classes(jem: JEM, splits: Splits, name: str, dataset: str) -> None:
