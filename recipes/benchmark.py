@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate.utils import tqdm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,6 +33,7 @@ from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.ood import Detector
 from timm_jem.pixels import to_pixels
+from timm_jem.progress import tqdm
 from timm_jem.speed.iteration import bare_passes, build_run, iteration
 from timm_jem.speed.profile import profile
 from timm_jem.training import Run, Settings, open_accelerator, parse_settings

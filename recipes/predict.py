@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from accelerate import PartialState
-from accelerate.utils import tqdm
 
 from timm_jem import JEM, InputError, Prediction
 from timm_jem.command_line import make_parser, parse_flags, read_flags
@@ -32,6 +31,7 @@ from timm_jem.errors import check_whole, one_line, quoted
 from timm_jem.evaluation.subject import load_model
 from timm_jem.files import cores, replaced_file
 from timm_jem.preprocessing import trained_here
+from timm_jem.progress import tqdm
 from timm_jem.training.shell import check_one_process, one_line_errors
 
 COLUMNS = ("file", "label", "y", "p", "energy", "percentile", "outlier", "error")

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
+    "progress": set(),
     "command_line": {"errors"},
     "files": {"errors"},
     "energy": {"inputs", "errors"},
@@ -40,22 +41,22 @@ MAY_IMPORT = {
         "preprocessing", "reference", "errors",
     },
     "wrap": {"files", "sampling", "gaussians", "models", "backbone", "hub", "model", "reference", "errors"},
-    "ood": {"energy", "files", "modes", "backbone", "inputs", "reference", "model", "ood", "errors"},
+    "ood": {"energy", "files", "modes", "progress", "backbone", "inputs", "reference", "model", "ood", "errors"},
     "conversion": {"sampling", "inputs", "hub", "model", "wrap", "conversion", "version", "errors"},
-    "data": {"decoding", "files", "pixels", "data", "errors"},
+    "data": {"decoding", "files", "pixels", "progress", "data", "errors"},
     "evaluation": {
         "energy", "files", "inputs", "pixels", "modes", "noise", "sampling", "refinement", "models", "model", "wrap", "ood",
-        "data", "evaluation", "temperature", "errors",
+        "data", "evaluation", "temperature", "progress", "errors",
     },
     "training": {
         "captured", "command_line", "energy", "files", "pixels", "modes", "noise", "sampling", "replay_buffer", "gaussians",
-        "objectives", "models", "hub", "model", "wrap", "data", "evaluation", "training", "version", "errors",
+        "objectives", "models", "hub", "model", "wrap", "data", "evaluation", "training", "progress", "version", "errors",
     },
     "demo": {
         "files", "pixels", "modes", "noise", "decoding", "prediction", "reference", "backbone", "hub", "model", "data",
         "evaluation", "demo", "version", "errors",
     },
-    "stability": {"files", "evaluation", "stability", "training", "errors"},
+    "stability": {"files", "progress", "evaluation", "stability", "training", "errors"},
     "speed": {"modes", "data", "ood", "evaluation", "model", "pixels", "wrap", "training", "speed", "errors"},
     "__init__": {
         "energy", "noise", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "ood",

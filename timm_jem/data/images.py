@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import tqdm
 from datasets import Dataset, Image
 from torch import Tensor
 
 from timm_jem.decoding import BrokenImage, decode
 from timm_jem.errors import InputError
 from timm_jem.files import cores
+from timm_jem.progress import tqdm
 
 __all__ = ["SKIP_HINT", "ImageSet", "cache_small", "evenly", "located"]
 

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor, nn
 
 from timm_jem.errors import InputError, check_number, check_whole, quoted
@@ -20,6 +19,7 @@ from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.noise import randn, uniform_noise
 from timm_jem.pixels import from_unit
+from timm_jem.progress import tqdm
 
 __all__ = [
     "Classifier",

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor, nn
 
 from timm_jem.errors import InputError, check_number, check_whole, how_to_install, quoted
 from timm_jem.evaluation.attacks import Classifier, check_attackable, check_logits, check_norm, first_logits
 from timm_jem.modes import frozen
+from timm_jem.progress import tqdm
 
 __all__ = ["auto_attack", "auto_attack_names"]
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole
@@ -13,6 +12,7 @@ from timm_jem.evaluation.labelled import labels
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.noise import chain_generators, draw_seeds
+from timm_jem.progress import tqdm
 from timm_jem.sampling import FEWEST, sgld
 
 __all__ = ["best_num_steps", "chains_by_length"]

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole
@@ -11,6 +10,7 @@ from timm_jem.evaluation.labelled import eight_bit_images, labelled_logits, labe
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
+from timm_jem.progress import tqdm
 
 __all__ = ["accuracy", "in_batches", "predict", "top_correct"]
 

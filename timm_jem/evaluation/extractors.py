@@ -10,7 +10,6 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate.utils import tqdm
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from timm_jem.models.names import BUILD_ERRORS, check_name
 from timm_jem.modes import frozen
 from timm_jem.ood.views import check_features, view
 from timm_jem.pixels import to_pixels
+from timm_jem.progress import tqdm
 
 __all__ = ["Extractor", "classifier_extractor", "extract", "load_extractor", "load_extractors"]
 

@@ -4,11 +4,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import tqdm
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole, how_to_install
 from timm_jem.evaluation.labelled import eight_bit_images, labels, numbers
+from timm_jem.progress import tqdm
 
 __all__ = [
     "frechet_distance",

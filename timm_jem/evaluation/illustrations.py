@@ -3,7 +3,6 @@
 import math
 
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, check_whole
@@ -12,6 +11,7 @@ from timm_jem.inputs import FAR_FROM_PIXELS
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.noise import chain_generators, draw_seeds, uniform_noise
+from timm_jem.progress import tqdm
 from timm_jem.sampling import filled
 
 __all__ = ["distal_adversarials", "interpolation_paths"]

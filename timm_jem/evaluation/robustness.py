@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import tqdm
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.evaluation.attacks import Classifier, PGDConfig, check_attackable, check_logits, pgd
 from timm_jem.evaluation.auto_attack import auto_attack
 from timm_jem.noise import randn, uniform_noise
+from timm_jem.progress import tqdm
 
 __all__ = ["NORMS", "Check", "is_correct", "robust_correct", "sanity_checks", "sized", "transfer_correct"]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import tqdm
 from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from timm_jem.files import as_path
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
+from timm_jem.progress import tqdm
 from timm_jem.wrap import create_model, from_pretrained
 
 __all__ = ["Subject", "check_classes", "data_config", "display_name", "load_model", "load_subject", "sampling_of", "some"]

@@ -94,7 +94,7 @@ def batches(
     Raises:
         InputError: no images, or something else.
     """
-    from accelerate.utils import tqdm
+    from timm_jem.progress import tqdm
 
     if isinstance(x, Tensor):
         _check_x(jem, x)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate.utils import tqdm
+from timm_jem.progress import tqdm
 
 __all__ = ["Job", "Pool", "last_line"]
 

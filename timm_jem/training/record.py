@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, tqdm
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -19,6 +19,7 @@ from timm_jem.errors import InputError, check_number, check_whole, one_line
 from timm_jem.evaluation import image_grid
 from timm_jem.hub.local_paths import without_local_paths
 from timm_jem.model import JEM
+from timm_jem.progress import tqdm
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.training.resume import differences, refuse_changes
 from timm_jem.training.run import Rollback
@@ -39,6 +40,7 @@ class Record:
         settings: the run's.
         command: flags that repeat the run.
         data: what :func:`timm_jem.data.identity.data_identity` says of its data; None: it isn't known.
+        called: settings of it that were told by other names.
 
     Attributes:
         best: [validation accuracy, step] of the models in best/, best first.
@@ -52,9 +54,10 @@ class Record:
         settings: Settings,
         command: Sequence[str],
         data: Mapping[str, Any] | None = None,
+        called: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.accelerator, self.settings, self.command = folder, accelerator, settings, list(command)
-        self.data = data
+        self.data, self.called = data, called
         self.best: list[list[float]] = []
         self.seconds = 0.0
         self._metrics_bytes = 0
@@ -246,7 +249,7 @@ class Record:
         Raises:
             InputError: a setting that the run can't take over, or other data; nothing has changed then.
         """
-        refuse_changes(state["sections"], self.settings)
+        refuse_changes(state["sections"], self.settings, called=self.called)
         if self.data is not None and state["data"] is not None and (how := changed_data(state["data"], self.data)):
             raise InputError(
                 f"{self.settings.data.dataset} is not the data of this run ({how}), and test images could move into training: "
@@ -263,7 +266,7 @@ class Record:
         if state["push_to"] is not None and self.settings.hub.push_to is None:
             self.accelerator.print(f"note: nothing will be pushed; the run was: give --hub.push_to {state['push_to']} again")
         self._metrics_bytes = broadcast_object_list([state["metrics_bytes"]])[0]
-        for line in differences(state["sections"], self.settings.sections()):
+        for line in differences(state["sections"], self.settings.sections(), called=self.called):
             self.accelerator.print(f"note: {line}")
 
 
