@@ -31,15 +31,17 @@ from timm_jem.training import (
     check_plan,
     open_accelerator,
     parse_settings,
+    settings_of,
 )
 from timm_jem.training.build import build_learner, build_stream, keep_source, workers_of
 from timm_jem.training.cadence import Cadence, stop_signals
-from timm_jem.training.classifier import classifier_settings
+from timm_jem.training.classifier import AS_TOLD, classifier_settings
 from timm_jem.training.finish import finish
 from timm_jem.training.measure import measure
 from timm_jem.training.processes import is_sharded
 from timm_jem.training.publish import publishable, push
 from timm_jem.training.record import Record
+from timm_jem.training.resume import differences, refuse_changes
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.shell import one_line_errors
 from timm_jem.training.start import start_lines
@@ -57,7 +59,12 @@ def main(argv: list[str]) -> None:
     (folder,) = broadcast_object_list([folder])
     splits = load_splits(told.data)
     settings = planned(told, splits, accelerator)
+    before = settings_of(folder).sections() if settings.resume and folder.config_file.is_file() else None
     if settings.resume and (steps := folder.finished(settings.train.steps)) is not None:
+        if before is not None:
+            refuse_changes(before, settings)
+            for line in differences(before, settings.sections()):
+                accelerator.print(f"note: {line}, and does nothing any more")
         accelerator.print(f"{folder} is finished: {steps} steps, see {folder.summary_file}")
         accelerator.end_training()
         return
@@ -76,7 +83,9 @@ def main(argv: list[str]) -> None:
         command += ["--train.mixed_precision", settings.train.mixed_precision]
     first = None if goes_on else classifier_settings(settings)
     if first is not None:
-        planned(first, splits, accelerator)
+        alone, at = planned(first, splits, accelerator), folder.classifier
+        if before is not None and at.finished(alone.train.steps) is not None:
+            refuse_changes(before, settings, section="classifier")
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)
     with folder.claimed(accelerator):
@@ -84,8 +93,7 @@ def main(argv: list[str]) -> None:
         if first is not None:
             built = None  # its memory is the classifier's meanwhile
             train_classifier(first, splits, record)
-            before = folder.classifier
-            built = build(settings, splits, accelerator, kept=before.backbone, classifier=before.model)
+            built = build(settings, splits, accelerator, kept=at.backbone, classifier=at.model)
         perform(told, settings, splits, built, record, goes_on=goes_on)
         accelerator.end_training()
 
@@ -113,7 +121,7 @@ def train_classifier(told: Settings, splits: Splits, joint: Record) -> None:
     if not joint.folder.config_file.is_file():  # without it, a folder that holds another is none of a run
         joint.write_settings()
     with folder.claimed(accelerator):
-        record = Record(folder, accelerator, settings, joint.command, joint.data)
+        record = Record(folder, accelerator, settings, joint.command, joint.data, AS_TOLD)
         perform(told, settings, splits, built, record, goes_on=goes_on, joint=joint)
         joint.command = record.command  # with what the run was told before it was stopped
         accelerator.wait_for_everyone()  # the main process is saving what all start from

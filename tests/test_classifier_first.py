@@ -127,6 +127,40 @@ def test_changes_at_the_border(whole, tmp_path):
         train.main(["--resume", str(folder), "--train.steps", "3", "--classifier.lr", "0.5"])
 
 
+@pytest.mark.parametrize("told", ["--classifier.lr 0.5", "--classifier.noise 0.9", "--classifier.steps 2"])
+def test_a_classifier_that_is_done_is_told_of_as_it_was_trained(told, whole, tmp_path):
+    folder = at_the_border(whole, tmp_path)
+    config = (folder / "config.yaml").read_text()
+    with pytest.raises(InputError, match=rf"{told.split()[0].removeprefix('--')} is .* can't change it"):
+        train.main(["--resume", str(folder), *told.split()])
+    assert (folder / "config.yaml").read_text() == config
+
+
+def test_changes_of_the_classifier_are_called_as_they_are_told(whole, tmp_path, capsys):
+    folder = at_the_border(whole, tmp_path)
+    remove(folder / "classifier", "summary.json", "model", "checkpoints/step_00000004")
+    with pytest.raises(InputError, match=r"classifier\.opt is 'sgd' now"):
+        train.main(["--resume", str(folder), "--classifier.opt", "sgd"])
+    train.main(["--resume", str(folder), "--classifier.lr", "0.5", "--classifier.noise", "0.2"])
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ") and "now" in line]
+    assert [note.split()[1] for note in notes] == ["classifier.lr", "classifier.noise"]
+
+
+def test_a_run_that_is_finished_refuses_what_it_would_refuse_before(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for told in ("--train.seed 4", "--model.name resnet18", "--classifier.lr 0.5"):
+        with pytest.raises(InputError, match=rf"{told.split()[0].removeprefix('--')} is .* can't change it"):
+            train.main(["--resume", str(folder), *told.split()])
+    capsys.readouterr()
+    train.main(["--resume", str(folder), "--sgld.num_steps", "99"])
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "note: sgld.num_steps is 99 now and was 5, and does nothing any more"
+    assert last.startswith(f"{folder} is finished: 4 steps")
+    train.main(["--resume", str(folder)])
+    assert "note" not in capsys.readouterr().out
+
+
 def test_what_joint_training_refuses_is_found_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags, message in (

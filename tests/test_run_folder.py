@@ -51,10 +51,13 @@ def test_a_folder_of_ones_own_must_be_new_or_empty():
     Path("file").write_text("")
     Path("full").mkdir()
     Path("full/mine.txt").write_text("")
-    for name in ("file", "full"):
+    for name, why in (("file", "is a file: give a folder$"), ("full", "holds other files: give a new folder$")):
         for resume in (None, "auto"):  # what has no config.yaml is no run, and a stranger's files stay
-            with pytest.raises(InputError, match=f"output_dir {name} holds another run or other files"):
+            with pytest.raises(InputError, match=f"output_dir {name} {why}"):
                 RunFolder.choose(name, "digits", resume)
+    Path("full/config.yaml").write_text("")
+    with pytest.raises(InputError, match=r"output_dir full holds another run: give a new folder, or --resume auto$"):
+        RunFolder.choose("full", "digits", None)
 
 
 def test_auto_goes_on_where_there_is_a_run():

@@ -9,7 +9,7 @@ from timm_jem.training.plan import check_plan
 from timm_jem.training.processes import open_accelerator, refuse_unsupported
 from timm_jem.training.remedy import Remedy
 from timm_jem.training.run import Rollback, Run
-from timm_jem.training.settings import HubConfig, ModelConfig, Settings, TrainConfig, parse_settings
+from timm_jem.training.settings import HubConfig, ModelConfig, Settings, TrainConfig, parse_settings, settings_of
 from timm_jem.training.state import load_tree, save_tree
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "rank_files",
     "refuse_unsupported",
     "save_tree",
+    "settings_of",
 ]

@@ -174,31 +174,38 @@ AT_RESUME: dict[str, Refused | None] = {
 }
 
 
-def refuse_changes(saved: Mapping[str, Any], settings: Settings) -> None:
+def refuse_changes(
+    saved: Mapping[str, Any], settings: Settings, *, section: str = "", called: Mapping[str, str] | None = None
+) -> None:
     """Refuse to go on with settings that a run can't take over.
 
     Args:
         saved: what ``Settings.sections`` gave when the checkpoint was written.
         settings: those of now.
+        section: look at its settings alone; "": at all.
+        called: settings that were told by other names.
 
     Raises:
         InputError: with the first setting that is refused, and the reason.
     """
     now = settings.sections()
     for name, rule in AT_RESUME.items():
+        if not name.startswith(section):
+            continue
         try:
             old, new = _value(saved, name), _value(now, name)
         except KeyError:  # none of a checkpoint's sections, or none that it knew
             continue
         if rule is not None and old != new and rule.where(old, new):
             raise InputError(
-                f"{name} is {new!r} now and was {old!r}, and a run that goes on can't change it ({rule.why}): leave it out, "
-                "or start another run"
+                f"{(called or {}).get(name, name)} is {new!r} now and was {old!r}, and a run that goes on can't change it "
+                f"({rule.why}): leave it out, or start another run"
             )
 
 
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """What settings have become, a line each."""
+def differences(old: Any, new: Any, name: str = "", *, called: Mapping[str, str] | None = None) -> list[str]:
+    """What settings have become, a line each; ``called``: those that were told by other names."""
+    name = (called or {}).get(name, name)
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{name} is {new!r} now and was {old!r}"]
     lines = []
@@ -209,7 +216,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         elif key not in old:
             lines.append(f"{path} is {new[key]!r} now and was not set")
         else:
-            lines += differences(old[key], new[key], path)
+            lines += differences(old[key], new[key], path, called=called)
     return lines
 
 

@@ -196,8 +196,11 @@ class RunFolder:
             yield note
 
     def _refuse_others(self) -> None:
-        if self.path.is_file() or (self.path.is_dir() and not _empty(self.path)):
-            raise InputError(f"output_dir {self} holds another run or other files: give a new folder, or --resume auto")
+        if self.path.is_file():
+            raise InputError(f"output_dir {self} is a file: give a folder")
+        if self.path.is_dir() and not _empty(self.path):
+            what, remedy = ("another run", ", or --resume auto") if self.config_file.is_file() else ("other files", "")
+            raise InputError(f"output_dir {self} holds {what}: give a new folder{remedy}")
 
     def _has(self, filename: str | bytes | int | None) -> bool:
         if not isinstance(filename, (str, bytes)):

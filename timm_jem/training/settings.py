@@ -21,7 +21,16 @@ from timm_jem.sampling import MOST_STEPS, SGLDConfig
 from timm_jem.training.guard import GuardConfig
 from timm_jem.training.run_folder import RunFolder
 
-__all__ = ["OF_WEIGHTS", "ClassifierConfig", "HubConfig", "ModelConfig", "Settings", "TrainConfig", "parse_settings"]
+__all__ = [
+    "OF_WEIGHTS",
+    "ClassifierConfig",
+    "HubConfig",
+    "ModelConfig",
+    "Settings",
+    "TrainConfig",
+    "parse_settings",
+    "settings_of",
+]
 
 OF_WEIGHTS = ("pretrained_cfg", "pretrained_cfg_overlay")  # arguments of timm.create_model that may name a file of weights
 
@@ -418,6 +427,36 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
         InputError: an unknown setting, or a value that it can't have.
         SystemExit: after ``--help``.
     """
+    parser = _parser()
+    flags = read_flags(parser, argv)
+    told = {flag.name: flag.value for flag in flags}
+    repeated = [word for flag in flags if flag.name not in ("--output_dir", "--resume") for word in flag.words]
+    if "--config" not in told:
+        own = RunFolder.find(told.get("--output_dir"), told.get("--data.dataset", "digits"), told.get("--resume"))
+        if own is not None and own.config_file.is_file():
+            flags.insert(0, Flag("--config", str(own.config_file)))
+        elif default_config is not None and not {"--data.dataset", "--data"} & set(told):
+            flags.insert(0, Flag("--config", str(default_config)))
+    settings = _parsed(parser, _with_resets(parser, flags))
+    if settings.train.mixed_precision == "auto":  # measured once in a run, however it is told to go on
+        own = RunFolder.find(settings.output_dir, settings.data.dataset, settings.resume)
+        if own is not None and own.config_file.is_file():
+            had = settings_of(own).train.mixed_precision or "auto"
+            settings.train = replace(settings.train, mixed_precision=had)
+            repeated += ["--train.mixed_precision", had]
+    return settings, repeated
+
+
+def settings_of(run: RunFolder) -> Settings:
+    """A run's own, by its config.yaml.
+
+    Raises:
+        InputError: it can't be read, or holds what is no setting of this version.
+    """
+    return _parsed(_parser(), [Flag("--config", str(run.config_file))])
+
+
+def _parser() -> ArgumentParser:
     parser = make_parser("recipes/train.py", "Train a joint energy model.")
     parser.usage = "%(prog)s [--config FILE] [--SECTION.SETTING VALUE ...]"  # all of them take a hundred lines
     for name in ("data", "model", "classifier", "sgld", "train", "guard", "hub"):
@@ -431,24 +470,12 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
         help="a run's folder, or one of its checkpoints: go on with it, by its own config.yaml unless told otherwise; "
         "auto: go on with output_dir where it has a checkpoint, else start it",
     )
-    flags = read_flags(parser, argv)
-    told = {flag.name: flag.value for flag in flags}
-    repeated = [word for flag in flags if flag.name not in ("--output_dir", "--resume") for word in flag.words]
-    if "--config" not in told:
-        own = RunFolder.find(told.get("--output_dir"), told.get("--data.dataset", "digits"), told.get("--resume"))
-        if own is not None and own.config_file.is_file():
-            flags.insert(0, Flag("--config", str(own.config_file)))
-        elif default_config is not None and not {"--data.dataset", "--data"} & set(told):
-            flags.insert(0, Flag("--config", str(default_config)))
-    found = parser.instantiate(parse_flags(parser, _with_resets(parser, flags)))
-    settings = Settings(**{name: found[name] for name in Settings.__dataclass_fields__})
-    if settings.train.mixed_precision == "auto":  # measured once in a run, however it is told to go on
-        own = RunFolder.find(settings.output_dir, settings.data.dataset, settings.resume)
-        if own is not None and own.config_file.is_file():
-            had = parse_flags(parser, [Flag("--config", str(own.config_file))])["train"]["mixed_precision"] or "auto"
-            settings.train = replace(settings.train, mixed_precision=had)
-            repeated += ["--train.mixed_precision", had]
-    return settings, repeated
+    return parser
+
+
+def _parsed(parser: ArgumentParser, flags: Sequence[Flag]) -> Settings:
+    found = parser.instantiate(parse_flags(parser, flags))
+    return Settings(**{name: found[name] for name in Settings.__dataclass_fields__})
 
 
 def _with_resets(parser: ArgumentParser, flags: Sequence[Flag]) -> list[Flag]:
