@@ -59,11 +59,11 @@ def main(argv: list[str]) -> None:
     (folder,) = broadcast_object_list([folder])
     splits = load_splits(told.data)
     settings = planned(told, splits, accelerator)
-    before = settings_of(folder).sections() if settings.resume and folder.config_file.is_file() else None
+    own = settings_of(folder).sections() if settings.resume and folder.config_file.is_file() else None
     if settings.resume and (steps := folder.finished(settings.train.steps)) is not None:
-        if before is not None:
-            refuse_changes(before, settings)
-            for line in differences(before, settings.sections()):
+        if own is not None:
+            refuse_changes(own, settings)
+            for line in differences(own, settings.sections()):
                 accelerator.print(f"note: {line}, and does nothing any more")
         accelerator.print(f"{folder} is finished: {steps} steps, see {folder.summary_file}")
         accelerator.end_training()
@@ -83,9 +83,9 @@ def main(argv: list[str]) -> None:
         command += ["--train.mixed_precision", settings.train.mixed_precision]
     first = None if goes_on else classifier_settings(settings)
     if first is not None:
-        alone, at = planned(first, splits, accelerator), folder.classifier
-        if before is not None and at.finished(alone.train.steps) is not None:
-            refuse_changes(before, settings, section="classifier")
+        steps = planned(first, splits, accelerator).train.steps
+        if own is not None and folder.classifier.finished(steps) is not None:
+            refuse_changes(own, settings, section="classifier")
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)
     with folder.claimed(accelerator):
@@ -93,7 +93,8 @@ def main(argv: list[str]) -> None:
         if first is not None:
             built = None  # its memory is the classifier's meanwhile
             train_classifier(first, splits, record)
-            built = build(settings, splits, accelerator, kept=at.backbone, classifier=at.model)
+            before = folder.classifier
+            built = build(settings, splits, accelerator, kept=before.backbone, classifier=before.model)
         perform(told, settings, splits, built, record, goes_on=goes_on)
         accelerator.end_training()
 
