@@ -6,12 +6,9 @@ from timm_jem.training.settings import ClassifierConfig, HubConfig, Settings
 
 __all__ = ["AS_TOLD", "classifier_settings"]
 
+_ALIKE = ("steps", "epochs", "batch_size", "opt", "lr", "weight_decay", "opt_kwargs", "ema_decay")
 # What the classifier's own run calls a setting, and how it was told.
-AS_TOLD = {
-    **{f"train.{name}": f"classifier.{name}" for name in ("steps", "epochs", "batch_size", "opt", "lr", "weight_decay")},
-    **{f"train.{name}": f"classifier.{name}" for name in ("opt_kwargs", "ema_decay")},
-    "train.data_noise": "classifier.noise",
-}
+AS_TOLD = {f"train.{name}": f"classifier.{name}" for name in _ALIKE} | {"train.data_noise": "classifier.noise"}
 
 
 def classifier_settings(settings: Settings) -> Settings | None:
