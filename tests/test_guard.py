@@ -31,6 +31,12 @@ def healthy(**config):
     return guard
 
 
+def test_chains_that_are_less_at_the_clamp_than_black_and_white_images_are_fine():
+    guard = make()
+    observe(guard, chain_saturated=-0.8)
+    assert guard.problem() is None
+
+
 @pytest.mark.parametrize("name", sorted(GOOD))
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_value_that_is_not_finite_is_enough(name, value):

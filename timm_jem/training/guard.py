@@ -133,7 +133,7 @@ class DivergenceGuard:
                 return f"{', '.join(broken)} not finite"
         if early:
             return None
-        config, medians = self.config, _medians(tables)
+        config, medians = self.config, self._medians(tables)
         for name in self.watched:
             if name not in medians:
                 continue
@@ -159,7 +159,7 @@ class DivergenceGuard:
 
     def close(self) -> None:
         """Take the iterations noted since the last time for good ones: they become the recent scale."""
-        medians = _medians(self._tables())
+        medians = self._medians(self._tables())
         for name in self.watched:
             if name in medians:
                 self.scales[name] = 0.9 * self.scales.get(name, medians[name]) + 0.1 * medians[name]
@@ -211,11 +211,10 @@ class DivergenceGuard:
             rows.setdefault(names, []).append(values)
         return [(names, self.accelerator.gather(torch.stack(values)).double().cpu().numpy()) for names, values in rows.items()]
 
-
-def _medians(tables: Sequence[tuple[Sequence[str], np.ndarray]]) -> dict[str, float]:
-    """Of |terms|: a single wild iteration is no divergence."""
-    columns: dict[str, list[np.ndarray]] = {}
-    for names, values in tables:
-        for name, column in zip(names, values.T, strict=True):
-            columns.setdefault(name, []).append(column)
-    return {name: float(np.median(np.abs(np.concatenate(parts)))) for name, parts in columns.items()}
+    def _medians(self, tables: Sequence[tuple[Sequence[str], np.ndarray]]) -> dict[str, float]:
+        """Of the watched |terms|, and of the others as they are: a single wild iteration is no divergence."""
+        columns: dict[str, list[np.ndarray]] = {}
+        for names, values in tables:
+            for name, column in zip(names, values.T, strict=True):
+                columns.setdefault(name, []).append(np.abs(column) if name in self.watched else column)
+        return {name: float(np.median(np.concatenate(parts))) for name, parts in columns.items()}
