@@ -1,4 +1,5 @@
 import copy
+import pickle
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -525,6 +526,44 @@ def test_energies_follow_attention_biases_that_are_trained():
     assert not torch.equal(*energies)
     jem.train().eval()
     torch.testing.assert_close(jem(jem.normalize(u)).logsumexp(1).neg().detach(), energies[1], rtol=1e-14, atol=0)
+
+
+def test_attention_biases_are_never_those_of_before_and_leave_no_graph(tmp_path):
+    for name in ("levit_128s", "efficientvit_m0", "efficientformerv2_s0"):
+        torch.manual_seed(0)
+        jem = timm_jem.create_model(name, num_classes=3).eval()
+        x = torch.randn(1, *jem.input_size)
+        with torch.no_grad():
+            for parameter in jem.parameters():  # some blocks begin as the identity
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        jem.energy(x)
+        jem.train().eval()
+        jem.backbone(x)
+        copies = jem, copy.deepcopy(jem), pickle.loads(pickle.dumps(jem))
+        weights = {
+            key: torch.randn_like(value) if key.endswith("attention_biases") else value.clone()
+            for key, value in jem.state_dict().items()
+        }
+        before = jem.energy(x)
+        for model in copies:
+            model(x)
+            model.load_state_dict(weights)
+            assert not torch.equal(model.energy(x), before)
+            assert model.energy(x).item() == model.predict(x)[0].energy
+    jem.save_pretrained(tmp_path / "m")
+    assert timm_jem.from_pretrained(tmp_path / "m").predict(x)[0].energy == jem.energy(x).item()
+
+
+def test_a_compiled_model_follows_attention_biases():
+    jem = timm_jem.create_model("levit_128s", num_classes=3).eval()
+    compiled, x = torch.compile(jem, backend="eager", fullgraph=True), torch.randn(1, *jem.input_size)
+    with torch.no_grad():
+        before = compiled(x)
+        for name, parameter in jem.named_parameters():
+            if name.endswith("attention_biases"):
+                parameter.normal_()
+        assert not torch.equal(compiled(x), before)
+        assert torch.equal(compiled(x), jem(x))
 
 
 def test_another_normalisation_is_used_as_it_is_saved(tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_jem.errors import InputError, quoted
 
-__all__ = ["batch_norms", "checkpointed", "frozen", "in_eval_mode", "statistics_kept"]
+__all__ = ["batch_norms", "checkpointed", "forget_biases", "frozen", "in_eval_mode", "statistics_kept"]
 
 _lock = threading.Lock()
 # Of what open contexts hold, by object and attribute: how many do, and the value from before the first.
@@ -67,10 +67,31 @@ def in_eval_mode(layers: list[nn.Module]) -> Iterator[None]:
 
 
 class _Forgetting(dict):
-    """A cache that never has what is asked for."""
+    """A cache that never has what is asked for, that train() finds nothing to clear in, and that copies are empty of."""
 
     def __contains__(self, key: object) -> bool:
         return False
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __reduce__(self) -> tuple:
+        return dict, ()
+
+
+def forget_biases(model: nn.Module) -> None:
+    """Attention of ``model`` computes its biases in every pass from now on; what it computes is the same."""
+    for module in _keeping_biases(model.modules()):
+        module.attention_bias_cache = _Forgetting()
+
+
+def _keeping_biases(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Attention of timm's LeViT, EfficientFormer and their kin, which keeps its biases from one pass in eval mode to the next.
+
+    It lets go of them in train() alone: they would be those from before other weights came, and hold a graph.
+    """
+    caches = ((module, vars(module).get("attention_bias_cache")) for module in modules)
+    return [module for module, cache in caches if cache is not None and not isinstance(cache, _Forgetting)]
 
 
 @contextlib.contextmanager
@@ -78,11 +99,8 @@ def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     modules = list(modules)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_set(modules, "training", False))
-        for module in modules:
-            # Attention of timm's LeViT and EfficientFormer keeps its biases from one pass in eval mode to the next, and lets
-            # go of them in train(): they would be those from before the optimiser's last steps.
-            if "attention_bias_cache" in vars(module):
-                stack.enter_context(_set([module], "attention_bias_cache", _Forgetting()))
+        for module in _keeping_biases(modules):
+            stack.enter_context(_set([module], "attention_bias_cache", _Forgetting()))
         yield
 
 
