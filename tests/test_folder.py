@@ -93,6 +93,14 @@ def test_layouts_that_safetensors_refuses(jem, tmp_path):
     assert torch.equal(timm_jem.from_pretrained(tmp_path)(x), expected)
 
 
+def test_saving_draws_no_random_numbers(jem, tmp_path):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    jem.save_pretrained(tmp_path / "m")
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_the_folder_is_safetensors_and_json_only(jem, tmp_path):
     jem.save_pretrained(tmp_path / "deep" / "m")
     assert sorted(os.listdir(tmp_path / "deep")) == ["m"]

@@ -137,7 +137,8 @@ def _check_faithful(backbone: nn.Module, folder: Path, input_size: tuple[int, in
     name = backbone.pretrained_cfg["architecture"]
     remedy = "plain timm can't rebuild it: undo the change to its layers, or make it by arguments of timm.create_model"
     try:
-        rebuilt, _ = read_folder(folder)
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and saving is no step of a run
+            rebuilt, _ = read_folder(folder)
     except InputError as error:
         raise InputError(f"this {name} is not what its name and arguments build ({error}); {remedy}") from error
     x = torch.rand(2, *input_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
