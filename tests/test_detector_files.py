@@ -1,3 +1,4 @@
+import copy
 import json
 import pickle
 
@@ -64,6 +65,27 @@ def test_half_precision_is_the_same_model_and_other_weights_are_not(fitted, tmp_
         other = timm_jem.create_model(name, num_classes=size, input_size=(3, 32, 32))
         with pytest.raises(InputError, match="another model"):
             Detector.load(file, other)
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "energy"])
+def test_a_model_trained_on_is_another_whenever_its_detector_is_saved(tmp_path, name):
+    torch.manual_seed(0)
+    jem = timm_jem.create_model("test_resnet", num_classes=4, input_size=(3, 32, 32)).eval()
+    before = copy.deepcopy(jem)
+    x, y = torch.randn(40, 3, 32, 32), torch.arange(40) % 4
+    d = Detector(jem, name).fit(x, y)
+    scores = d.score(x)
+    with torch.no_grad():
+        for parameter in jem.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    for number, one in enumerate((d, pickle.loads(pickle.dumps(d)))):
+        one.save(tmp_path / f"{number}.safetensors")
+        with pytest.raises(InputError, match="other weights"):
+            Detector.load(tmp_path / f"{number}.safetensors", jem)
+        again = Detector.load(tmp_path / f"{number}.safetensors", before)
+        assert torch.equal(again.score(x), scores)
+        again.save(tmp_path / "again.safetensors")
+        assert torch.equal(Detector.load(tmp_path / "again.safetensors", before).score(x), scores)
 
 
 def test_what_is_not_fitted_is_not_written(fitted, tmp_path):

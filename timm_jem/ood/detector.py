@@ -66,12 +66,13 @@ class Detector:
         self.accept: float | None = None
         self.state: dict[str, Tensor] | None = None if self._method.fit else {}
         self._score: Any = None
+        self._probe: Tensor | None = None  # of the weights that it was fitted to
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_method": None, "_score": None}  # made again: they are functions
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _method=METHODS[state["name"]])
+        vars(self).update({"_probe": None, **state}, _method=METHODS[state["name"]])
 
     @property
     def learns(self) -> bool:
@@ -119,7 +120,7 @@ class Detector:
             threshold = None
             if accept is not None:
                 threshold = _threshold(self.score(x if held_out is None else held_out, batch_size=batch_size), accept)
-            self.threshold, self.accept = threshold, accept
+            self.threshold, self.accept, self._probe = threshold, accept, stored.probe(self.jem)
             return self
         how = {"batch_size": batch_size, "desc": f"{self.name}: fitting", "on_first": self._layer}
         seen = survey(self.jem, x, y, features=self.features, labels=self._method.labels, **how)
@@ -150,7 +151,7 @@ class Detector:
             with torch.inference_mode(False), torch.no_grad():
                 self.state = dict(self._method.fit(layer, seen, self.options))
                 self._score = self._method.score(layer, self.state, self.options)
-        self.threshold = self.accept = None
+        self.threshold, self.accept, self._probe = None, None, stored.probe(self.jem)
         return self
 
     def score(self, x: Tensor | Iterable, *, batch_size: int = 256) -> Tensor:
@@ -196,13 +197,15 @@ class Detector:
     def save(self, file: str | os.PathLike) -> None:
         """Write what was fitted, the threshold and the options as one safetensors file; the model is not in it.
 
+        It is of the weights that it was fitted to: a model that was trained further since then is another to :meth:`load`.
+
         Raises:
             InputError: nothing is fitted yet, or the file can't be written; one that was there is as before.
         """
         if self.state is None:
             raise InputError(f"{self.name} has nothing to save: fit it first")
         about = {"name": self.name, "options": self.options, "threshold": self.threshold, "accept": self.accept}
-        stored.write(file, self.state, about, self.jem)
+        stored.write(file, self.state, about, stored.probe(self.jem) if self._probe is None else self._probe)
 
     @classmethod
     def load(cls, file: str | os.PathLike, jem: JEM) -> "Detector":
@@ -217,7 +220,7 @@ class Detector:
                 found = cls(jem, about.get("name"), **about["options"])
             except TypeError as error:  # an option of that name is an argument of another kind
                 raise InputError(f"its options are {quoted(about['options'])}: {one_line(error)}") from error
-            stored.check(state, found._method.shapes, jem)
+            found._probe = stored.check(state, found._method.shapes, jem)
             found.threshold, found.accept = stored.threshold(about)
             found.state = state
         except InputError as error:

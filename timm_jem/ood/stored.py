@@ -15,7 +15,7 @@ from timm_jem.files import as_path, replaced_file
 from timm_jem.model import JEM
 from timm_jem.ood.views import view
 
-__all__ = ["check", "read", "threshold", "write"]
+__all__ = ["check", "probe", "read", "threshold", "write"]
 
 FORMAT_VERSION = 1
 _KEY = "timm_jem_detector"
@@ -25,13 +25,13 @@ _PROBE, _PROBE_TOLERANCE = "grey_logits", 0.1
 _MOST_BYTES = 2**31
 
 
-def write(file: str | os.PathLike, state: Mapping[str, Tensor], about: dict[str, Any], jem: JEM) -> None:
-    """Write tensors and what JSON says about them, whole or not at all.
+def write(file: str | os.PathLike, state: Mapping[str, Tensor], about: dict[str, Any], known_by: Tensor) -> None:
+    """Write tensors, what JSON says about them, and the :func:`probe` of the model, whole or not at all.
 
     Raises:
         InputError: the file can't be written; one that was there is as before.
     """
-    tensors = {**state, _PROBE: _grey_logits(jem)}
+    tensors = {**state, _PROBE: known_by}
     header = {_KEY: json.dumps({"format_version": FORMAT_VERSION, **about})}
     try:
         with replaced_file(as_path(file)) as aside:
@@ -79,10 +79,10 @@ def threshold(about: dict[str, Any]) -> tuple[float | None, float | None]:
     return found
 
 
-def check(state: dict[str, Tensor], shapes: Mapping[str, str], jem: JEM) -> None:
+def check(state: dict[str, Tensor], shapes: Mapping[str, str], jem: JEM) -> Tensor:
     """Raise an InputError unless tensors are what a method of these shapes fitted to this model; the probe is taken out."""
-    probe = state.pop(_PROBE, None)
-    if probe is None or set(state) != set(shapes):
+    known_by = state.pop(_PROBE, None)
+    if known_by is None or set(state) != set(shapes):
         raise InputError(f"it holds {quoted(sorted(state))} and not {', '.join(shapes) or 'nothing'}: save the detector again")
     features = any("D" in shape for shape in shapes.values())
     seen = view(jem, _grey(jem), features=features)
@@ -94,14 +94,16 @@ def check(state: dict[str, Tensor], shapes: Mapping[str, str], jem: JEM) -> None
         if not fits or not tensor.isfinite().all():
             raise InputError(f"{name} of shape {tuple(tensor.shape)} is of another model, or broken: fit the detector again")
     logits = seen.logits[0].cpu().double()
-    same = probe.shape == logits.shape and (probe.double() - logits).norm() <= _PROBE_TOLERANCE * logits.norm() + 1e-6
+    same = known_by.shape == logits.shape and (known_by.double() - logits).norm() <= _PROBE_TOLERANCE * logits.norm() + 1e-6
     if not same:
         raise InputError("it was fitted to another model, or to other weights: fit the detector again")
+    return known_by
 
 
 def _grey(jem: JEM) -> Tensor:
     return jem.normalize(torch.zeros(1, *jem.input_size))
 
 
-def _grey_logits(jem: JEM) -> Tensor:
-    return view(jem, _grey(jem)).logits[0].double()
+def probe(jem: JEM) -> Tensor:
+    """By which a model with its weights is known again: logits of a grey image, float64, shape (num_classes,), on the CPU."""
+    return view(jem, _grey(jem)).logits[0].cpu().double()
