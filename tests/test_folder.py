@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import threading
 from dataclasses import replace
@@ -137,6 +138,21 @@ def test_a_plain_timm_folder_becomes_a_joint_energy_model(tmp_path):
     x = torch.randn(2, *jem.input_size)
     assert torch.equal(jem(x), model(x))
     assert jem.sgld == SGLDConfig()
+
+
+def test_weights_alone_of_a_saved_model_are_said_to_be(jem, tmp_path, recwarn):
+    jem.save_pretrained(tmp_path / "m")
+    folder = str(tmp_path / "m")
+    with pytest.warns(UserWarning, match=re.escape(f"timm_jem.from_pretrained({folder!r})")) as caught:
+        other = timm_jem.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert caught[0].filename == __file__
+    x = torch.randn(2, *jem.input_size)
+    assert torch.equal(other(x), jem(x))
+    timm.models.save_for_hf(jem.backbone, tmp_path / "plain", safe_serialization=True)
+    timm_jem.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True)
+    timm_jem.create_model(f"local-dir:{folder}")
+    timm_jem.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5)
+    assert not recwarn
 
 
 @pytest.mark.parametrize("blocked", ["config.json", "model.safetensors", "replay_buffer.safetensors"])

@@ -280,7 +280,10 @@ def test_what_is_cached_loads_without_a_hub(hub, jem, monkeypatch):
     turn_off(monkeypatch)
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(timm_jem.from_pretrained(REPO)(x), jem(x))
-    assert torch.equal(timm_jem.create_model(f"hf-hub:{REPO}", pretrained=True).eval()(x), jem(x))
+    with pytest.warns(UserWarning, match=rf"from_pretrained\('{REPO}'\)"):
+        assert torch.equal(timm_jem.create_model(f"hf-hub:{REPO}", pretrained=True).eval()(x), jem(x))
+    with pytest.warns(UserWarning, match=rf"from_pretrained\('{REPO}', revision='main'\)"):
+        timm_jem.create_model(f"hf-hub:{REPO}@main", pretrained=True)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b/c", "../x", "x" * 200, None, 5])

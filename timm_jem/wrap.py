@@ -1,12 +1,15 @@
 """Three ways to a joint energy model: around a timm model, by timm's name, and from a folder or the Hub."""
 
 import contextlib
+import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
+from huggingface_hub import try_to_load_from_cache
 from timm.models import resolve_model_input_args
 from torch import nn
 
@@ -15,7 +18,7 @@ from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import as_path
 from timm_jem.gaussians import STARTS_FILE, ClassGaussians
 from timm_jem.hub.published_chains import CHAINS_FILE, PublishedChains
-from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE, read_folder
+from timm_jem.hub.reading import CONFIG_FILE, KEY, WEIGHTS_FILE, read_folder
 from timm_jem.hub.repository import check_reach, explained, fetch
 from timm_jem.hub.shipped import shipped
 from timm_jem.model import JEM
@@ -23,7 +26,7 @@ from timm_jem.models.names import BUILD_ERRORS, check_name
 from timm_jem.reference import Reference
 from timm_jem.sampling import SGLDConfig
 
-__all__ = ["create_model", "from_pretrained", "wrap"]
+__all__ = ["create_from_weights", "create_model", "from_pretrained", "wrap"]
 
 
 def wrap(
@@ -75,7 +78,7 @@ def create_model(
     sgld: SGLDConfig = SGLDConfig(),
     **kwargs: Any,
 ) -> JEM:
-    """``timm.create_model`` and :func:`wrap` in one.
+    """``timm.create_model`` and :func:`wrap` in one: of a saved joint energy model the weights alone.
 
     Args:
         name: any name of ``timm.list_models()``, this package's ``wrn_*`` included, or timm's "hf-hub:" and "local-dir:".
@@ -86,7 +89,31 @@ def create_model(
 
     Raises:
         InputError: an unknown name (with close matches), or what :func:`wrap` refuses.
+
+    Warns:
+        UserWarning: pretrained weights of a saved joint energy model, which :func:`from_pretrained` reads with all the rest,
+            unless they get another number of classes; or as :func:`wrap`.
     """
+    jem = create_from_weights(name, pretrained, input_size=input_size, class_names=class_names, sgld=sgld, **kwargs)
+    if pretrained and (saved := _saved_jem(name, jem.num_classes, kwargs)) is not None:
+        warnings.warn(
+            f"{name} is a joint energy model and these are its weights alone: timm_jem.from_pretrained({saved}) reads its "
+            "settings of chains, held-out reference, provenance, starts and published chains, too",
+            stacklevel=2,
+        )
+    return jem
+
+
+def create_from_weights(
+    name: str,
+    pretrained: bool = False,
+    *,
+    input_size: tuple[int, int, int] | None = None,
+    class_names: list[str] | None = None,
+    sgld: SGLDConfig = SGLDConfig(),
+    **kwargs: Any,
+) -> JEM:
+    """As :func:`create_model`, where the weights alone are meant."""
     check_name(name)
     arguments = {"model_name": name, **kwargs}
     try:
@@ -100,6 +127,24 @@ def create_model(
         of_size = "" if input_size is None else f" for images of {quoted(input_size)}"
         raise InputError(f"{quoted(name)} can't be built with these arguments{of_size} ({one_line(error)})") from error
     return wrap(backbone, input_size=input_size, class_names=class_names, sgld=sgld)
+
+
+def _saved_jem(name: str, num_classes: int, kwargs: dict[str, Any]) -> str | None:
+    """Arguments of :func:`from_pretrained` for a joint energy model that timm has just read; None: it is another model."""
+    source, _, place = name.partition(":")
+    arguments = repr(place)
+    if source == "local-dir":
+        file = Path(place) / CONFIG_FILE
+    elif source in ("hf-hub", "hf_hub"):
+        repo_id, _, revision = place.partition("@")
+        arguments = f"{repo_id!r}, {revision=}" if revision else arguments
+        file = try_to_load_from_cache(repo_id, CONFIG_FILE, cache_dir=kwargs.get("cache_dir"), revision=revision or None)
+    else:
+        return None
+    if not isinstance(file, (str, Path)):
+        return None
+    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    return arguments if KEY in config and config.get("num_classes") == num_classes else None
 
 
 @contextlib.contextmanager

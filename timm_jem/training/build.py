@@ -36,7 +36,7 @@ from timm_jem.training.sam import SAM
 from timm_jem.training.settings import Settings, TrainConfig
 from timm_jem.training.starts import class_gaussians, image_starts
 from timm_jem.training.unseen import unseen_pixels, why_unseen
-from timm_jem.wrap import create_model
+from timm_jem.wrap import create_from_weights
 
 __all__ = ["build_learner", "build_method", "build_model", "build_stream", "frozen_parts", "keep_source", "workers_of"]
 
@@ -80,7 +80,7 @@ def build_model(
             if not (folder / file).is_file():
                 raise InputError(f"model.name is {name}, and there is no {file} in it: give a folder with a saved model")
     try:
-        jem = create_model(
+        jem = create_from_weights(
             name,
             pretrained,
             input_size=splits.image_shape,
