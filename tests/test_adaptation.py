@@ -145,6 +145,20 @@ def test_negatives_are_chains_that_go_on():
         assert torch.equal(jem(images(2, (3, 16, 16))), first)
 
 
+def test_gradients_reach_no_negatives():
+    jem = in_pixels(Scaled(nn.BatchNorm2d(1)), (1, 1, 2)).eval()
+    x, scale = batch(), torch.ones((), requires_grad=True)
+    others = batch(9, seed=1)
+    with jem.adapted(x, "energy", steps=2, negatives=others):
+        expected = jem.energy(x)
+    with torch.inference_mode():
+        untracked = others.clone()
+    for same in (others * scale, untracked):
+        with jem.adapted(x, "energy", steps=2, negatives=same):
+            assert torch.equal(jem.energy(x), expected)
+    assert scale.grad is None
+
+
 def test_a_stream_goes_on_from_where_it_was():
     jem = in_pixels(Scaled(nn.BatchNorm2d(1)), (1, 1, 2))
     kept, first, second = Kept(jem), batch(seed=1), batch(mean=-0.5, seed=2)

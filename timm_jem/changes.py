@@ -162,6 +162,7 @@ def adapted(
         steps, lr: of Adam, by "energy" and "tent".
         negatives: what to raise the energy of, model input, shape (N, C, H, W): some training images, say. None: chains
             of the model as it is adapted, which start as fresh ones of :meth:`sample` do and go on from step to step.
+            No gradients reach them.
         generator, sgld_config: of those chains, as of :meth:`sample`.
 
     Returns:
@@ -189,5 +190,6 @@ def adapted(
         last = self.sample(n, init=init, generator=generator, sgld_config=sgld_config)
         return last
 
-    others = draw if negatives is None else negatives.to(self.device)
+    with torch.inference_mode(False):
+        others = draw if negatives is None else negatives.detach().clone().to(self.device)
     return adaptation.adapted(self, x, method, steps=steps, lr=lr, negatives=others, checked=checked)
