@@ -154,6 +154,17 @@ def test_label_smoothing_is_timms():
     torch.testing.assert_close(ce, LabelSmoothingCrossEntropy(0.2)(logits[y >= 0], y[y >= 0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_single(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits, logits_neg = (30 * torch.randn(1024, 1000, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    y = torch.randint(1000, (1024,), generator=generator)
+    terms, exact = joint_loss(logits, y, logits_neg), joint_loss(logits.double(), y, logits_neg.double())
+    for name, term in terms.items():
+        torch.testing.assert_close(term, exact[name].float(), rtol=1e-5, atol=1e-5)
+    assert torch.autograd.grad(terms["loss"], logits)[0].isfinite().all()
+
+
 def test_nan_is_passed_on():
     logits, y, logits_neg, _ = batch()
     assert joint_loss(logits, y, logits_neg * float("nan"))["loss"].isnan()

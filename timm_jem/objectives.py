@@ -83,7 +83,7 @@ def joint_loss(
     where only x is known, and of (x, y) elsewhere. Its negative must do so as well (y_neg = −1): where chains' classes
     are given and not the model's own p(y), ∇E(x_neg, y_neg) is no estimate of E_p(x)[∇E(x)], and the energies of images
     and chains part without end, all images in one class. The cross-entropy is the mean over the images with a label; it
-    is 0 where none has one.
+    is 0 where none has one. As energies do, it reduces half-precision logits in float32.
 
     Args:
         logits: f(x_data), shape (B, num_classes).
@@ -110,6 +110,7 @@ def joint_loss(
     _check("logits_neg", logits_neg, "y_neg", y_neg, like=logits)
     logits_ce, y_ce = logits if logits_ce is None else logits_ce, y if y_ce is None else y_ce
     _check("logits_ce", logits_ce, "y_ce", y_ce, like=logits)
+    logits_ce = logits_ce.float() if logits_ce.dtype in (torch.float16, torch.bfloat16) else logits_ce
     ce = F.cross_entropy(logits_ce, y_ce, ignore_index=-1, reduction="sum", label_smoothing=config.label_smoothing)
     ce = ce / (y_ce != -1).sum().clamp(min=1)
     loss = config.w_ce * ce
