@@ -43,7 +43,8 @@ def adapted(
     of training). Then ``steps`` of Adam move the normalisation layers' weights and biases down a loss, by "tent" the mean
     entropy of p(y|x) (TENT, ICLR 2021, arXiv 2006.10726), by "energy" E(x) − E(x'), the gradient of −log p(x), with x' from
     ``negatives`` (TEA, CVPR 2024, arXiv 2311.14402); and the statistics are taken anew. While a loss is taken BatchNorm
-    normalises by the batch, and gradients pass through its statistics. Dropout and the like stay off.
+    normalises by the batch, and gradients pass through its statistics. Dropout and the like stay off. Weights and statistics
+    move, and are put back, in place: no graph goes across the context's beginning or end.
 
     Args:
         model: model input to logits, shape (B, num_classes). No other thread may use it meanwhile.

@@ -148,7 +148,8 @@ def adapted(
 
     Its BatchNorm layers take the images' statistics, and by the other methods the weights and biases of all normalisation
     layers then move down a loss. At the end, also of a body that raises, weights, statistics and flags are as they were,
-    bit for bit. One thread only.
+    bit for bit. They are put back in place: take gradients of what was computed within the context before it ends, and of what
+    was computed before it begins. One thread only.
 
     Almost all of the gain is that of the statistics, where the default therefore stops. On Fashion-MNIST under five
     corruptions of three severities they took a classifier's mean accuracy from 46.0 % to 79.7 %, and a hybrid's from 41.0 % to
