@@ -300,6 +300,17 @@ def test_what_can_not_be_exported_faithfully_is_refused(tmp_path, surgery, messa
     assert {f: (tmp_path / "m" / f).read_bytes() for f in os.listdir(tmp_path / "m")} == before
 
 
+@pytest.mark.parametrize("class_names", [None, ["a", "b", "c"]])
+def test_a_backbone_that_is_not_timms_is_named(tmp_path, class_names):
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    backbone.num_classes = 3
+    data_config = {"input_size": (3, 4, 4), "mean": (0.5,), "std": (0.5,)}
+    jem = timm_jem.JEM(backbone, data_config=data_config, class_names=class_names)
+    with pytest.raises(InputError, match=r"is a Sequential and no model of timm, .* save jem\.state_dict"):
+        jem.save_pretrained(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_copy_of_a_copy_is_the_same(jem, tmp_path):
     jem.save_pretrained(tmp_path / "a")
     timm_jem.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")

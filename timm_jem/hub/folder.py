@@ -56,6 +56,9 @@ def write_folder(
         InputError: a backbone that plain timm would rebuild as another function, or can't rebuild; a full disk.
     """
     target = as_path(folder)
+    if getattr(unwrap_model(backbone), "pretrained_cfg", None) is None:
+        kind = type(unwrap_model(backbone)).__name__
+        raise InputError(f"this backbone is a {kind} and no model of timm, which couldn't rebuild it: save jem.state_dict()")
     _check_json(ours)
     backbone = _copied(backbone)
     if class_names is not None:  # they go to the top of the file, once
