@@ -575,6 +575,21 @@ def test_another_normalisation_is_used_as_it_is_saved(tmp_path):
     assert torch.equal(timm_jem.from_pretrained(tmp_path / "saved").mean, jem.mean)
 
 
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_a_normalisation_may_be_an_array(tmp_path, make):
+    jem = timm_jem.create_model("test_resnet", num_classes=2, input_size=(3, 16, 16)).eval()
+    x = jem.normalize(torch.zeros(1, 3, 16, 16))
+    jem.data_config.update(mean=make([0.25, 0.5, 0.5]), std=make(0.5))
+    assert jem.energy(x).isfinite().all()
+    assert jem.mean.flatten().tolist() == [0.25, 0.5, 0.5]
+    jem.data_config["mean"] = make([0.5, 0.5, 0.25])
+    assert jem.predict(np.zeros((16, 16, 3), np.uint8)).percentile is None
+    jem.data_config["std"] = make([0.5, 0.5, 1.0])
+    jem.save_pretrained(tmp_path / "saved")
+    again = timm_jem.from_pretrained(tmp_path / "saved")
+    assert (again.mean.flatten().tolist(), again.std.flatten().tolist()) == ([0.5, 0.5, 0.25], [0.5, 0.5, 1.0])
+
+
 def test_a_size_that_is_none_is_one_line():
     with pytest.raises(InputError, match=r"'resnet18' can't be built .* for images of 32 "):
         timm_jem.create_model("resnet18", input_size=32)

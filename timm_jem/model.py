@@ -121,8 +121,16 @@ class JEM(nn.Module):
             raise InputError(f"input_size is {quoted(size)}: give (C, H, W)")
         for side in size:
             check_whole("input_size", side, 1)
+        self._make_lists()
+
+    def _make_lists(self) -> None:
+        """Of arrays and tensors, which neither timm nor JSON takes for a mean or a standard deviation."""
+        for name in ("mean", "std"):
+            if hasattr(told := self.data_config.get(name), "tolist"):
+                self.data_config[name] = told.tolist()
 
     def _normalisation(self) -> tuple[Tensor, Tensor]:
+        self._make_lists()
         # No buffers: half precision would round those, and what loads weights without memory would lose them.
         device, dtype = self.device, torch.promote_types(self.dtype, torch.float32)
         told = [self.data_config.get(name) for name in ("mean", "std", "input_size")]
