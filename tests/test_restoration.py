@@ -138,6 +138,12 @@ def test_images_of_another_size_start_from_noise():
     found = jem.restore(x, mask, generator=seeded(), num_steps=1)
     assert torch.equal(found[:, :, 0], x[:, :, 0])
     assert jem.denormalize(found)[:, :, 1:].std() > 0.3
+    try:
+        torch.set_default_dtype(torch.float64)
+        again = jem.restore(x, mask, generator=seeded(), num_steps=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(again, found)
 
 
 def test_chains_whose_steps_decay_are_those_of_sample_where_nothing_is_known():

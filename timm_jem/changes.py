@@ -97,7 +97,7 @@ def restore(
         if x.shape[1:] == self.input_size:
             start = self.fresh(len(x), y=y, generator=generators)
         else:
-            start = uniform_noise(x.shape, generator=generators)
+            start = uniform_noise(x.shape, generator=generators, dtype=torch.float32)
         found = self.normalize(restoration.restore(self.pixel_energy, self.denormalize(x), unknown, start, config, **options))
     return found if noise is not None else torch.where(unknown, found, x)
 
