@@ -85,8 +85,8 @@ class ClassGaussians:
         """Raise an InputError unless chains of a model of such images and classes can start here."""
         if tuple(self.means.shape[1:]) != tuple(image_shape) or len(self.means) not in (1, num_classes):
             raise InputError(
-                f"class Gaussians are {len(self.means)} of images of {tuple(self.means.shape[1:])}: this model has "
-                f"{num_classes} classes and images of {tuple(image_shape)}"
+                f"class Gaussians are {len(self.means)} of images of {tuple(self.means.shape[1:])}, and this model has "
+                f"{num_classes} classes and images of {tuple(image_shape)}: set jem.starts = None, or to some of this model"
             )
 
     def save(self, file: str | os.PathLike) -> None:
