@@ -127,8 +127,9 @@ def about(jem: JEM, name: str) -> str:
             "no reference: p is not calibrated and nothing is told of outliers, unless --reference names images to compare"
         )
     else:
-        temperature = jem.reference.temperature
-        calibrated = "p is not calibrated" if temperature is None else f"p is calibrated, temperature {temperature:.3g}"
+        temperature, why = jem.reference.temperature, jem.reference.uncalibrated
+        own = f"p is not calibrated but the network's own: {why}"
+        calibrated = own if temperature is None else f"p is calibrated, temperature {temperature:.3g}"
         compared = f"compared with {jem.reference.n:,} held-out images, of which {jem.reference.accept:.0%} are accepted; "
         compared += calibrated
     return f"{name}: images are taken {taken}; {compared}"

@@ -153,6 +153,9 @@ def test_the_flag_is_that_of_the_prediction(shown):
     untold = views.belief(torch.zeros(1, 8, 8), small_model().predict(shown.examples[0]), NAMES, None)
     assert "nothing is flagged" in untold
     assert "not calibrated" in untold
+    few = replace(shown.jem.reference, temperature=None, n=4)
+    untold = views.belief(torch.zeros(1, 8, 8), replace(usual, temperature=None), NAMES, few)
+    assert "as the network has them, not calibrated: 4 held-out images can&#x27;t tell a temperature." in untold
 
 
 def file_of(image: Image.Image, kind: str, **options) -> bytes:

@@ -21,13 +21,17 @@ NUMBERS = ("p", "energy", "percentile")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A saved model with a reference."""
+    """A saved model with a reference, with one of a few images, and with none."""
     torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models")
     jem = timm_jem.create_model(
         "wrn_10_1", num_classes=3, input_size=(3, 8, 8), class_names=["ant", "bee, or so", "cat"]
     ).eval()
-    jem.fit_reference(torch.randn(40, 3, 8, 8), torch.arange(40) % 3)
-    folder = tmp_path_factory.mktemp("models")
+    x = torch.randn(40, 3, 8, 8)
+    y = jem(x).argmax(1)
+    jem.fit_reference(x[:4], y[:4])
+    jem.save_pretrained(folder / "few")
+    jem.fit_reference(x, torch.where(torch.arange(40) % 5 == 0, (y + 1) % 3, y))
     jem.save_pretrained(folder / "saved")
     jem.reference = None
     jem.save_pretrained(folder / "plain")
@@ -120,6 +124,14 @@ def test_without_a_reference_and_with_one(model, images, tmp_path, capsys):
     (images / "cut.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"cut\.png has an image that can't be decoded"):
         predict.main([*flags, "--overwrite", "true", "--reference", str(images)])
+
+
+def test_a_few_images_that_are_all_right_calibrate_nothing(model, images, tmp_path, capsys):
+    table = tmp_path / "x.jsonl"
+    predict.main([str(model / "few"), str(images / "b.png"), "--output", str(table)])
+    told = "accepted; p is not calibrated but the network's own: 4 held-out images can't tell a temperature"
+    assert told in capsys.readouterr().out
+    assert read(table)[0]["p"] < 1
 
 
 def test_a_folder_that_can_not_be_listed_is_a_row(model, images, tmp_path, monkeypatch):

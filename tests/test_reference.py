@@ -101,15 +101,36 @@ def test_energies_at_which_chains_rest():
             reference.at(0.5, torch.tensor([y]))
 
 
+def mostly_right(jem):
+    """Labels of ``X`` that tell a temperature."""
+    y = jem(X).argmax(1)
+    return torch.where(torch.arange(50) % 5 == 0, (y + 1) % 3, y)
+
+
 def test_temperature_is_that_of_the_evaluation(jem):
-    found = jem.fit_reference(X, Y)
+    y = mostly_right(jem)
+    found = jem.fit_reference(X, y)
     with torch.no_grad():
         logits = jem(X)
-    assert found.temperature == fit_temperature(logits, Y)
+    assert found.temperature == fit_temperature(logits, y)
     assert found is jem.reference
     r = jem.predict(X[0])
     assert r.temperature == found.temperature
     assert r.p == pytest.approx((logits[0].double() / found.temperature).softmax(0).max().item())
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_images_that_can_not_tell_a_temperature_leave_p_as_it_is(jem, tmp_path, right):
+    with torch.no_grad():
+        logits = jem(X[:4])
+    found = jem.fit_reference(X[:4], logits.argmax(1) if right else logits.argmin(1))
+    assert (found.temperature, found.uncalibrated) == (None, "4 held-out images can't tell a temperature")
+    assert found.medians is not None
+    assert jem.predict(X[0]).p == pytest.approx(logits[0].double().softmax(0).max().item())
+    jem.save_pretrained(tmp_path)
+    assert timm_jem.from_pretrained(tmp_path).reference == found
+    assert jem.fit_reference(X, mostly_right(jem)).uncalibrated is None
+    assert jem.fit_reference(X).uncalibrated == "the held-out images had no labels"
 
 
 def test_batches_give_what_a_tensor_gives(jem):

@@ -23,7 +23,7 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.data.identity import data_identity
-from timm_jem.evaluation import generation_section, pictures_section, settings, subject
+from timm_jem.evaluation import classification_section, generation_section, pictures_section, settings, subject
 from timm_jem.evaluation.comparison import overlays
 from timm_jem.evaluation.extractors import load_extractors
 from timm_jem.evaluation.generation import frechet_distance, within_class_distance
@@ -349,6 +349,18 @@ def test_the_network_never_sees_more_than_batch_size_images(model, loaded, tmp_p
     evaluate.MEASURES[name][1](whole, config, Section(found, tmp_path))
     assert found.results or found.pictures
     assert max(seen) <= 5
+
+
+def test_held_out_images_that_are_all_right_tell_no_temperature(model, loaded, tmp_path):
+    whole = replace(loaded, model=load_model(str(model)))
+    y = whole.model(whole.model.normalize(to_pixels(whole.val))).argmax(1)
+    for labels, columns in ((y, {"as it is"}), (torch.cat([(y[:1] + 1) % 10, y[1:]]), {"as it is", "temperature scaled"})):
+        found = Measured("Classification")
+        section = classification_section.classification_section
+        section(replace(whole, val_y=labels), EvaluationConfig(), Section(found, tmp_path))
+        assert {result.column for result in found.results} == columns == set(found.curves["reliability"])
+        told = f"p(y|x) is the network's own: {len(y)} {whole.held_out} can't tell a temperature."
+        assert (told in found.warnings) == (len(columns) == 1)
 
 
 @pytest.mark.parametrize("ran_away", [False, True])

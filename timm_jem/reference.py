@@ -12,7 +12,7 @@ from torch import Tensor
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.inputs import batches_of, check_labels, of_batch
-from timm_jem.temperature import best_temperature
+from timm_jem.temperature import at_bound, best_temperature
 
 __all__ = ["Reference", "accepting", "fit"]
 
@@ -25,7 +25,8 @@ class Reference:
     """Of images that the model was not trained on, but that are like those it was.
 
     Attributes:
-        temperature: the T for which softmax(f(x)/T) is calibrated; None: they had no labels.
+        temperature: the T for which softmax(f(x)/T) is calibrated; None: they had no labels, or can't tell it, as a few that
+            the network is right about all of.
         quantiles: of their energies, nats, at 0, 1, ..., 100 %.
         threshold: the least energy, nats, at which ``accept`` of them or more are accepted: the usual convention of FPR95,
             by which images of higher energy are outliers.
@@ -83,6 +84,15 @@ class Reference:
         if not isinstance(data, Mapping) or {"medians", "spread", *data} != set(names):  # which older ones lack
             raise InputError(f"it is {quoted(data)}: give {', '.join(names)}")
         return cls(**data)
+
+    @property
+    def uncalibrated(self) -> str | None:
+        """Why there is no temperature, in words; None: there is one."""
+        if self.temperature is not None:
+            return None
+        if self.medians is None:
+            return "the held-out images had no labels"
+        return f"{self.n:,} held-out image{'s' * (self.n > 1)} can't tell a temperature"
 
     def at(self, share: float, y: Tensor | None = None) -> Tensor:
         """The energy, nats, below which about a share of held-out images is: E(x), shape (); or E(x, y), shape (B,).
@@ -146,9 +156,10 @@ def fit(
         raise InputError(f"energies of {broken} of {len(f)} held-out images are not finite: the model's weights are broken")
     # Each is the energy of an image: the least at which so many of them, or more, have at most that.
     y = None if labels[0] is None else torch.cat(labels)
+    temperature = None if y is None else best_temperature(f, y)
     ordered, shares = energies.double().sort().values.numpy(), np.arange(1, len(f) + 1) / len(f)
     return Reference(
-        temperature=None if y is None else best_temperature(f, y),
+        temperature=None if y is None or at_bound(temperature) else temperature,
         quantiles=tuple(ordered[np.searchsorted(shares, np.linspace(0, 1, _LEVELS))].tolist()),
         threshold=accepting(energies.double(), accept),
         accept=float(accept),

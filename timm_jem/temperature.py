@@ -7,7 +7,7 @@ from torch import Tensor
 
 from timm_jem.errors import InputError
 
-__all__ = ["best_temperature"]
+__all__ = ["at_bound", "best_temperature"]
 
 # Temperatures outside are no optimum but the sign of labels that logits separate perfectly, or not at all.
 _TEMPERATURES = (0.01, 100.0)
@@ -41,3 +41,9 @@ def best_temperature(logits: Tensor, y: Tensor) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if slope(middle) > 0 else (middle, high)
     return math.exp(-(low + high) / 2)
+
+
+def at_bound(temperature: float) -> bool:
+    """Whether a :func:`best_temperature` is but where its search ended: such images can't tell one."""
+    least, most = _TEMPERATURES
+    return not least * (1 + 1e-9) < temperature < most * (1 - 1e-9)

@@ -61,11 +61,11 @@ def grid(u: Tensor, alts: Sequence[str], captions: Sequence[str]) -> str:
 
 def belief(u: Tensor, prediction: Prediction, names: Sequence[str], reference: Reference | None) -> str:
     """An image, pixels in [-1, 1], shape (C, H, W), and all that the model says of it."""
-    calibrated = (
-        f"calibrated on {reference.n:,} held-out images"
-        if reference is not None and prediction.temperature is not None
-        else "as the network has them, not calibrated"
-    )
+    if reference is not None and prediction.temperature is not None:
+        calibrated = f"calibrated on {reference.n:,} held-out images"
+    else:
+        why = "" if reference is None else f": {reference.uncalibrated}"
+        calibrated = f"as the network has them, not calibrated{why}"
     return (
         f'<div class="belief"><div class="subject">{picture(u, "the picture as the model sees it")}</div><div>'
         f'<p class="verdict"><b>{text(prediction.label)}</b> <span>{text(percent(prediction.p))}</span></p>'

@@ -19,6 +19,7 @@ from timm_jem.evaluation.plots import reliability_diagram
 from timm_jem.evaluation.section import BASIC_BOOTSTRAP, BOOTSTRAP, Section
 from timm_jem.evaluation.settings import EvaluationConfig
 from timm_jem.evaluation.subject import Subject
+from timm_jem.temperature import at_bound
 
 __all__ = ["classification_section"]
 
@@ -27,7 +28,7 @@ WAY = "eval mode, no input noise"
 
 
 def classification_section(subject: Subject, config: EvaluationConfig, section: Section) -> None:
-    """Accuracy, and calibration as it is and with a temperature fitted on held-out images."""
+    """Accuracy, and calibration as it is and with a temperature fitted on held-out images, where these can tell one."""
     batch_size = config.batch_size
     section.found.warnings += subject.warnings
     logits, y = predict(subject.model, in_batches(subject.test, subject.test_y, batch_size), desc="test images")
@@ -37,12 +38,13 @@ def classification_section(subject: Subject, config: EvaluationConfig, section: 
     section.share(TABLE, "Accuracy, top-1", top_correct(logits, y), WAY, "as it is", type="accuracy", title="Accuracy", **more)
     if subject.model.num_classes > 5:
         section.share(TABLE, "Accuracy, top-5", top_correct(logits, y, 5), WAY, "as it is", **more)
-    scaled_way = f"{WAY}; f(x)/T, T fitted on {len(held_out_y):,} {subject.held_out}"
-    bins = {
-        "as it is": _calibration(section, logits, y, WAY, "as it is", subject),
-        "temperature scaled": _calibration(section, logits / temperature, y, scaled_way, "temperature scaled", subject),
-    }
-    section.add(TABLE, "Temperature T", temperature, len(held_out_y), scaled_way, "temperature scaled", **more)
+    bins = {"as it is": _calibration(section, logits, y, WAY, "as it is", subject)}
+    if at_bound(temperature):
+        section.warn(f"p(y|x) is the network's own: {len(held_out_y):,} {subject.held_out} can't tell a temperature.")
+    else:
+        way, scaled = f"{WAY}; f(x)/T, T fitted on {len(held_out_y):,} {subject.held_out}", "temperature scaled"
+        bins[scaled] = _calibration(section, logits / temperature, y, way, scaled, subject)
+        section.add(TABLE, "Temperature T", temperature, len(held_out_y), way, scaled, **more)
     section.curves["reliability"] = curves = {column: _curve(of_column) for column, of_column in bins.items()}
     caption = "Accuracy against confidence of the test images: on the diagonal, p(y|x) means what it says."
     section.picture("reliability.png", reliability_diagram(curves), caption)
