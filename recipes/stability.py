@@ -9,6 +9,7 @@ output folder holds stability.md (the table), stability.json (all figures), stab
 run a folder <variant>/seed_<s> with a log beside it.
 """
 
+import json
 import shlex
 import shutil
 import signal
@@ -108,10 +109,15 @@ def read_variants(path: str | None, flags: list[str]) -> dict[str, list[str]]:
     return {name: [*common, *flags, *own] for name, own in words.items()}
 
 
-def plan(config: StabilityConfig, variants: dict[str, list[str]]) -> list[SeedRun]:
-    """All runs, seed by seed, so that an early end has seen each variant. Refuses flags that train.py would refuse."""
+def plan(config: StabilityConfig, variants: dict[str, list[str]]) -> tuple[list[SeedRun], dict[str, dict[str, Any]]]:
+    """All runs, seed by seed, so that an early end has seen each variant, and the settings of each variant as JSON data.
+
+    Raises:
+        InputError: names that are no folders', or flags that train.py would refuse.
+    """
     folders: dict[str, str] = {}
     flags: dict[str, list[str]] = {}
+    told: dict[str, dict[str, Any]] = {}
     for name, words in variants.items():
         if not slug(name):
             raise InputError(f"variant {name!r} can't name a folder: give it letters or digits")
@@ -126,14 +132,16 @@ def plan(config: StabilityConfig, variants: dict[str, list[str]]) -> list[SeedRu
             raise InputError(f"variant {name!r}: {error}") from error
         if settings.hub.push_to is not None:
             raise InputError(f"variant {name!r} has hub.push_to: leave it out, and publish one run with recipes/push.py")
+        told[name] = json.loads(json.dumps(settings.sections()))
         share = settings.train.threads is None and config.launch is None
         flags[name] = [*words, "--train.threads", str(max(1, cores() // config.jobs))] if share else words
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    return [
+    runs = [
         SeedRun(name, seed, Path(config.output_dir) / slug(name) / f"seed_{seed}", words)
         for seed in seeds
         for name, words in flags.items()
     ]
+    return runs, told
 
 
 def report(command: str, config: StabilityConfig, rows: dict[str, dict[str, Any]], results: list[dict[str, Any]]) -> str:
@@ -154,9 +162,9 @@ def main(argv: list[str], script: Path = TRAIN) -> int:
     from timm_jem.stability.curves_plot import Trace, draw_curves  # says what to install where matplotlib is missing
 
     variants = read_variants(config.variants, flags)
-    runs = plan(config, variants)
+    runs, settings = plan(config, variants)
     record = Record(as_path(config.output_dir))
-    record.open(variants)
+    record.open(variants, settings)
 
     todo = [run for run in runs if record.note(run)["state"] is None]
     record.save()

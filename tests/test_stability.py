@@ -210,6 +210,39 @@ def test_a_record_that_can_not_be_written_is_named(fake_train, tmp_path, monkeyp
         stability.main(shlex.split("--seeds 1 --output_dir out"), fake_train)
 
 
+def test_runs_with_other_settings_of_the_same_flags_are_refused(fake_train, tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {dataset: digits}\ntrain: {lr: 0.1}\n")
+    command = shlex.split("--seeds 1 --output_dir out -- --config a.yaml")
+    assert stability.main(command, fake_train) == 0
+    (tmp_path / "a.yaml").write_text("data: {dataset: digits}\ntrain: {lr: 0.5}\n")
+    with pytest.raises(InputError, match=re.escape("other settings (train.lr is 0.5 now and was 0.1)")):
+        stability.main(command, fake_train)
+    saved = json.loads((tmp_path / "out" / "stability.json").read_text())
+    del saved["variants"]["default"]["settings"]["train"]["lr"]  # a version that had no such setting
+    (tmp_path / "out" / "stability.json").write_text(json.dumps(saved))
+    assert stability.main(command, fake_train) == 0
+
+
+def test_what_became_of_the_classifier_counts(fake_train, tmp_path, capsys):
+    folder = tmp_path / "out" / "default"
+    assert stability.main(shlex.split("--seeds 2 --first_seed 4 --output_dir out"), fake_train) == 0
+    for seed in (4, 5):
+        write_run(folder / f"seed_{seed}" / "classifier", outcome="stopped" if seed == 5 else "finished")
+        back = {"event": "rollback", **rollback(7, 2)}
+        (folder / f"seed_{seed}" / "classifier" / "metrics.jsonl").write_text(json.dumps(back) + "\n")
+    (folder / "seed_5" / "summary.json").unlink()
+    capsys.readouterr()
+    assert stability.main(shlex.split("--seeds 2 --first_seed 4 --output_dir out"), fake_train) == 0
+    printed = capsys.readouterr()
+    (row,) = rows_of(printed.out)
+    found = (row["finished"], row["divergences (in runs)"], row["most rollbacks in a run"], row["stopped or crashed"])
+    assert found == ("1", "3 (2)", "1", "1")
+    assert "seed 4: its classifier's step 7 back to 2: ce not finite at 7 (lr × 0.5)" in printed.out
+    assert "seed 5: its classifier's step 7 back to 2" in printed.out
+    assert "; its classifier: gave up after 2 rollbacks" in printed.out
+    assert "2 of 2 runs are already done" in printed.err
+
+
 def test_runs_with_other_flags_are_refused(fake_train, tmp_path):
     assert stability.main(shlex.split("--seeds 1 --output_dir out -- --train.lr 0.1"), fake_train) == 0
     with pytest.raises(InputError, match=re.escape("other flags (--train.lr 0.1)")):
@@ -283,7 +316,7 @@ def test_without_matplotlib_nothing_starts(fake_train, tmp_path, monkeypatch):
 def test_the_hostile_settings_are_settings():
     variants = stability.read_variants(str(HOSTILE), ["--train.steps", "3"])
     assert len(variants) >= 12
-    runs = stability.plan(stability.StabilityConfig(seeds=2), variants)
+    runs, _ = stability.plan(stability.StabilityConfig(seeds=2), variants)
     assert len(runs) == 2 * len(variants)
     assert all(run.flags.index("150") < run.flags.index("3") for run in runs)
     kwargs = variants["BatchNorm in train mode"][variants["BatchNorm in train mode"].index("--model.kwargs") + 1]

@@ -12,6 +12,7 @@ from timm_jem.evaluation.strict_json import dumps, fits, restored
 from timm_jem.files import replaced_file
 from timm_jem.stability.curves import Curves
 from timm_jem.stability.results import read_result
+from timm_jem.training.resume import differences
 from timm_jem.training.run_folder import RunFolder
 
 __all__ = ["Record", "SeedRun", "slug"]
@@ -20,6 +21,13 @@ __all__ = ["Record", "SeedRun", "slug"]
 def slug(name: str) -> str:
     """The name of a variant's folder."""
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.").lower()
+
+
+def _common(these: Any, others: Any) -> Any:
+    """Settings that are in ``others`` as well: an earlier version had fewer."""
+    if not (isinstance(these, dict) and isinstance(others, dict)):
+        return these
+    return {key: _common(value, others[key]) for key, value in these.items() if key in others}
 
 
 @dataclass
@@ -74,8 +82,12 @@ class Record:
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(f"{self.path} can't be read ({one_line(error)}): give a new --output_dir") from error
 
-    def open(self, variants: dict[str, list[str]]) -> None:
-        """Make the folder, for runs of ``variants``. Refuses one that holds runs with other flags."""
+    def open(self, variants: dict[str, list[str]], settings: dict[str, dict[str, Any]]) -> None:
+        """Make the folder, for runs of ``variants`` with what their flags, and the files that these name, set.
+
+        Raises:
+            InputError: it holds runs with other flags or settings, or can't be made.
+        """
         for name, words in variants.items():
             folder = self.folder / slug(name)
             if not any(folder.glob("seed_*/")):
@@ -87,12 +99,21 @@ class Record:
                     f"{folder} holds runs with other flags ({shlex.join(self._flags[name])}): "
                     "give the same ones, or a new --output_dir"
                 )
+            known = _common(settings[name], before := self.data["variants"][name].get("settings", {}))
+            if changed := differences(_common(before, known), known):
+                raise InputError(
+                    f"{folder} holds runs with other settings ({changed[0]}): give the same ones, or a new --output_dir"
+                )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"output_dir {self.folder} can't be made ({one_line(error)}): give another") from error
         for name, words in variants.items():
-            self.data["variants"][name] = {**self.data["variants"].get(name, {}), "flags": words}
+            self.data["variants"][name] = {
+                **self.data["variants"].get(name, {}),
+                "flags": words,
+                "settings": settings[name],
+            }
 
     def save(self) -> None:
         self.write("stability.json", dumps(self.data))
@@ -122,5 +143,5 @@ class Record:
         self.save()
         if figures["state"] == "crashed":
             return f"{run.variant}, seed {run.seed}: crashed, {figures['crashes'][-1]}; see {run.log}"
-        number = len(figures["rollbacks"])
+        number = len(figures["rollbacks"]) + len(figures["classifier_rollbacks"])
         return f"{run.variant}, seed {run.seed}: {figures['state']}, {number} rollback{'s' * (number != 1)}"

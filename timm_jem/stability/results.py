@@ -23,10 +23,11 @@ class RunResult:
     """What a run's folder says of it.
 
     Attributes:
-        state: finished, stopped (training gave up), or None: the run has not come to its end, and nothing below but
-            ``rollbacks`` and ``fault`` is known.
+        state: finished, stopped (training gave up, or that of its classifier), or None: the run has not come to its end, and
+            nothing below but the rollbacks and ``fault`` is known.
         curves: of training; after the end of the run, with its last validation.
         rollbacks: those that training went on from, oldest first: ``step``, ``to_step``, ``reason`` and ``remedy``.
+        classifier_rollbacks: those of the classifier that it started from.
         test_accuracy, test_ece, val_accuracy: shares of the images.
         gap: energy gap in nats: the mean of the last ``LAST_LINES`` lines that count; None: there are none.
         steps: optimiser steps behind the model.
@@ -39,6 +40,7 @@ class RunResult:
     state: Literal["finished", "stopped"] | None = None
     curves: Curves = field(default_factory=Curves)
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    classifier_rollbacks: list[dict[str, Any]] = field(default_factory=list)
     test_accuracy: float | None = None
     test_ece: float | None = None
     val_accuracy: float | None = None
@@ -56,14 +58,17 @@ class RunResult:
 
 def read_result(folder: RunFolder) -> RunResult:
     """The result of a run, also of one that is not done, or whose folder isn't there yet."""
-    curves = read_curves(folder.metrics_file)
-    result = RunResult(curves=curves, rollbacks=curves.rollbacks)
+    curves, before = read_curves(folder.metrics_file), read_curves(folder.classifier.metrics_file).rollbacks
+    result = RunResult(curves=curves, rollbacks=curves.rollbacks, classifier_rollbacks=before)
     try:
         summary = folder.summary()
+        of_classifier = folder.classifier.summary() if summary is None else None
     except InputError as error:
         result.fault = str(error)
         return result
     if summary is None:
+        if of_classifier is not None and of_classifier.get("outcome") == "stopped":
+            result.state, result.explanation = "stopped", f"its classifier: {of_classifier.get('explanation')}"
         return result
     if summary.get("outcome") not in ("finished", "stopped"):
         result.fault = f"{folder.summary_file} gives no outcome"
@@ -71,11 +76,12 @@ def read_result(folder: RunFolder) -> RunResult:
     names = ("rollbacks", "test_accuracy", "test_ece", "val_accuracy", "steps", "seconds", "explanation")
     known = {"rollbacks": curves.rollbacks, **{name: summary[name] for name in names if name in summary}}
     try:
-        result = built(RunResult, {"state": summary["outcome"], "curves": curves, **known})
+        result = built(RunResult, {"state": summary["outcome"], "curves": curves, "classifier_rollbacks": before, **known})
         if not all(map(is_rollback, result.rollbacks)):
             raise TypeError("rollbacks are without their steps")
     except TypeError as error:
-        return RunResult(curves=curves, rollbacks=curves.rollbacks, fault=f"{folder.summary_file} is none of a run's ({error})")
+        fault = f"{folder.summary_file} is none of a run's ({error})"
+        return RunResult(curves=curves, rollbacks=curves.rollbacks, classifier_rollbacks=before, fault=fault)
     if result.steps is not None:
         if result.state == "stopped":  # metrics.jsonl doesn't say that the model is of an earlier step than its last lines
             curves.back_to(result.steps)

@@ -11,14 +11,15 @@ def figures_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """A variant's row of the table from the figures of its runs."""
     states = [run["state"] for run in runs]
     # A run that gave up met one divergence more than it has rollbacks.
-    divergences = [len(run["rollbacks"]) + (run["state"] == "stopped") for run in runs]
+    rollbacks = [len(run["rollbacks"]) + len(run["classifier_rollbacks"]) for run in runs]
+    divergences = [number + (run["state"] == "stopped") for number, run in zip(rollbacks, runs, strict=True)]
     row: dict[str, Any] = {
         "runs": len(runs),
         "finished": states.count("finished"),
         "divergences": sum(divergences),
         "runs_with_divergences": sum(number > 0 for number in divergences),
-        "rollbacks": sum(len(run["rollbacks"]) for run in runs),
-        "most_rollbacks": max(len(run["rollbacks"]) for run in runs),
+        "rollbacks": sum(rollbacks),
+        "most_rollbacks": max(rollbacks),
         "stopped": states.count("stopped"),
         "crashed": states.count("crashed"),
         "models_with_nan": sum(bool(run["tensors_with_nan"]) for run in runs),
@@ -72,8 +73,10 @@ def _mean(figures: dict[str, Any], digits: int) -> str:
 def events(figures: dict[str, Any]) -> str | None:
     """One line on a run where not everything went well."""
     parts = [
-        f"step {event['step']} back to {event['to_step']}: {event.get('reason')} ({event.get('remedy', 'no remedy recorded')})"
-        for event in figures["rollbacks"]
+        f"{of}step {event['step']} back to {event['to_step']}: {event.get('reason')} "
+        f"({event.get('remedy', 'no remedy recorded')})"
+        for of, name in (("its classifier's ", "classifier_rollbacks"), ("", "rollbacks"))
+        for event in figures[name]
     ]
     parts += [f"crashed once: {line}" for line in figures["crashes"][: None if figures["state"] != "crashed" else -1]]
     if figures["state"] == "stopped":
