@@ -33,6 +33,16 @@ def test_chains_grow_when_eight_iterations_are_told_apart():
     assert grown == [1] * 7 + [2] * 16 + [3] * 17
 
 
+def test_iterations_of_several_batches_are_eight_still():
+    ramp, apart = ChainRamp(3, auc=0.8, batches=3), (torch.zeros(4), torch.ones(4))
+    grown = []
+    for _ in range(17):
+        for _ in range(3):
+            ramp.see(*apart)
+        grown.append(ramp.num_steps(0))
+    assert grown == [1] * 7 + [2] * 8 + [3] * 2
+
+
 def test_a_ramp_goes_on_where_it_was():
     ramp, apart = ChainRamp(9, auc=0.8), (torch.zeros(4), torch.ones(4))
     for _ in range(13):

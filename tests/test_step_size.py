@@ -1,5 +1,7 @@
 """The step size that follows the energies: on parabolas, whose best step is known."""
 
+import math
+
 import pytest
 import torch
 
@@ -35,6 +37,18 @@ def test_a_step_is_as_long_as_leaves_the_cosine_that_was_asked_for():
     alpha = 0.01 * float(step_size.scale)
     first, second = torch.tensor([1.0, 10.0]), torch.tensor([1 - alpha, 10 - 100 * alpha])
     assert float(torch.cosine_similarity(first, second, dim=0)) == pytest.approx(0.6, abs=0.02)
+
+
+def test_an_iteration_of_several_batches_moves_it_as_one_does():
+    scales = []
+    for batches in (1, 4):
+        step_size = StepSize(0.0, batches=batches)
+        for _ in range(batches):
+            for _ in range(2):
+                step_size.see(torch.zeros(4, 1, 2, 2), torch.ones(4, 1, 2, 2))
+            step_size.adapt()
+        scales.append(float(step_size.scale))
+    assert scales == pytest.approx([math.exp(0.05)] * 2)
 
 
 def test_energies_of_any_scale_get_steps_of_one_length():

@@ -222,6 +222,7 @@ def build_method(
         ramp_steps=train.ramp_steps,
         ramp_auc=train.ramp_auc,
         step_cosine=train.step_cosine,
+        grad_accum=train.grad_accum,
         attack=train.attack(),
         balance=train.balance,
         capture=_captures(train, generator.device),

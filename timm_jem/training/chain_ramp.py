@@ -26,18 +26,20 @@ class ChainRamp:
         first: K at first, at most ``last``.
         steps: iterations from one to the other; 0: ``last`` from the start, unless ``auc`` is given.
         auc: see above; None: by the clock.
+        batches: how many, each with chains of its own, make an iteration.
 
     Raises:
         InputError: numbers out of range.
     """
 
-    def __init__(self, last: int, first: int = 1, steps: int = 0, auc: float | None = None) -> None:
+    def __init__(self, last: int, first: int = 1, steps: int = 0, auc: float | None = None, batches: int = 1) -> None:
         check_whole("the last number of SGLD steps of a ramp", last, 1)
         check_whole("steps of a ramp", steps, 0)
         check_whole("the first number of SGLD steps of a ramp", first, 1, last if steps or auc is not None else None)
         if auc is not None:
             check_number("auc of a ramp", auc, least=0, most=1)
         self.last, self.first, self.steps, self.auc = last, first, steps, auc
+        self._window = _WINDOW * batches
         self._grown, self._seen, self._sum = 0, 0, None
 
     def num_steps(self, step: int) -> int:
@@ -49,7 +51,7 @@ class ChainRamp:
         return self.last
 
     def see(self, energy_data: Tensor, energy_neg: Tensor) -> Tensor:
-        """Energies of an iteration's images and chains, shapes (B,) and (M,), in this process.
+        """Energies of a batch's images and chains, shapes (B,) and (M,), in this process.
 
         Returns:
             Their AUROC over all processes, shape (), 1 where every image lies lower than every chain.
@@ -58,8 +60,8 @@ class ChainRamp:
         auc = ((higher > 0).float() + (higher == 0).float() / 2).mean()
         self._sum = auc if self._sum is None else self._sum + auc
         self._seen += 1
-        if self._seen == _WINDOW:
-            self._grown = min(self._grown + int(self._sum >= self.auc * _WINDOW), self.last - self.first)
+        if self._seen >= self._window:  # more, where the iterations had more batches before
+            self._grown = min(self._grown + int(self._sum >= self.auc * self._seen), self.last - self.first)
             self._seen, self._sum = 0, None
         return auc
 

@@ -124,6 +124,7 @@ class MaximumLikelihood:
         class_frequencies: p(y) of images without a label, up to a factor, shape (num_classes,); None: uniform.
         ramp_from, ramp_steps, ramp_auc: how K goes from ``ramp_from`` to ``sgld.num_steps``, see :class:`ChainRamp`.
         step_cosine: what :class:`StepSize` aims at; None: the step size stays.
+        grad_accum: how many batches make an optimiser step, by which chains grow longer and the step size adapts.
         attack: on the images of the cross-entropy; None: none.
         balance: see above.
         capture: launch a step's passes as one CUDA graph, see :class:`timm_jem.captured.CapturedEnergy`.
@@ -149,6 +150,7 @@ class MaximumLikelihood:
         ramp_steps: int = 0,
         ramp_auc: float | None = None,
         step_cosine: float | None = None,
+        grad_accum: int = 1,
         attack: PGDConfig | None = None,
         balance: bool = False,
         capture: bool = False,
@@ -174,8 +176,8 @@ class MaximumLikelihood:
             class_frequencies = class_frequencies.to(buffer.chains.device)
         self.jem, self.buffer, self.sgld, self.objective = jem, buffer, sgld, objective
         self.batch_norm, self.class_frequencies, self.balance = batch_norm, class_frequencies, balance
-        self.ramp = ChainRamp(sgld.num_steps, ramp_from, ramp_steps, ramp_auc)
-        self.step_size, self.attack = StepSize(step_cosine, sgld.pixel_clamp), attack
+        self.ramp = ChainRamp(sgld.num_steps, ramp_from, ramp_steps, ramp_auc, grad_accum)
+        self.step_size, self.attack = StepSize(step_cosine, sgld.pixel_clamp, grad_accum), attack
         self.capture: bool = capture
         self._captured: tuple[nn.Module, CapturedEnergy] | None = None
 

@@ -27,13 +27,14 @@ class StepSize:
     Args:
         cosine: above −1 and below 1, or None: nothing adapts, and a factor that was loaded stays.
         pixel_clamp: that of the chains.
+        batches: how many, each with chains of its own, make an iteration: each moves the factor by its share.
 
     Attributes:
         scale: the factor, shape (), on the chains' device, from 1/1000 to 1000; None: 1.
     """
 
-    def __init__(self, cosine: float | None, pixel_clamp: float | None = None) -> None:
-        self.cosine, self.scale = cosine, None
+    def __init__(self, cosine: float | None, pixel_clamp: float | None = None, batches: int = 1) -> None:
+        self.cosine, self.scale, self._rate = cosine, None, _RATE / batches
         self._clamp = math.inf if pixel_clamp is None else pixel_clamp
         self._last: tuple[Tensor, Tensor] | None = None
         self._cosines: list[Tensor] = []
@@ -58,7 +59,7 @@ class StepSize:
             self.scale = torch.ones((), device=self._last[0].device)
         if self._cosines:
             mean = reduce(torch.cat(self._cosines).mean(), "mean")
-            self.scale = (self.scale.log() + _RATE * (mean - self.cosine)).clamp(-_FARTHEST, _FARTHEST).exp()
+            self.scale = (self.scale.log() + self._rate * (mean - self.cosine)).clamp(-_FARTHEST, _FARTHEST).exp()
         self._last = None
         self._cosines.clear()
         return self.scale
