@@ -216,7 +216,11 @@ def outcome(folder: Path) -> str:
         return "the chains are not what the file holds"
     try:
         about = {"repo_id": "user/x", "architecture": "resnet18", "parameters": 1, "class_names": jem.class_names, "sgld": {}}
-        shape = {"input_size": jem.input_size, "num_classes": jem.num_classes, "has_chains": jem.chains is not None}
+        shape = {
+            "input_size": jem.input_size,
+            "num_classes": jem.num_classes,
+            "chains": 0 if jem.chains is None else len(jem.chains),
+        }
         shape["has_starts"] = jem.starts is not None
         model_card(**about, **shape, provenance=Provenance.read(jem.provenance))
     except InputError:  # provenance that no card can tell is kept, and refused when it is to be published

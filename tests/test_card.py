@@ -54,7 +54,7 @@ def card(provenance=None, **changes) -> str:
         "class_names": ["a", "b", "c"],
         "num_classes": 3,
         "sgld": {"num_steps": 4, "sample_steps": 9},
-        "has_chains": False,
+        "chains": 0,
         "has_starts": False,
     }
     return model_card(**{**about, **changes}, provenance=Provenance.read(provenance or {}))
@@ -191,6 +191,40 @@ def test_what_it_was_trained_on_is_said(machine, said):
     assert said in card({"steps": 7, **machine})
 
 
+def test_the_steps_of_a_classifier_before_are_told():
+    text = card({"steps": 7, "seed": 0, "seconds": 3.0, "classifier": {"steps": 50, "seconds": 9.6, "rollbacks": 2}})
+    assert "50 steps of cross-entropy alone in 10 s, and then 7 steps with seed 0 in 3 s; training diverged" in text
+    assert "was rolled back twice" in text
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [{"config": {"train": {"objective": {"w_x": 0.0, "w_xy": 0}}}}, {"converted": {"energies": "none", "told": ["a | b"]}}],
+)
+def test_what_has_no_density_is_said_to_draw_nothing(provenance):
+    text = card(provenance, chains=20)
+    assert "p(x) was not trained: it draws no images" in text
+    assert "jem.sample(" not in text
+    assert "likelier" not in text
+    conditional = {"config": {"train": {"objective": {"w_x": 0.0, "w_xy": 0.1}}}}
+    for likely in ({}, conditional, {"converted": {"energies": "logsumexp"}}):
+        assert "draws new ones" in card(likely)
+        assert "jem.sample(16" in card(likely)
+
+
+def test_what_is_known_of_a_conversion_is_told():
+    text = card({"converted": {"file": "CIFAR10_MODEL.pt", "energies": "logsumexp", "told": ["energies: logsumexp", "# x"]}})
+    assert "From CIFAR10_MODEL.pt:" in text
+    assert "- energies: logsumexp\n" in text
+    assert "\n# x" not in text
+    assert "## Conversion" not in card({})
+
+
+def test_no_more_chains_go_on_than_are_published():
+    assert 'jem.sample(10, init="buffer")' in card(chains=10)
+    assert 'jem.sample(16, init="buffer")' in card(chains=2000)
+
+
 def test_a_run_that_gave_up_says_so():
     explanation = "gave up after 6 rollbacks at step 12: loss is nan; lower train.lr or sgld.noise_std"
     text = card({"outcome": "stopped", "explanation": explanation, "steps": 0, "rollbacks": [{}] * 6})
@@ -224,11 +258,11 @@ def test_tags_and_imports_go_by_who_registered_the_architecture():
     ("config", "chains", "expected"),
     [
         ({}, {}, False),
-        ({}, {"has_chains": True}, False),  # chains of E(x)
-        ({}, {"has_chains": True, "chains_have_classes": True}, True),
+        ({}, {"chains": 20}, False),  # chains of E(x)
+        ({}, {"chains": 20, "chains_have_classes": True}, True),
         ({"train": {"objective": {"w_xy": 1.0}}}, {}, True),
         ({"train": {"objective": {"w_xy": 0.0}, "conditional_chains": True}}, {}, True),
-        ({"train": {"objective": {"w_xy": 0.0}, "conditional_chains": False}}, {"has_chains": True}, False),
+        ({"train": {"objective": {"w_xy": 0.0}, "conditional_chains": False}}, {"chains": 20}, False),
         ({"train": None}, {}, False),
         ({"train": {"objective": [1]}}, {}, False),
         ({"train": {"objective": {"w_xy": "high"}}}, {}, False),
@@ -237,7 +271,7 @@ def test_tags_and_imports_go_by_who_registered_the_architecture():
 def test_classes_are_suggested_where_chains_have_them(config, chains, expected):
     text = card({"config": config}, **chains)
     assert ("jem.sample(16, y=0)" in text) == expected
-    assert ('init="buffer"' in text) == chains.get("has_chains", False)
+    assert ('init="buffer"' in text) == bool(chains.get("chains"))
 
 
 @pytest.mark.parametrize(

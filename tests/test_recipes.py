@@ -501,7 +501,7 @@ def test_a_run_that_goes_on_is_pushed_without_pictures_of_later_weights(hub, tmp
 @pytest.mark.parametrize("name", ["train", "evaluate", "push", "stability", "benchmark"])
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 1)])
 def test_what_ends_any_recipe_early_is_one_line(name, error, code, monkeypatch, capsys):
-    for module in ("timm_jem.command_line", "timm_jem.training.settings"):
+    for module in ("timm_jem.command_line", "timm_jem.training.parsing"):
         monkeypatch.setattr(f"{module}.make_parser", Mock(side_effect=error))
     monkeypatch.setattr(sys, "argv", [name])
     with pytest.raises(SystemExit) as end:

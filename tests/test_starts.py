@@ -89,7 +89,7 @@ def test_a_card_says_where_chains_start(jem):
     about = {
         "repo_id": "me/x", "architecture": "wrn_10_1", "parameters": 1, "input_size": (1, 8, 8), "class_names": None,
         "num_classes": 3, "sgld": {"num_steps": 5}, "provenance": Provenance.read({}), "weights_license": None,
-        "has_chains": False, "pictures": (),
+        "chains": 0, "pictures": (),
     }  # fmt: skip
     for has_starts, words in ((True, "5 SGLD steps from Gaussians of the classes"), (False, "5 SGLD steps from noise")):
         card = model_card(**about, has_starts=has_starts)

@@ -565,7 +565,7 @@ class JEM(nn.Module):
                 "num_classes": self.num_classes,
                 "sgld": asdict(self.sgld),
                 "provenance": self.provenance,
-                "has_chains": chains is not None,
+                "chains": 0 if chains is None else len(chains),
                 "has_starts": self.starts is not None,
                 "chains_have_classes": chains is not None and chains.labels is not None,
             }

@@ -219,7 +219,11 @@ def _network(found: Mapping[str, tuple[str, Tensor]], layout: Layout) -> tuple[s
             raise InputError(f"{quoted(found[name][0])} is of shape {shapes[name]}: no wide residual network's is")
     if (channels := shapes["stem.weight"][1]) not in (1, 3):
         raise InputError(f"it takes images of {channels} channels: they have 1 or 3")
-    blocks = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("stages."))
+    numbers = {int(name.split(".")[2]) for name in shapes if name.startswith("stages.")}
+    blocks = 1 + max(numbers)
+    if absent := set(range(blocks)) - numbers:  # before anything so deep is built
+        name = quoted(f"stages.0.{min(absent)}.conv1.weight")
+        raise InputError(f"it lacks the weights that are {name} here: it is cut, or no such wide residual network")
     rows = shapes["stages.0.0.conv1.weight"][0]
     if rows % 16:
         raise InputError(f"its first stage has {rows} channels, no multiple of 16: that is no wide residual network")

@@ -101,7 +101,7 @@ def convert(
         elif _CHAINS in checkpoint:
             dropped["chains"] = [_CHAINS]
         shape = (network.kwargs["in_chans"], *((_SIDE, _SIDE) if chains is None else chains.images.shape[2:]))
-        jem = _built(network, shape, mean or about.mean, std or about.std)
+        jem = _built(network, shape, about.mean if mean is None else mean, about.std if std is None else std)
         jem.chains = chains
         jem.sgld, source = about.sgld(file.name, shape)
         if energies == "none":
@@ -121,7 +121,13 @@ def convert(
         *([f"to draw images: {about.samples}"] if about.samples and energies == "logsumexp" else []),
     ]
     jem.provenance = {
-        "converted": {"file": file.name, "sha256": _sha256(file), "method": about.title, "told": told},
+        "converted": {
+            "file": file.name,
+            "sha256": _sha256(file),
+            "method": about.title,
+            "energies": energies,
+            "told": told,
+        },
         "versions": {"timm_jem": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }
     return Conversion(jem, method, told)

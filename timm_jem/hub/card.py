@@ -42,7 +42,7 @@ def model_card(
     sgld: dict[str, Any],
     provenance: Provenance,
     weights_license: str | None = None,
-    has_chains: bool,
+    chains: int,
     has_starts: bool,
     chains_have_classes: bool = False,
     pictures: Sequence[str] = (),
@@ -61,7 +61,7 @@ def model_card(
         provenance: how the model came to be.
         weights_license: licence of the pretrained weights of this architecture and tag, by timm; it holds where
             ``provenance`` has a base model and no licence of its own.
-        has_chains: whether published chains go with it.
+        chains: how many published chains go with it.
         has_starts: whether fresh chains start from Gaussians of images; otherwise from noise.
         chains_have_classes: whether each of them has a class.
         pictures: those of ``PICTURES`` that go with it.
@@ -83,7 +83,7 @@ def model_card(
         needs_import=package == "timm_jem",
         sample_steps=sgld.get("sample_steps") or sgld.get("num_steps"),
         conditional=chains_have_classes or provenance.class_conditional,
-        has_chains=has_chains,
+        chains=min(chains, 16),
         has_starts=has_starts,
         starts_elsewhere=provenance.starts_elsewhere,
         provenance=provenance,
@@ -143,7 +143,11 @@ def _training(provenance: Provenance) -> str | None:
     if provenance.steps is None:
         return None
     times = {1: "once", 2: "twice"}.get(provenance.rollbacks, f"{provenance.rollbacks} times")
-    sentence = f"{provenance.steps} step{'s' * (provenance.steps != 1)}"
+    sentence = ""
+    if provenance.classifier_steps is not None:
+        took = "" if provenance.classifier_seconds is None else f" in {provenance.classifier_seconds:.0f} s"
+        sentence = f"{provenance.classifier_steps} steps of cross-entropy alone{took}, and then "
+    sentence += f"{provenance.steps} step{'s' * (provenance.steps != 1)}"
     sentence += "" if provenance.seed is None else f" with seed {provenance.seed}"
     sentence += "" if provenance.seconds is None else f" in {provenance.seconds:.0f} s"
     sentence += f"; training diverged and was rolled back {times}" if provenance.rollbacks else ""

@@ -87,6 +87,10 @@ class Provenance:
         processes, device, mixed_precision: how many there were, on which kind of device, "no" or in which precision.
         versions: of the packages that trained it.
         results: what was measured.
+        classifier_steps, classifier_seconds: of the classifier before, where there was one; ``rollbacks`` counts its own, too.
+        conversion: what there is to know of a checkpoint that was converted, a line each.
+        conversion_file: its name.
+        energies: "none" where the density of what was converted is not that of its logits.
     """
 
     dataset: str | None
@@ -106,6 +110,11 @@ class Provenance:
     mixed_precision: str | None
     versions: Mapping[str, str]
     results: tuple[Measured, ...]
+    classifier_steps: int | None
+    classifier_seconds: float | None
+    conversion: tuple[str, ...]
+    conversion_file: str | None
+    energies: str | None
 
     @classmethod
     def read(cls, data: Any) -> "Provenance":
@@ -116,7 +125,10 @@ class Provenance:
         """
         where = "provenance"
         data = _mapping(data, where)
-        versions = _mapping(_get(data, "versions", Mapping, where, "a dict") or {}, where)
+        versions, classifier, converted = (
+            _mapping(_get(data, key, Mapping, where, "a dict") or {}, where) for key in ("versions", "classifier", "converted")
+        )
+        of_classifier, of_conversion = f"{where}['classifier']", f"{where}['converted']"
         if data.get("license") is not None and license_id(data["license"]) is None:
             raise InputError(
                 f"{where}['license'] is {quoted(data['license'])}: give the Hub's id of a licence, such as apache-2.0"
@@ -135,7 +147,7 @@ class Provenance:
             seconds=_number(data, "seconds", where, least=0),
             outcome=_text(data, "outcome", where),
             explanation=_text(data, "explanation", where),
-            rollbacks=len(_list(data, "rollbacks", where)),
+            rollbacks=len(_list(data, "rollbacks", where)) + (_whole(classifier, "rollbacks", of_classifier, least=0) or 0),
             processes=_whole(data, "processes", where, least=1),
             device=_text(data, "device", where),
             mixed_precision=_text(data, "mixed_precision", where),
@@ -143,7 +155,20 @@ class Provenance:
             results=tuple(
                 Measured.read(item, f"{where}['results'][{i}]") for i, item in enumerate(_list(data, "results", where))
             ),
+            classifier_steps=_whole(classifier, "steps", of_classifier, least=0),
+            classifier_seconds=_number(classifier, "seconds", of_classifier, least=0),
+            conversion=tuple(printable(line) for line in _list(converted, "told", of_conversion) if isinstance(line, str)),
+            conversion_file=_text(converted, "file", of_conversion),
+            energies=_text(converted, "energies", of_conversion),
         )
+
+    @property
+    def has_density(self) -> bool:
+        """Whether p(x), or p(x, y), was trained, as far as is known."""
+        train = self.config.get("train")
+        objective = train.get("objective") if isinstance(train, Mapping) else None
+        weights = [objective.get(name) for name in ("w_x", "w_xy")] if isinstance(objective, Mapping) else [None]
+        return self.energies != "none" and any(weight != 0 for weight in weights)
 
     @property
     def class_conditional(self) -> bool:

@@ -14,10 +14,9 @@ from timm_jem.model import JEM
 from timm_jem.pixels import to_pixels
 from timm_jem.training.build import workers_of
 from timm_jem.training.measure import in_batches, measure
-from timm_jem.training.publish import publishable, push
+from timm_jem.training.publish import of_classifier, publishable, push
 from timm_jem.training.record import Record
 from timm_jem.training.run import Rollback, Run
-from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.settings import Settings
 
 __all__ = ["finish"]
@@ -54,7 +53,7 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
         "seconds": record.seconds,
         "seconds_per_step": record.seconds / max(run.step, 1),
         "rollbacks": run.rollbacks,
-        **_of_classifier(folder),
+        **of_classifier(folder),
         "best": [{"val_accuracy": value, "model": f"best/step_{int(step):08d}"} for value, step in record.best],
     }
     jem = publishable(
@@ -99,14 +98,6 @@ def _keep(run: Run, record: Record, write: Callable[[], Any]) -> None:
         goes_on = f"go on with --resume {record.folder.whole}"
         rest = f"the checkpoint of step {steps[-1]} is whole: {goes_on}" if steps else "nothing is saved"
         raise InputError(f"{error}; {rest}") from error
-
-
-def _of_classifier(folder: RunFolder) -> dict[str, Any]:
-    """What the summary says of the classifier that joint training started from, where that is a part of the run."""
-    found = folder.classifier.summary()
-    told = ("val_accuracy", "val_ece", "test_accuracy", "test_ece", "steps", "seconds")
-    numbers = {key: found[key] for key in told if isinstance(found.get(key), (int, float))} if found else {}
-    return {"classifier": numbers} if numbers else {}
 
 
 def _last_line(settings: Settings, record: Record, summary: dict[str, Any]) -> str:
@@ -160,6 +151,8 @@ def _choose_length(settings: Settings, splits: Splits, jem: JEM) -> dict[str, An
 
 def _results(settings: Settings, splits: Splits, summary: dict[str, Any]) -> list[dict[str, Any]]:
     kinds = (("Accuracy", "accuracy", "top-1"), ("Expected calibration error", "ece", "15 equal bins, L1"))
+    before = summary.get("classifier", {}).get("steps")
+    steps = f"{summary['steps']} steps{'' if before is None else f' after {before} of cross-entropy alone'}"
     return [
         {
             "name": name,
@@ -167,7 +160,7 @@ def _results(settings: Settings, splits: Splits, summary: dict[str, Any]) -> lis
             "value": summary[f"test_{kind}"],
             "split": "test",
             "n": len(splits.test),
-            "protocol": f"{protocol}; seed {settings.train.seed}, {summary['steps']} steps, one run",
+            "protocol": f"{protocol}; seed {settings.train.seed}, {steps}, one run",
         }
         for name, kind, protocol in kinds
     ]

@@ -19,10 +19,21 @@ from timm_jem.training.build import build_model
 from timm_jem.training.processes import is_sharded
 from timm_jem.training.record import Record
 from timm_jem.training.run import Run
+from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.settings import ModelConfig, Settings
 from timm_jem.version import __version__
 
-__all__ = ["publishable", "push", "whole_state"]
+__all__ = ["of_classifier", "publishable", "push", "whole_state"]
+
+
+def of_classifier(folder: RunFolder) -> dict[str, Any]:
+    """What a run tells of the classifier that joint training started from, where that is a part of the run."""
+    found = folder.classifier.summary() or {}
+    told = ("val_accuracy", "val_ece", "test_accuracy", "test_ece", "steps", "seconds")
+    numbers = {key: found[key] for key in told if isinstance(found.get(key), (int, float))}
+    if numbers and isinstance(found.get("rollbacks"), list):
+        numbers["rollbacks"] = len(found["rollbacks"])
+    return {"classifier": numbers} if numbers else {}
 
 
 def publishable(
@@ -62,6 +73,7 @@ def publishable(
         "seed": settings.train.seed,
         "seconds": record.seconds,
         "rollbacks": run.rollbacks,
+        **of_classifier(record.folder),
         "data": record.data,
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
