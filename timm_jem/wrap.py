@@ -26,7 +26,7 @@ from timm_jem.models.names import BUILD_ERRORS, check_name
 from timm_jem.reference import Reference
 from timm_jem.sampling import SGLDConfig
 
-__all__ = ["create_from_weights", "create_model", "from_pretrained", "wrap"]
+__all__ = ["create_model", "from_pretrained", "wrap"]
 
 
 def wrap(
@@ -94,26 +94,6 @@ def create_model(
         UserWarning: pretrained weights of a saved joint energy model, which :func:`from_pretrained` reads with all the rest,
             unless they get another number of classes; or as :func:`wrap`.
     """
-    jem = create_from_weights(name, pretrained, input_size=input_size, class_names=class_names, sgld=sgld, **kwargs)
-    if pretrained and (saved := _saved_jem(name, jem.num_classes, kwargs)) is not None:
-        warnings.warn(
-            f"{name} is a joint energy model and these are its weights alone: timm_jem.from_pretrained({saved}) reads its "
-            "settings of chains, held-out reference, provenance, starts and published chains, too",
-            stacklevel=2,
-        )
-    return jem
-
-
-def create_from_weights(
-    name: str,
-    pretrained: bool = False,
-    *,
-    input_size: tuple[int, int, int] | None = None,
-    class_names: list[str] | None = None,
-    sgld: SGLDConfig = SGLDConfig(),
-    **kwargs: Any,
-) -> JEM:
-    """As :func:`create_model`, where the weights alone are meant."""
     check_name(name)
     arguments = {"model_name": name, **kwargs}
     try:
@@ -126,6 +106,12 @@ def create_from_weights(
     except BUILD_ERRORS as error:
         of_size = "" if input_size is None else f" for images of {quoted(input_size)}"
         raise InputError(f"{quoted(name)} can't be built with these arguments{of_size} ({one_line(error)})") from error
+    if pretrained and (saved := _saved_jem(name, backbone.num_classes, kwargs)) is not None:
+        warnings.warn(
+            f"{name} is a joint energy model and these are its weights alone: timm_jem.from_pretrained({saved}) reads its "
+            "settings of chains, held-out reference, provenance, starts and published chains, too",
+            stacklevel=2,
+        )
     return wrap(backbone, input_size=input_size, class_names=class_names, sgld=sgld)
 
 

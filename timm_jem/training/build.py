@@ -36,7 +36,7 @@ from timm_jem.training.sam import SAM
 from timm_jem.training.settings import Settings, TrainConfig
 from timm_jem.training.starts import class_gaussians, image_starts
 from timm_jem.training.unseen import unseen_pixels, why_unseen
-from timm_jem.wrap import create_from_weights
+from timm_jem.wrap import create_model
 
 __all__ = ["build_learner", "build_method", "build_model", "build_stream", "frozen_parts", "keep_source", "workers_of"]
 
@@ -80,16 +80,18 @@ def build_model(
             if not (folder / file).is_file():
                 raise InputError(f"model.name is {name}, and there is no {file} in it: give a folder with a saved model")
     try:
-        jem = create_from_weights(
-            name,
-            pretrained,
-            input_size=splits.image_shape,
-            class_names=splits.class_names,
-            sgld=settings.sgld,
-            num_classes=len(splits.class_names),
-            **{name: rate for name in ("drop_rate", "drop_path_rate") if (rate := getattr(model, name))},
-            **model.kwargs,
-        ).to(device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* is a joint energy model and these are its weights alone")  # as is meant
+            jem = create_model(
+                name,
+                pretrained,
+                input_size=splits.image_shape,
+                class_names=splits.class_names,
+                sgld=settings.sgld,
+                num_classes=len(splits.class_names),
+                **{name: rate for name in ("drop_rate", "drop_path_rate") if (rate := getattr(model, name))},
+                **model.kwargs,
+            ).to(device)
     except SafetensorError as error:
         raise InputError(f"the weights of {name} can't be read ({one_line(error)}): get them again") from error
     if classifier is not None:
