@@ -71,6 +71,7 @@ def test_a_result_is_that_of_the_last_lines(tmp_path):
     assert result.curves.val_accuracy.kept == [(15, 0.5)]
     expected = {"state": "finished", "rollbacks": [], "test_accuracy": 0.6, "test_ece": 0.1, "val_accuracy": 0.5, "gap": -2.0}
     expected |= {"steps": 15, "seconds": 2.0, "explanation": None, "tensors_with_nan": [], "fault": None}
+    expected |= {"classifier_rollbacks": []}
     assert result.figures() == json.loads(json.dumps(expected))
 
 
