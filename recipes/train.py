@@ -59,9 +59,9 @@ def main(argv: list[str]) -> None:
     (folder,) = broadcast_object_list([folder])
     splits = load_splits(told.data)
     settings = planned(told, splits, accelerator)
-    own = settings_of(folder).sections() if settings.resume and folder.config_file.is_file() else None
     if settings.resume and (steps := folder.finished(settings.train.steps)) is not None:
-        if own is not None:
+        if folder.config_file.is_file():
+            own = settings_of(folder).sections()
             refuse_changes(own, settings)
             for line in differences(own, settings.sections()):
                 accelerator.print(f"note: {line}, and does nothing any more")
@@ -84,8 +84,8 @@ def main(argv: list[str]) -> None:
     first = None if goes_on else classifier_settings(settings)
     if first is not None:
         steps = planned(first, splits, accelerator).train.steps
-        if own is not None and folder.classifier.finished(steps) is not None:
-            refuse_changes(own, settings, section="classifier")
+        if folder.config_file.is_file() and folder.classifier.finished(steps) is not None:
+            refuse_changes(settings_of(folder).sections(), settings, section="classifier")
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)
     with folder.claimed(accelerator):

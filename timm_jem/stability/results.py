@@ -74,9 +74,10 @@ def read_result(folder: RunFolder) -> RunResult:
         result.fault = f"{folder.summary_file} gives no outcome"
         return result
     names = ("rollbacks", "test_accuracy", "test_ece", "val_accuracy", "steps", "seconds", "explanation")
-    known = {"rollbacks": curves.rollbacks, **{name: summary[name] for name in names if name in summary}}
+    known = {"rollbacks": curves.rollbacks, "classifier_rollbacks": before}
+    known |= {name: summary[name] for name in names if name in summary}
     try:
-        result = built(RunResult, {"state": summary["outcome"], "curves": curves, "classifier_rollbacks": before, **known})
+        result = built(RunResult, {"state": summary["outcome"], "curves": curves, **known})
         if not all(map(is_rollback, result.rollbacks)):
             raise TypeError("rollbacks are without their steps")
     except TypeError as error:
