@@ -210,6 +210,10 @@ def test_what_has_no_density_is_said_to_draw_nothing(provenance):
     for likely in ({}, conditional, {"converted": {"energies": "logsumexp"}}):
         assert "draws new ones" in card(likely)
         assert "jem.sample(16" in card(likely)
+    scored = card({"converted": {"energies": "logsumexp", "chains": "none"}}, chains=20)
+    assert "its energies were not trained: it draws no images" in scored
+    assert "lower = likelier" in scored
+    assert "jem.sample(" not in scored
 
 
 def test_what_is_known_of_a_conversion_is_told():

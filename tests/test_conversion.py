@@ -14,6 +14,7 @@ from torch import nn
 import timm_jem
 from timm_jem import InputError, SGLDConfig
 from timm_jem.conversion import METHODS, convert
+from timm_jem.hub.provenance import Provenance
 from timm_jem.pixels import eight_bit
 
 CLAMPED = {"step_size": 1.0, "noise_std": 0.0, "grad_clamp": 1.0, "pixel_clamp": 1.0}
@@ -58,6 +59,7 @@ def test_logits_are_theirs_in_all_readers(files, tmp_path, method):
     assert again.sgld == jem.sgld
     assert again.provenance == jem.provenance
     assert (again.chains is None) == (method in ("mjem", "vera", "dat"))
+    assert Provenance.read(again.provenance).draws == (method not in ("mjem", "vera"))
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,18 @@ def test_without_data_the_model_draws_its_examples(tmp_path):
     assert "drew in training" in load_exhibit(str(tmp_path / "chains"))[0].of_examples
 
 
+def test_what_draws_nothing_is_said_to(tmp_path):
+    jem = small_model()
+    jem.provenance = {"converted": {"energies": "logsumexp", "chains": "none"}}
+    jem.save_pretrained(tmp_path / "scored")
+    shown, instead = load_exhibit(str(tmp_path / "scored"))
+    assert shown.about.endswith("its chains were not trained, and draw no images")
+    assert len(shown.examples) == 0
+    assert instead.endswith("none to begin with")
+    small_model().save_pretrained(tmp_path / "plain")
+    assert "chains" not in load_exhibit(str(tmp_path / "plain"))[0].about
+
+
 def test_large_models_draw_nothing_before_the_page_opens(tmp_path, monkeypatch):
     monkeypatch.setattr(exhibits, "_QUICK", 63)
     small_model().save_pretrained(tmp_path / "plain")

@@ -30,6 +30,7 @@ class Method:
         sgld: settings of its chains, by the file's name and the images' shape (C, H, W), and where they are from.
         claims: what its authors measured on CIFAR-10.
         energies: whether its density is logsumexp of the logits; None: unless it was trained with the code's "uncond" flag.
+        chains: whether chains of its energies were trained.
         samples: what one must know to draw images, if anything.
         mean, std: of its input, [0, 1] pixel units.
     """
@@ -40,6 +41,7 @@ class Method:
     sgld: Callable[[str, tuple[int, int, int]], tuple[SGLDConfig, str]]
     claims: str
     energies: bool | None = None
+    chains: bool = True
     samples: str | None = None
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
@@ -109,6 +111,7 @@ METHODS = {
         _always(SGLDConfig(), "JEM: VERA trains with a generator instead of chains"),
         "93.2 % test accuracy, FID 30.5 of its generator",
         energies=True,
+        chains=False,
         samples="its images came from its generator, which is left out: chains of these energies were never trained",
     ),
     "dat": Method(

@@ -126,6 +126,7 @@ def convert(
             "sha256": _sha256(file),
             "method": about.title,
             "energies": energies,
+            "chains": "trained" if about.chains and energies == "logsumexp" else "none",
             "told": told,
         },
         "versions": {"timm_jem": __version__, "timm": timm.__version__, "torch": torch.__version__},

@@ -13,6 +13,7 @@ from timm_jem.data import load_splits
 from timm_jem.data.identity import data_identity, same_held_out
 from timm_jem.errors import InputError
 from timm_jem.evaluation.subject import check_classes, data_config, display_name, load_model, some
+from timm_jem.hub.provenance import Provenance
 from timm_jem.model import JEM
 from timm_jem.noise import uniform_noise
 from timm_jem.pixels import to_pixels
@@ -34,6 +35,7 @@ class Exhibit:
         names: of the classes, in order.
         examples: model input, shape (N, C, H, W), maybe none.
         of_examples: what they are, in words.
+        draws: whether chains of the model were trained, as far as is known.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Exhibit:
     names: list[str]
     examples: Tensor
     of_examples: str
+    draws: bool = True
 
     @property
     def about(self) -> str:
@@ -48,7 +51,8 @@ class Exhibit:
         channels, height, width = self.jem.input_size
         parameters = sum(p.numel() for p in self.jem.parameters())
         images = f"{'grey' if channels == 1 else 'colour'} images of {height}×{width}"
-        return f"{architecture(self.jem.backbone)}, {parameters:,} parameters, {len(self.names)} classes, {images}"
+        drawing = "" if self.draws else "; its chains were not trained, and draw no images"
+        return f"{architecture(self.jem.backbone)}, {parameters:,} parameters, {len(self.names)} classes, {images}{drawing}"
 
 
 def load_exhibit(
@@ -69,6 +73,7 @@ def load_exhibit(
         InputError: no such model, or data that were told and don't fit it.
     """
     jem = load_model(name).to(device)
+    draws = Provenance.read(jem.provenance).draws and not name.startswith("timm:")
     names = jem.predictor().names or [str(i) for i in range(jem.num_classes)]
     try:
         examples, of_examples = _held_out(jem, name, told or {}, seed)
@@ -76,9 +81,9 @@ def load_exhibit(
     except InputError as error:
         if told:
             raise
-        examples, of_examples = _drawn(jem, seed)
+        examples, of_examples = _drawn(jem, seed, fresh=draws)
         instead = f"no held-out images ({error}): {of_examples}"
-    return Exhibit(_called(name, jem), jem, list(names), examples.to(device), of_examples), instead
+    return Exhibit(_called(name, jem), jem, list(names), examples.to(device), of_examples, draws), instead
 
 
 def _called(name: str, jem: JEM) -> str:
@@ -116,12 +121,12 @@ def _of_all_classes(y: Tensor, count: int) -> Tensor:
     return torch.tensor([row for _, _, row in sorted(turns)[:count]], dtype=torch.int64)
 
 
-def _drawn(jem: JEM, seed: int) -> tuple[Tensor, str]:
+def _drawn(jem: JEM, seed: int, *, fresh: bool) -> tuple[Tensor, str]:
     generator = torch.Generator().manual_seed(seed)
     if jem.chains is not None:
         count, drawn = min(_EXAMPLES, len(jem.chains)), "images that the model drew in training"
         x = jem.sample(count, init="buffer", generator=generator, num_steps=1)
-    elif math.prod(jem.input_size) <= _QUICK:
+    elif fresh and math.prod(jem.input_size) <= _QUICK:
         x, drawn = jem.sample(y=torch.arange(_EXAMPLES) % jem.num_classes, generator=generator), "images that the model draws"
     else:
         return torch.zeros(0, *jem.input_size), "none to begin with"

@@ -91,6 +91,7 @@ class Provenance:
         conversion: what there is to know of a checkpoint that was converted, a line each.
         conversion_file: its name.
         energies: "none" where the density of what was converted is not that of its logits.
+        chains: "none" where no chains of what was converted were trained.
     """
 
     dataset: str | None
@@ -115,6 +116,7 @@ class Provenance:
     conversion: tuple[str, ...]
     conversion_file: str | None
     energies: str | None
+    chains: str | None
 
     @classmethod
     def read(cls, data: Any) -> "Provenance":
@@ -160,6 +162,7 @@ class Provenance:
             conversion=tuple(printable(line) for line in _list(converted, "told", of_conversion) if isinstance(line, str)),
             conversion_file=_text(converted, "file", of_conversion),
             energies=_text(converted, "energies", of_conversion),
+            chains=_text(converted, "chains", of_conversion),
         )
 
     @property
@@ -169,6 +172,11 @@ class Provenance:
         objective = train.get("objective") if isinstance(train, Mapping) else None
         weights = [objective.get(name) for name in ("w_x", "w_xy")] if isinstance(objective, Mapping) else [None]
         return self.energies != "none" and any(weight != 0 for weight in weights)
+
+    @property
+    def draws(self) -> bool:
+        """Whether chains of its energies were trained, as far as is known."""
+        return self.has_density and self.chains != "none"
 
     @property
     def class_conditional(self) -> bool:
