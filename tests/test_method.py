@@ -280,6 +280,18 @@ def test_chains_grow_with_what_is_told_apart():
     assert again.sgld_at(0, Remedy()).num_steps == 3
 
 
+def test_images_without_a_label_are_told_apart_by_all_classes():
+    """As in the loss: not by the class that was drawn for their chain."""
+    jem, buffer, u, y = make(classes=3)
+    y[::2] = -1
+    objective = ObjectiveConfig(w_x=0.0, w_xy=1.0)
+    method = MaximumLikelihood(jem, buffer, sgld=SGLDConfig(num_steps=4), objective=objective, ramp_auc=0.0)
+    drawn = method.draw(jem, Batch(u, y), step=0, remedy=Remedy(), generator=torch.Generator().manual_seed(0))
+    known = y.clamp(min=0)
+    data, neg = (torch.where(y == -1, jem.pixel_energy(v), jem.pixel_energy(v, known)) for v in (u, drawn.u_neg))
+    assert float(drawn.info["auc"]) == pytest.approx(float((neg[:, None] > data).double().mean()))
+
+
 def test_nothing_waits_for_the_device():
     class Ops(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -11,7 +11,7 @@ from timm_jem.energy import energy
 from timm_jem.errors import InputError, check_number, quoted
 from timm_jem.inputs import check_label_values, is_floats, is_labels, kind
 
-__all__ = ["ObjectiveConfig", "joint_loss"]
+__all__ = ["ObjectiveConfig", "energy_where_known", "joint_loss"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def joint_loss(
         if config.w_xy:
             if y_neg is None:
                 raise InputError("objective w_xy is above 0 and y_neg is missing: give the chains' labels")
-            e_data, e_neg = _energy_where_known(logits, y), _energy_where_known(logits_neg, y_neg)
+            e_data, e_neg = energy_where_known(logits, y), energy_where_known(logits_neg, y_neg)
             terms["gap_xy"] = e_data.mean() - e_neg.mean()
             loss = loss + w_xy * _contrast(e_data, e_neg, config)
         if config.energy_l2:
@@ -141,8 +141,8 @@ def _contrast(e_data: Tensor, e_neg: Tensor, config: ObjectiveConfig) -> Tensor:
     return gap if config.contrast == "linear" else 2 * F.softplus(gap)
 
 
-def _energy_where_known(logits: Tensor, y: Tensor) -> Tensor:
-    """E(x, y), or E(x) where y is −1."""
+def energy_where_known(logits: Tensor, y: Tensor) -> Tensor:
+    """E(x, y), or E(x) where y is −1, in nats, shape (B,); ``logits`` as :func:`timm_jem.energy`, y of shape (B,)."""
     unknown = y == -1
     return torch.where(unknown, energy(logits), energy(logits, y.masked_fill(unknown, 0)))
 

@@ -16,7 +16,7 @@ from timm_jem.evaluation.attacks import PGDConfig, pgd_end
 from timm_jem.model import JEM
 from timm_jem.modes import batch_norms, checkpointed, frozen, in_eval_mode, statistics_kept
 from timm_jem.noise import draw_classes
-from timm_jem.objectives import ObjectiveConfig, joint_loss
+from timm_jem.objectives import ObjectiveConfig, energy_where_known, joint_loss
 from timm_jem.pixels import from_unit
 from timm_jem.replay_buffer import ReplayBuffer
 from timm_jem.sampling import SGLDConfig, sgld
@@ -222,7 +222,7 @@ class MaximumLikelihood:
         terms = _chain_terms(start, u_neg, clean, config.pixel_clamp)
         if self.ramp.auc is not None:
             terms["num_steps"] = torch.full((), float(config.num_steps), device=u_neg.device)
-            terms["auc"] = self._told_apart(model, batch.u, u_neg, y_chain)
+            terms["auc"] = self._told_apart(model, batch.u, u_neg, None if y_chain is None else y)
         if self.step_size.adapts:
             terms["step_size"] = self.step_size.adapt() * config.step_size
         return Drawn(batch, u_neg, y, terms)
@@ -239,7 +239,7 @@ class MaximumLikelihood:
     def _told_apart(self, model: nn.Module, u: Tensor, u_neg: Tensor, y: Tensor | None) -> Tensor:
         with in_eval_mode(list(model.modules())):  # frozen parameters that no backward follows would stay so under FSDP2
             logits = model(self.jem.normalize(torch.cat([u, u_neg]))).float()
-        energies = energy(logits) if y is None else energy(logits, torch.cat([y, y]))
+        energies = energy(logits) if y is None else energy_where_known(logits, torch.cat([y, y]))
         return self.ramp.see(*energies.split([len(u), len(u_neg)]))
 
     def _attacked(self, model: nn.Module, batch: Batch, attack: PGDConfig, generator: torch.Generator) -> Batch:
