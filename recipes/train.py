@@ -194,7 +194,8 @@ def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollb
     """
     learner, accelerator = run.learner, run.learner.accelerator
     cadence = Cadence(settings, accelerator)
-    run.snapshot()
+    if not run.guard.snapshots:
+        run.snapshot()
     with stop_signals() as signals:
         while run.step < settings.train.steps:
             terms = run.advance()
@@ -218,10 +219,10 @@ def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollb
                     validate(settings, splits, run, record)
                 if due.push:
                     publish(settings, splits, run, record)
+            if due.checkpoint or due.snapshot:
+                run.snapshot(alone=due.checkpoint)  # as a run that goes on from a checkpoint, which has no other
             if due.checkpoint or due.stop:
                 save(run, record, needed=bool(due.stop))
-            elif due.snapshot:
-                run.snapshot()
             if due.stop:
                 record.close()
                 accelerator.print(f"{due.stop.name}: stopped at step {run.step}; go on with --resume {record.folder.whole}")
@@ -253,7 +254,6 @@ def publish(settings: Settings, splits: Splits, run: Run, record: Record) -> Non
 
 def save(run: Run, record: Record, *, needed: bool) -> None:
     """Write a checkpoint. Where it is the last word of a stopped run, one that can't be written is an error."""
-    run.snapshot(alone=True)  # as a resumed run, which has no other
     last = run.step == record.settings.train.steps
     tries = record.patiently if needed or last else (lambda write: write())
     try:

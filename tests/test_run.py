@@ -284,6 +284,46 @@ def test_the_older_checkpoint_is_taken_where_training_breaks_twice_after_the_onl
     assert last.judge(whole=True) == Rollback(7, 2, "signal not finite", None)
 
 
+def test_a_run_that_is_stopped_between_two_looks_goes_back_as_one_that_was_left_alone(tmp_path):
+    """What it is stopped at may be broken already, and unlike a checkpoint of the run's own has not been looked at."""
+
+    def make(folder):
+        return make_run(folder, Falling(breaks={7}), guard={"ladder": [Remedy(lr=0.5)]})
+
+    def broken_thrice(run):
+        returns = []
+        for _ in range(3):
+            while run.step < 7:
+                run.advance()
+            returns.append(run.judge(whole=True).to_step)
+        return returns
+
+    run = make(tmp_path / "a")
+    run.snapshot()
+    for step in (2, 4):
+        advance(run, step - run.step)
+        run.snapshot()
+    advance(run, 1)
+    run.save({})
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert broken_thrice(run) == [4, 2, 2]
+    resumed = make(tmp_path / "b")
+    resumed.resume()
+    assert [snapshot.step for snapshot in resumed.guard.snapshots] == [2, 4]
+    assert resumed.step == 5
+    assert broken_thrice(resumed) == [4, 2, 2]
+    assert same(everything(resumed), everything(run))
+    # A state that is a snapshot itself is on disk once, and one again.
+    advance(resumed, 1)
+    resumed.snapshot()
+    size = sum(file.stat().st_size for file in resumed.save({}).iterdir())
+    resumed.snapshot(alone=True)
+    saved = resumed.save({})
+    assert size > 1.5 * sum(file.stat().st_size for file in saved.iterdir())
+    resumed.resume(saved)
+    assert [snapshot.step for snapshot in resumed.guard.snapshots] == [3]
+
+
 def test_cross_entropy_alone_is_told_no_remedies_of_chains(tmp_path):
     run = make_run(tmp_path, guard={"ladder": [Remedy(lr=0.5, num_steps=1.5, energy_l2=0.1)]})
     run.learner.method.objective = ObjectiveConfig(w_x=0.0)

@@ -19,7 +19,7 @@ from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.training.remedy import Remedy
 from timm_jem.training.state import copy_tree
 
-__all__ = ["DivergenceGuard", "GuardConfig"]
+__all__ = ["DivergenceGuard", "GuardConfig", "Snapshot"]
 
 
 def _ladder() -> list[Remedy]:
@@ -83,7 +83,7 @@ class GuardConfig:
 
 
 @dataclass
-class _Snapshot:
+class Snapshot:
     """A state to go back to, the recent scales of then, and whether training broke once after it."""
 
     step: int
@@ -109,7 +109,7 @@ class DivergenceGuard:
         self.chance = math.log(num_classes)
         self.window: list[tuple[tuple[str, ...], Tensor]] = []
         self.scales: dict[str, float] = {}
-        self.snapshots: list[_Snapshot] = []  # oldest first
+        self.snapshots: list[Snapshot] = []  # oldest first
 
     def observe(self, terms: Mapping[str, Tensor]) -> None:
         """Note the scalars of one iteration; nothing waits for the device."""
@@ -169,8 +169,8 @@ class DivergenceGuard:
 
     def keep(self, step: int, state: Any, *, alone: bool = False) -> None:
         """Keep a copy of a good state; the one before it is kept as well, unless ``alone``."""
-        kept = [] if alone else self.snapshots[-1:]
-        self.snapshots = [*kept, _Snapshot(step, copy_tree(state), dict(self.scales))]
+        kept = [] if alone else [snapshot for snapshot in self.snapshots if snapshot.step != step][-1:]
+        self.snapshots = [*kept, Snapshot(step, copy_tree(state), dict(self.scales))]
 
     @property
     def cornered(self) -> bool:
@@ -194,7 +194,7 @@ class DivergenceGuard:
         return snapshot.step, snapshot.state
 
     def state_dict(self) -> dict[str, Any]:
-        """What a bit-exact resume needs, but for the snapshots: the resumed state is the first of them."""
+        """What a bit-exact resume needs, but for the snapshots, which are whole states of a run."""
         return {"window": list(self.window), "scales": self.scales}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from timm_jem.errors import InputError, check_whole, one_line
 from timm_jem.training.batches import Batches
 from timm_jem.training.checkpoints import Checkpoints, damage, is_current, rank_files, shared_file
-from timm_jem.training.guard import DivergenceGuard
+from timm_jem.training.guard import DivergenceGuard, Snapshot
 from timm_jem.training.learner import Learner
 from timm_jem.training.remedy import Remedy
-from timm_jem.training.state import load_tree
+from timm_jem.training.state import copy_tree, load_tree
 
 __all__ = ["Rollback", "Run"]
 
@@ -114,15 +114,20 @@ class Run:
         self.guard.keep(self.step, self._state(), alone=alone)
 
     def save(self, extra: Mapping[str, Any]) -> Path:
-        """Write a checkpoint, whole or not at all, with ``extra`` of this process.
+        """Write a checkpoint, whole or not at all, with ``extra`` of this process and the snapshots of earlier steps: the
+        steps since the last look may be broken, and a run that goes on from here goes back as this one would.
 
         Raises:
             InputError: it can't be written; earlier ones are as they were.
         """
-        state = self._state()
-        shared = {name: state["learner"].pop(name) for name in self.learner.shared}
-        own = {"state": state, "guard": self.guard.state_dict(), "rollbacks": self.rollbacks, "extra": dict(extra)}
-        return self.checkpoints.save(self.step, own, shared)
+        state, shared = self._parts(self._state())
+        snapshots, of_all = [], []
+        for kept in self.guard.snapshots:
+            part, common = (None, None) if kept.step == self.step else self._parts(kept.state)
+            snapshots.append({"step": kept.step, "state": part, "scales": kept.scales, "broke": kept.broke})
+            of_all.append(common)
+        own = {"state": state, "guard": self.guard.state_dict(), "snapshots": snapshots, "rollbacks": self.rollbacks}
+        return self.checkpoints.save(self.step, own | {"extra": dict(extra)}, shared | {"snapshots": of_all})
 
     def resume(
         self, checkpoint: Path | None = None, accept: Callable[[dict[str, Any]], None] | None = None
@@ -168,6 +173,8 @@ class Run:
                     "was"
                 )
             self.guard.load_state_dict(saved["guard"])
+            if len(files) == world:
+                self.guard.snapshots = _snapshots(saved)
             self.rollbacks = list(saved["rollbacks"])
         self.checkpoints.forget_after(self.step)
         accelerator.print(f"goes on from {checkpoint}, step {self.step}")
@@ -184,12 +191,17 @@ class Run:
         saved = _read(checkpoint, files, accelerator.process_index)
         step = saved["state"]["learner"]["step"]
         self.guard.load_state_dict(saved["guard"])
-        self.guard.keep(step, saved["state"], alone=True)
+        self.guard.snapshots = _snapshots(saved)
         self.checkpoints.forget_after(step)  # where training breaks
 
     def _state(self) -> dict[str, Any]:
         """What training goes on from after a rollback."""
         return {"learner": self.learner.state_dict(), "stream": self.stream.state_dict()}
+
+    def _parts(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is this process's own of a :meth:`_state`, and what all have in common."""
+        own = {name: part for name, part in state["learner"].items() if name not in self.learner.shared}
+        return state | {"learner": own}, {name: state["learner"][name] for name in self.learner.shared}
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
@@ -220,10 +232,24 @@ def _rank_files(checkpoint: Path) -> list[Path]:
 def _read(checkpoint: Path, files: list[Path], rank: int) -> dict[str, Any]:
     """What a process has in a whole checkpoint, with what all have in common."""
     saved, shared = load_tree(files[rank]), shared_file(checkpoint)
-    if not isinstance(saved, dict) or set(saved) != {"state", "guard", "rollbacks", "extra"}:
+    if not isinstance(saved, dict) or set(saved) - {"snapshots"} != {"state", "guard", "rollbacks", "extra"}:
         raise InputError(f"checkpoint {checkpoint} is none of a run: give another")
     if shared is not None:
-        saved["state"]["learner"] |= load_tree(shared)
+        common = load_tree(shared)
+        for kept, part in zip(saved.get("snapshots", []), common.pop("snapshots", []), strict=True):
+            if part is not None:
+                kept["state"]["learner"] |= part
+        saved["state"]["learner"] |= common
     if "model" not in saved["state"]["learner"]:
         raise InputError(f"checkpoint {checkpoint} has no weights: its manifest was changed; give another")
     return saved
+
+
+def _snapshots(saved: dict[str, Any]) -> list[Snapshot]:
+    """Those that a checkpoint was saved with, oldest first; its own state, where it was saved with none."""
+    step, scales = saved["state"]["learner"]["step"], dict(saved["guard"]["scales"])
+    kept = [Snapshot(**one) for one in saved.get("snapshots", [])] or [Snapshot(step, None, scales)]
+    for snapshot in kept:
+        if snapshot.state is None:
+            snapshot.state = copy_tree(saved["state"])
+    return kept
