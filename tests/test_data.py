@@ -277,7 +277,8 @@ def test_some_labels_of_each_class(tmp_path):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, split):
     rows = marked([i % 3 for i in range(60)])
-    DatasetDict({"train": rows, "test": rows, "more": rows}).save_to_disk(str(tmp_path / "saved"))
+    others = marked([0] * 60, start=60)
+    DatasetDict({"train": rows, "test": rows, "more": others}).save_to_disk(str(tmp_path / "saved"))
     rows.to_parquet(tmp_path / "rows.parquet")
     for data in (str(tmp_path / "saved"), str(tmp_path / "rows.parquet")):
         with pytest.raises(InputError, match=r"unlabeled is (split|the train split)"):
@@ -287,6 +288,13 @@ def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, s
         load_splits(DataConfig(str(tmp_path / "saved"), unlabeled=str(tmp_path / "link"), unlabeled_split=split))
     more = load_splits(DataConfig(str(tmp_path / "saved"), unlabeled=name.format(tmp_path / "saved"), unlabeled_split="more"))
     assert (more.train.labels == -1).sum() == 60
+    # Whatever they are called: a folder and the file in it.
+    (tmp_path / "folder").mkdir()
+    rows.to_parquet(tmp_path / "folder" / "train.parquet")
+    file = tmp_path / "folder" / "train.parquet"
+    for data, unlabeled in ((tmp_path / "folder", file), (file, tmp_path / "folder")):
+        with pytest.raises(InputError, match=r"unlabeled is .*, in which 100% of the validation and test images are"):
+            load_splits(DataConfig(str(data), unlabeled=name.format(unlabeled)))
 
 
 @pytest.mark.parametrize(("size", "padding"), [((128, 16), 2), ((16, 128), 2), ((64, 15), 0), ((32, 24), 3)])

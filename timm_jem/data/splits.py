@@ -23,7 +23,7 @@ from timm_jem.data.columns import (
 )
 from timm_jem.data.config import DataConfig
 from timm_jem.data.headers import Headers, read_headers
-from timm_jem.data.images import ImageSet, cache_small
+from timm_jem.data.images import ImageSet, cache_small, evenly
 from timm_jem.data.sources import load, read_name
 from timm_jem.data.stream_splits import split_stream
 from timm_jem.data.streamed import StreamedSet
@@ -240,8 +240,25 @@ def _split_stored(
         nothing = np.full(len(more), -1)
         sets["train"] = sets["train"].joined(ImageSet(more, column, nothing, channels, size, name, range(len(more))))
     sets, left_out = cache_small(sets, config.cache_gib, skip_broken=config.skip_broken)
+    if config.unlabeled is not None and (share := _trained_on(sets)) > 0.5:
+        raise InputError(
+            f"data unlabeled is {config.unlabeled}, in which {share:.0%} of the validation and test images are: they would be "
+            "trained on; give other images, or labels_per_class"
+        )
     labeled = int((sets["train"].labels >= 0).sum())
     return sets, None if labeled == len(sets["train"]) else sets["train"].head(labeled), headers, left_out
+
+
+def _trained_on(sets: dict[str, ImageSet]) -> float:
+    """The share of some of the validation and test images that are among the training images without a label, too; 0 where
+    these aren't in memory."""
+    train = sets["train"]
+    if train.images is None:
+        return 0.0
+    unlabeled = train.images[train.labels == -1]
+    held_out = torch.cat([sets[name].images[evenly(len(sets[name]), 64)] for name in ("val", "test")])
+    sums = unlabeled.flatten(1).sum(1)
+    return sum(bool((unlabeled[sums == one.sum()] == one).flatten(1).all(1).any()) for one in held_out) / len(held_out)
 
 
 def _some_of_each(
