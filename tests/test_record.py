@@ -213,6 +213,24 @@ def test_a_run_that_goes_on_cuts_its_metrics_to_the_checkpoint(tmp_path):
     assert lines(tmp_path / "a") == []
 
 
+def test_a_run_that_goes_on_counts_the_best_models_that_are_there(tmp_path):
+    """One that was displaced after the checkpoint, by a better one that is forgotten now, keeps no place."""
+    record = make(tmp_path / "a", best_k=1)
+    record.open(0)
+    assert record.is_best(4, 0.5)
+    record.keep_best(4, Model("4"))
+    saved = record.state_dict()
+    assert record.is_best(8, 0.6)
+    record.keep_best(8, Model("8"))
+    record.close()
+    again = make(tmp_path / "a", best_k=1)
+    again.load_state_dict(saved)
+    again.open(5)
+    assert again.best == []
+    assert again.is_best(8, 0.4)
+    again.close()
+
+
 @pytest.mark.parametrize(
     "odd",
     [{"seconds": "x"}, {"metrics_bytes": -5}, {"metrics_bytes": "q"}, {"best": [[0.5, "1"]]}, {"best": [[None, 1]]}],

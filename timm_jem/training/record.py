@@ -260,7 +260,10 @@ class Record:
         for accuracy, step in state["best"]:
             check_number("an accuracy in the checkpoint", accuracy)
             check_whole("the step of a model in best/, in the checkpoint,", step, 0)
-        self.best, self.seconds = list(state["best"])[: self.settings.train.best_k], state["seconds"]
+        # A better one that is forgotten now may have taken a model's place since.
+        there = [entry for entry in state["best"] if self.folder.best(int(entry[1])).is_dir()]
+        self.best = broadcast_object_list([there])[0][: self.settings.train.best_k]
+        self.seconds = state["seconds"]
         if self.command != state["command"]:
             self.command = [*state["command"], *self.command]  # what was said later overrides
         if state["push_to"] is not None and self.settings.hub.push_to is None:
