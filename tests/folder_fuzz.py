@@ -221,7 +221,7 @@ def outcome(folder: Path) -> str:
             "num_classes": jem.num_classes,
             "chains": 0 if jem.chains is None else len(jem.chains),
         }
-        shape["has_starts"] = jem.starts is not None
+        shape["starts"] = 0 if jem.starts is None else len(jem.starts.means)
         model_card(**about, **shape, provenance=Provenance.read(jem.provenance))
     except InputError:  # provenance that no card can tell is kept, and refused when it is to be published
         pass

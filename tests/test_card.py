@@ -55,7 +55,7 @@ def card(provenance=None, **changes) -> str:
         "num_classes": 3,
         "sgld": {"num_steps": 4, "sample_steps": 9},
         "chains": 0,
-        "has_starts": False,
+        "starts": 0,
     }
     return model_card(**{**about, **changes}, provenance=Provenance.read(provenance or {}))
 

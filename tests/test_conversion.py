@@ -355,6 +355,8 @@ def test_the_replay_buffer_becomes_published_chains(files, tmp_path):
     found = convert(folder / "jem.pt", "jem")
     assert torch.equal(found.jem.chains.images, eight_bit(buffer))
     assert found.jem.chains.labels is None
+    of_another = convert(folder / "jem.pt", "jem", mean=(0.25,), std=(0.5,)).jem  # chains are of what the network takes
+    assert torch.equal(of_another.chains.images, eight_bit(buffer - 0.5))
     outside = int((buffer.abs() > 1).sum())
     assert outside > 100
     assert (

@@ -359,6 +359,12 @@ def test_without_data_the_model_draws_its_examples(tmp_path):
     assert "drew in training" in load_exhibit(str(tmp_path / "chains"))[0].of_examples
 
 
+def test_images_of_other_channels_are_refused(tmp_path):
+    timm_jem.create_model("wrn_10_1", num_classes=2, input_size=(2, 8, 8)).save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match="images of 2 channels: a page shows grey or colour images, of 1 or 3"):
+        load_exhibit(str(tmp_path / "m"))
+
+
 def test_what_draws_nothing_is_said_to(tmp_path):
     jem = small_model()
     jem.provenance = {"converted": {"energies": "logsumexp", "chains": "none"}}

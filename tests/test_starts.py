@@ -91,12 +91,13 @@ def test_a_card_says_where_chains_start(jem):
         "num_classes": 3, "sgld": {"num_steps": 5}, "provenance": Provenance.read({}), "weights_license": None,
         "chains": 0, "pictures": (),
     }  # fmt: skip
-    for has_starts, words in ((True, "5 SGLD steps from Gaussians of the classes"), (False, "5 SGLD steps from noise")):
-        card = model_card(**about, has_starts=has_starts)
-        assert words in card
-        assert ("eight images\nor more, not images" in card) == has_starts
+    for starts, words in ((3, "Gaussians of the classes\n"), (1, "a Gaussian\n"), (0, "noise\n")):
+        card = model_card(**about, starts=starts)
+        assert f"5 SGLD steps from {words}" in card
+        assert ("eight images\nor more, not images" in card) == (starts > 0)
+        assert ("of each class" in card) == (starts == 3)
     about["provenance"] = Provenance.read({"config": {"data": {"starts": "user/others"}}})
-    card = model_card(**about, has_starts=True)
+    card = model_card(**about, starts=1)
     assert "5 SGLD steps from a Gaussian\n" in card
     assert "at images of another data set, which are not published" in card
 

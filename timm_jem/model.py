@@ -566,7 +566,7 @@ class JEM(nn.Module):
                 "sgld": asdict(self.sgld),
                 "provenance": self.provenance,
                 "chains": 0 if chains is None else len(chains),
-                "has_starts": self.starts is not None,
+                "starts": 0 if self.starts is None else len(self.starts.means),
                 "chains_have_classes": chains is not None and chains.labels is not None,
             }
             return publish(

@@ -93,16 +93,17 @@ def convert(
         about = METHODS[method]
         energies, of_energies = _energies(method, energies, weights)
         network = translate(weights, LAYOUTS[layout])
-        chains, of_chains = None, None
+        buffer, of_chains = None, None
         if replay_buffer and energies == "logsumexp" and _CHAINS in checkpoint:
-            chains, of_chains = _chains(checkpoint[_CHAINS], conditional_chains, network.kwargs)
+            buffer = _checked(checkpoint[_CHAINS], network.kwargs["in_chans"])
         elif conditional_chains:
             raise InputError("it has no chains to give classes, or they are left out: leave conditional_chains out, too")
         elif _CHAINS in checkpoint:
             dropped["chains"] = [_CHAINS]
-        shape = (network.kwargs["in_chans"], *((_SIDE, _SIDE) if chains is None else chains.images.shape[2:]))
+        shape = (network.kwargs["in_chans"], *((_SIDE, _SIDE) if buffer is None else buffer.shape[2:]))
         jem = _built(network, shape, about.mean if mean is None else mean, about.std if std is None else std)
-        jem.chains = chains
+        if buffer is not None:
+            jem.chains, of_chains = _chains(jem.denormalize(buffer), conditional_chains, jem.num_classes)
         jem.sgld, source = about.sgld(file.name, shape)
         if energies == "none":
             jem.sgld, source = SGLDConfig(), "JEM's, of no use for these energies"
@@ -248,21 +249,26 @@ def _untrained_head(weights: Mapping[str, Tensor]) -> bool:
     return head_untouched(weight, bias)
 
 
-def _chains(buffer: Any, conditional: bool, network: Mapping[str, Any]) -> tuple[PublishedChains, str]:
-    """The replay buffer in 8 bits, and what became of it."""
+def _checked(buffer: Any, channels: int) -> Tensor:
+    """A replay buffer, as the network takes it, shape (N, C, H, W)."""
     images = is_floats(buffer) and buffer.ndim == 4 and 0 not in buffer.shape and max(buffer.shape[2:]) <= _LARGEST_SIDE
-    if not images or buffer.shape[1] != network["in_chans"]:
+    if not images or buffer.shape[1] != channels:
         raise InputError(f"its {_CHAINS} is {kind(buffer)}, no images of the network: leave it out by --replay_buffer false")
     if not buffer.isfinite().all():
         raise InputError(f"its {_CHAINS} holds numbers that are not finite: leave it out by --replay_buffer false")
-    n, classes = len(buffer), network["num_classes"]
+    return buffer
+
+
+def _chains(u: Tensor, conditional: bool, classes: int) -> tuple[PublishedChains, str]:
+    """The replay buffer, pixels, in 8 bits, and what became of it."""
+    n = len(u)
     if conditional and n % classes:
         raise InputError(f"its {n:,} chains are not as many of each of {classes} classes: they are not conditional")
     labels = torch.arange(n) // (n // classes) if conditional else None
-    chains = PublishedChains.of_pixels(buffer, labels)
-    outside = int((buffer.abs() > 1).sum())
+    chains = PublishedChains.of_pixels(u, labels)
+    outside = int((u.abs() > 1).sum())
     told = f"{len(chains):,} of {n:,} in 8 bits, {'a class each by their places' if conditional else 'without classes'}; "
-    return chains, f"{told}{outside:,} of {buffer.numel():,} pixels were outside of [-1, 1] and are cut"
+    return chains, f"{told}{outside:,} of {u.numel():,} pixels were outside of [-1, 1] and are cut"
 
 
 def _built(network: Translated, shape: tuple[int, ...], mean: tuple[float, ...], std: tuple[float, ...]) -> JEM:

@@ -70,9 +70,11 @@ def load_exhibit(
         It, and a line that says what was done instead where the images can't be had, or nothing.
 
     Raises:
-        InputError: no such model, or data that were told and don't fit it.
+        InputError: no such model, or one whose images are neither grey nor colour, or data that were told and don't fit it.
     """
     jem = load_model(name).to(device)
+    if (channels := jem.input_size[0]) not in (1, 3):
+        raise InputError(f"{name} takes images of {channels} channels: a page shows grey or colour images, of 1 or 3")
     draws = Provenance.read(jem.provenance).draws and not name.startswith("timm:")
     names = jem.predictor().names or [str(i) for i in range(jem.num_classes)]
     try:

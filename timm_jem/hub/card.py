@@ -43,7 +43,7 @@ def model_card(
     provenance: Provenance,
     weights_license: str | None = None,
     chains: int,
-    has_starts: bool,
+    starts: int,
     chains_have_classes: bool = False,
     pictures: Sequence[str] = (),
 ) -> str:
@@ -62,7 +62,7 @@ def model_card(
         weights_license: licence of the pretrained weights of this architecture and tag, by timm; it holds where
             ``provenance`` has a base model and no licence of its own.
         chains: how many published chains go with it.
-        has_starts: whether fresh chains start from Gaussians of images; otherwise from noise.
+        starts: how many Gaussians of images fresh chains start from, one for all or one a class; 0: from noise.
         chains_have_classes: whether each of them has a class.
         pictures: those of ``PICTURES`` that go with it.
     """
@@ -84,7 +84,7 @@ def model_card(
         sample_steps=sgld.get("sample_steps") or sgld.get("num_steps"),
         conditional=chains_have_classes or provenance.class_conditional,
         chains=min(chains, 16),
-        has_starts=has_starts,
+        starts=starts,
         starts_elsewhere=provenance.starts_elsewhere,
         provenance=provenance,
         training=_training(provenance),
