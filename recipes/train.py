@@ -198,6 +198,7 @@ def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollb
         run.snapshot()
     with stop_signals() as signals:
         while run.step < settings.train.steps:
+            lr = max(group["lr"] for group in learner.optimizer.param_groups)  # with layer decay the last layers'
             terms = run.advance()
             record.advanced()
             due = cadence.at(run.step, signals)
@@ -210,7 +211,7 @@ def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollb
                     return broke
                 continue
             if due.log:
-                record.log(run.step, terms, lr=learner.optimizer.param_groups[0]["lr"])
+                record.log(run.step, terms, lr=lr)
             with record.not_training():
                 if due.sample and (accelerator.is_main_process or is_sharded(accelerator)):
                     record.samples(run.step, learner.published(), record.folder.samples(run.step).name)

@@ -72,6 +72,15 @@ def test_each_signal_has_its_reason(changed, reason):
     assert "\n" not in with_reason
 
 
+def test_the_cross_entropy_is_not_judged_where_the_loss_has_none():
+    guard = healthy()
+    guard.watched = [name for name in guard.watched if name != "ce"]
+    observe(guard, 10, ce=15.0)
+    assert guard.problem() is None
+    observe(guard, 1, ce=math.nan)
+    assert guard.problem() == "ce not finite"
+
+
 def test_what_is_no_divergence():
     guard = healthy()
     observe(guard, 9)

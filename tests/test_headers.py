@@ -53,11 +53,18 @@ def test_all_sizes_count(tmp_path, sizes, shape, told):
     ],
 )
 def test_all_colours_count(tmp_path, modes, channels, told):
-    images = [PILImage.new(mode, (8, 8)) for mode in modes]
+    red = PILImage.new("RGB", (8, 8), "red").quantize()
+    images = [red if mode == "P" else PILImage.new(mode, (8, 8)) for mode in modes]
     path = folder(tmp_path, images, "tiff")
     splits = load_splits(DataConfig(path))
     assert (splits.image_shape, splits.files) == ((channels, 8, 8), told)
     assert load_splits(DataConfig(path, channels=1)).image_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["gif", "png"])
+def test_a_grey_palette_is_no_colour(tmp_path, kind):
+    grey = PILImage.linear_gradient("L").resize((8, 8)).quantize()
+    assert load_splits(DataConfig(folder(tmp_path, [grey] * 4, kind))).image_shape == (1, 8, 8)
 
 
 def test_grey_was_asked_for(tmp_path):

@@ -292,6 +292,12 @@ def test_images_without_a_label_are_told_apart_by_all_classes():
     assert float(drawn.info["auc"]) == pytest.approx(float((neg[:, None] > data).double().mean()))
 
 
+def test_what_the_loss_has_not_is_not_watched():
+    jem, buffer, *_ = make()
+    watched = [MaximumLikelihood(jem, buffer, sgld=SGLDConfig(), objective=ObjectiveConfig(w_ce=w)).watched for w in (0.0, 0.5)]
+    assert watched == [("gap", "gap_xy", "energy_data", "energy_neg"), MaximumLikelihood.watched]
+
+
 def test_nothing_waits_for_the_device():
     class Ops(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -61,6 +61,7 @@ def test_everything_is_written(run):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "val_accuracy" in line] == [2, 4]
     assert {"ce", "gap_xy", "energy_data", "energy_neg", "lr"} <= set(lines[0])
+    assert all(line["lr"] > 0 for line in lines if "loss" in line)  # of the step itself: the cosine is 0 after the last
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["train"]["steps"], config["sgld"]["num_steps"], config["model"]["name"]) == (4, 5, "wrn_10_1")
     picture = PILImage.open(run / "samples.png")

@@ -81,13 +81,21 @@ def read_headers(rows: Dataset, image_column: str, what: str) -> Headers:
         try:
             with open_lazily(rows[row][image_column]) as image:
                 sizes.append(_upright(image))
-                grey += image.mode in _GREY or image.mode.startswith("I;16")
+                grey += _is_grey(image)
         except UNREADABLE:
             continue
     if not sizes:
         stored = rows[0][image_column]
         open_image(stored, located(f"row 0 of {what}", stored))
     return Headers(tuple(sizes), grey, len(rows))
+
+
+def _is_grey(image: PILImage.Image) -> bool:
+    """By its mode, and with a palette, as GIFs of grey images have, by the palette's colours."""
+    if image.mode == "P":
+        palette = image.getpalette("RGB") or []
+        return palette[0::3] == palette[1::3] == palette[2::3]
+    return image.mode in _GREY or image.mode.startswith("I;16")
 
 
 def _upright(image: PILImage.Image) -> tuple[int, int]:

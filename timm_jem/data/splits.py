@@ -116,8 +116,8 @@ def load_splits(config: DataConfig) -> Splits:
         frequencies = (train if labeled is None else labeled).labels.bincount(minlength=len(class_names)).float()
     if (frequencies > 0).sum() < 2 or not len(sets["val"]) or not len(sets["test"]):
         raise InputError(
-            f"{config.dataset} has too few images that can be read, for training on two classes, validation and test: "
-            f"repair some of the {left_out} broken ones, or give more"
+            f"{config.dataset} has too few images{' that can be read' if left_out else ''}, for training on two classes, "
+            f"validation and test: {f'repair some of the {left_out} broken ones, or ' if left_out else ''}give more"
         )
     channels, size = train.channels, train.size
     flip = not all(len(name) == 1 or name.isdigit() for name in class_names) if config.flip is None else config.flip

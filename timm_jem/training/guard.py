@@ -145,7 +145,7 @@ class DivergenceGuard:
             if medians[name] > min(config.max_energy, limit):
                 return f"|{name}| ran away: {medians[name]:.3g}{past}"
         best = self.scales.get("best_ce", math.inf)
-        if medians.get("ce", 0.0) > 0.9 * self.chance and best < 0.5 * self.chance:
+        if "ce" in self.watched and medians.get("ce", 0.0) > 0.9 * self.chance and best < 0.5 * self.chance:
             return f"the classifier is lost: cross-entropy {medians['ce']:.3g} after {best:.3g}"
         if medians.get("chain_rms", 0.0) > config.max_chain_rms:
             return f"chains left the pixel range: root mean square {medians['chain_rms']:.3g}"

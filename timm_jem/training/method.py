@@ -174,6 +174,8 @@ class MaximumLikelihood:
                     f"shape ({buffer.num_classes},)"
                 )
             class_frequencies = class_frequencies.to(buffer.chains.device)
+        if not objective.w_ce:  # what the loss has not may go where it will
+            self.watched = tuple(name for name in self.watched if name != "ce")
         self.jem, self.buffer, self.sgld, self.objective = jem, buffer, sgld, objective
         self.batch_norm, self.class_frequencies, self.balance = batch_norm, class_frequencies, balance
         self.ramp = ChainRamp(sgld.num_steps, ramp_from, ramp_steps, ramp_auc, grad_accum)
