@@ -39,7 +39,7 @@ def parse(argv: list[str]) -> tuple[Any, dict[str, Any]]:
     flags = with_contents(parser, read_flags(parser, argv))
     given = parse_flags(parser, flags)
     check_address(given.host, given.port)
-    return given, told_of(parser, flags, "data", parser.instantiate(given).data)
+    return given, told_of(parser, flags, "data", given.data)
 
 
 def check_address(host: str | None, port: int | None) -> None:

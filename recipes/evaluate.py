@@ -67,7 +67,7 @@ def parse(argv: list[str]) -> tuple[Any, EvaluationConfig, dict[str, Any]]:
     flags = with_contents(parser, read_flags(parser, argv))
     given = parse_flags(parser, flags)
     config = EvaluationConfig(**{f.name: given[f.name] for f in fields(EvaluationConfig)})
-    return given, config, told_of(parser, flags, "data", parser.instantiate(given).data)
+    return given, config, told_of(parser, flags, "data", given.data)
 
 
 def about(name: str, model: JEM, data: DataConfig) -> dict[str, Any]:

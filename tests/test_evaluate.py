@@ -280,6 +280,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, plain, tmp_path, capsys):
     assert "no data set" in fails(capsys, f"{run} {out} --data.dataset ./nowhere")
     assert "sections" in fails(capsys, f"{run} --sections [all] --output_dir {tmp_path / 'out'}")
     assert "seed is 4294967296" in fails(capsys, f"{run} {out} --seed 4294967296")
+    assert fails(capsys, f"{run} {out} --data.val_fraction 2").startswith("data val_fraction is 2.0: give")
 
     headless = tmp_path / "headless"
     model = timm.create_model("test_resnet", num_classes=0, in_chans=1)
