@@ -112,10 +112,10 @@ def kill(folder: Path, world: int, moment: float | None) -> bool:
                 saved = folder / "run" / "checkpoints"
                 if list(saved.glob(".step_*")) and list(saved.glob("step_*")):
                     break
-                continue
-            time.sleep(moment)
-            break
-        time.sleep(0.01)
+            else:
+                time.sleep(moment)
+                break
+        time.sleep(0.001)  # no spin, which would take a core from what is waited for
     alive = any(map(running, processes))
     for process in processes:
         process.kill()
