@@ -38,7 +38,7 @@ from timm_jem.evaluation.generation_section import generation_section
 from timm_jem.evaluation.ood_section import ood_section
 from timm_jem.evaluation.pictures_section import pictures_section
 from timm_jem.evaluation.report import Measured, Report, fingerprint
-from timm_jem.evaluation.report_folder import check_comparison_dir, earlier_report, write_report
+from timm_jem.evaluation.report_folder import check_comparison_dir, claimed, earlier_report, write_report
 from timm_jem.evaluation.robustness_section import robustness_section
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig, need
@@ -181,6 +181,14 @@ def main(argv: list[str]) -> str | None:
     if idle := config.without_effect:
         print(f"note: {', '.join(idle)} {'do' if idle[1:] else 'does'} nothing in the sections {', '.join(config.sections)}")
     folder = Path(given.output_dir or default_output_dir(given.model))
+    with claimed(folder) as note:
+        if note is not None:
+            print(note)
+        return evaluate_into(folder, given, config, told, argv)
+
+
+def evaluate_into(folder: Path, given: Any, config: EvaluationConfig, told: dict[str, Any], argv: list[str]) -> str | None:
+    """Measure what the report in ``folder``, which is this process's, doesn't have; returns the exit message."""
     earlier = earlier_report(folder, given.overwrite)
     todo = to_measure(earlier, config, given.overwrite)
     model = load_model(given.model, second_derivatives=config.refines)

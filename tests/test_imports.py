@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "progress": set(),
     "command_line": {"errors"},
     "files": {"errors"},
+    "lock": {"errors"},
     "energy": {"inputs", "errors"},
     "pixels": {"inputs", "errors"},
     "decoding": {"errors"},
@@ -45,12 +46,13 @@ MAY_IMPORT = {
     "conversion": {"sampling", "inputs", "hub", "model", "wrap", "conversion", "version", "errors"},
     "data": {"decoding", "files", "pixels", "progress", "data", "errors"},
     "evaluation": {
-        "energy", "files", "inputs", "pixels", "modes", "noise", "sampling", "refinement", "models", "model", "wrap", "ood",
-        "data", "evaluation", "temperature", "progress", "errors",
+        "energy", "files", "lock", "inputs", "pixels", "modes", "noise", "sampling", "refinement", "models", "model", "wrap",
+        "ood", "data", "evaluation", "temperature", "progress", "errors",
     },
     "training": {
-        "captured", "command_line", "energy", "files", "pixels", "modes", "noise", "sampling", "replay_buffer", "gaussians",
-        "objectives", "models", "hub", "model", "wrap", "data", "evaluation", "training", "progress", "version", "errors",
+        "captured", "command_line", "energy", "files", "lock", "pixels", "modes", "noise", "sampling", "replay_buffer",
+        "gaussians", "objectives", "models", "hub", "model", "wrap", "data", "evaluation", "training", "progress", "version",
+        "errors",
     },
     "demo": {
         "files", "pixels", "modes", "noise", "decoding", "prediction", "reference", "backbone", "hub", "model", "data",

@@ -13,9 +13,8 @@ from accelerate import Accelerator
 from PIL import Image
 from recipe_processes import FORKS
 
-from timm_jem import InputError
+from timm_jem import InputError, lock
 from timm_jem.files import folder_aside
-from timm_jem.training import lock
 from timm_jem.training.run_folder import RunFolder
 
 ALONE = Accelerator(cpu=True)

@@ -29,6 +29,7 @@ from timm_jem.evaluation.extractors import load_extractors
 from timm_jem.evaluation.generation import frechet_distance, within_class_distance
 from timm_jem.evaluation.pictures_section import _pairs
 from timm_jem.evaluation.report import Measured, Report, read_report
+from timm_jem.evaluation.report_folder import claimed
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
 from timm_jem.evaluation.subject import load_model, load_subject
@@ -242,6 +243,26 @@ def test_a_killed_evaluation_leaves_what_was_measured_and_nothing_else(model, tm
     assert titles(out) == {"Classification and calibration", "Out-of-distribution detection"}
     assert left_aside(out) == []
     assert {path.name for path in tmp_path.iterdir()} == {"out", ".out-2-0123abcd"}
+
+
+def test_one_evaluation_writes_to_a_folder(measure, tmp_path):
+    """A second one is told of the first before any work, and takes nothing away from it, which has its working folder there."""
+
+    def second(subject, config, section):
+        with pytest.raises(InputError, match=f"another process, pid {os.getpid()} on .*, is writing to {tmp_path / 'out'}: "):
+            measure("--sections [classification]")
+        section.add("table", "row", 1.0, 1, "counted")
+
+    assert measure("--sections [robustness]", robustness=second) is None
+    assert titles(tmp_path / "out") == {"Robustness"}
+    (tmp_path / "out" / ".lock").write_text("pid 1 on a machine")  # of a process that was killed
+    measure("--sections [classification]")
+    assert titles(tmp_path / "out") == {"Classification", "Robustness"}
+    assert not (tmp_path / "out" / ".lock").exists()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".lock").write_text("pid 1 on a machine")
+    with claimed(tmp_path / "new") as note:
+        assert note is None
 
 
 @pytest.mark.parametrize("name", SECTIONS)

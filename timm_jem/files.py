@@ -10,7 +10,7 @@ from pathlib import Path
 
 from timm_jem.errors import InputError, one_line, quoted
 
-__all__ = ["as_path", "cores", "files_left_aside", "folder_aside", "left_aside", "move_in", "replaced_file"]
+__all__ = ["as_path", "cores", "files_left_aside", "folder_aside", "folder_there", "left_aside", "move_in", "replaced_file"]
 
 
 def as_path(name: str | os.PathLike) -> Path:
@@ -44,6 +44,23 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def folder_there(folder: Path) -> Iterator[None]:
+    """Within the context there is this folder; what was made for it and holds nothing in the end is removed.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+@contextlib.contextmanager
 def folder_aside(target: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder on ``target``'s file system, removed when the context ends.
 
@@ -54,24 +71,19 @@ def folder_aside(target: str | os.PathLike) -> Iterator[Path]:
         InputError: it can't be made.
     """
     target = Path(target)
-    place, made = target, []
-    try:
-        if not target.is_dir():
-            place = target.parent
-            made = [parent for parent in (place, *place.parents) if not parent.exists()]
-            place.mkdir(parents=True, exist_ok=True)
-        # A name may have 255 bytes, and a character up to four.
-        aside = place / f".{target.name[:40]}-{secrets.token_hex(4)}"
-        aside.mkdir()
-    except (OSError, ValueError) as error:
-        raise InputError(f"the folder {target} can't be made ({one_line(error)}): give another") from error
-    try:
-        yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+    with contextlib.ExitStack() as held:
+        try:
+            place = target if target.is_dir() else target.parent
+            held.enter_context(folder_there(place))
+            # A name may have 255 bytes, and a character up to four.
+            aside = place / f".{target.name[:40]}-{secrets.token_hex(4)}"
+            aside.mkdir()
+        except (OSError, ValueError) as error:
+            raise InputError(f"the folder {target} can't be made ({one_line(error)}): give another") from error
+        try:
+            yield aside
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def left_aside(target: Path) -> list[Path]:

@@ -7,12 +7,31 @@ from pathlib import Path
 
 from timm_jem.errors import InputError, one_line
 from timm_jem.evaluation.report import REPORT_FILE, Report, read_report
-from timm_jem.files import folder_aside, left_aside
+from timm_jem.files import folder_aside, folder_there, left_aside
+from timm_jem.lock import LOCK_FILE, locked
 
-__all__ = ["check_comparison_dir", "earlier_report", "write_files", "write_report"]
+__all__ = ["check_comparison_dir", "claimed", "earlier_report", "write_files", "write_report"]
 
 _REPORT = (REPORT_FILE, "report.md")
 _COMPARISON = ("compare.json", "compare.md")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[str | None]:
+    """Within the context no other process evaluates into ``folder``; one that was made for it and stays empty goes again.
+
+    Gives:
+        None, or a line that says that this file system has no locks.
+
+    Raises:
+        InputError: another process does, or it is a file, holds something else, or can't be written.
+    """
+    _holds(folder, _REPORT)  # before a lock is put among other files
+    with contextlib.ExitStack() as held:
+        with _explained(folder):
+            held.enter_context(folder_there(folder))
+            note = held.enter_context(locked(folder))
+        yield note
 
 
 def earlier_report(folder: Path, overwrite: bool) -> Report | None:
@@ -41,7 +60,7 @@ def _holds(folder: Path, names: Sequence[str]) -> bool:
     """Whether any of these is there. Nothing, or what a killed process left, is fine, and something else an InputError."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file: give a folder")
-    if not folder.is_dir() or not {*folder.iterdir()} - {*left_aside(folder)}:
+    if not folder.is_dir() or not {*folder.iterdir()} - {*left_aside(folder), folder / LOCK_FILE}:
         return False
     if not any((folder / name).is_file() for name in names):
         raise InputError(f"output_dir {folder} holds other files: give a new folder")

@@ -17,7 +17,7 @@ from PIL import Image
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import as_path, files_left_aside, left_aside, replaced_file
 from timm_jem.hub.card import PICTURES
-from timm_jem.training.lock import LOCK_FILE, locked
+from timm_jem.lock import LOCK_FILE, locked
 
 __all__ = ["RunFolder"]
 
