@@ -42,7 +42,7 @@ from timm_jem.evaluation.report_folder import check_comparison_dir, claimed, ear
 from timm_jem.evaluation.robustness_section import robustness_section
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig, need
-from timm_jem.evaluation.subject import Subject, data_config, display_name, load_model, load_subject, sampling_of
+from timm_jem.evaluation.subject import Subject, data_config, display_name, function_of, load_model, load_subject, sampling_of
 from timm_jem.files import folder_aside, left_aside
 from timm_jem.training.shell import check_one_process, one_line_errors
 
@@ -77,6 +77,7 @@ def about(name: str, model: JEM, data: DataConfig) -> dict[str, Any]:
         "name": display_name(name),
         "model": name,
         "weights": fingerprint(model.backbone.state_dict()),
+        "function": function_of(model),
         "data": data.dataset,
         "headline": {"Model": f"{architecture(model.backbone)}, {parameters:,} parameters", "Data": data.dataset},
         "data_settings": asdict(data),
@@ -136,6 +137,8 @@ def same_subject(
     if earlier is None:
         return None
     for key, what in aspects.items():
+        if key == "function" and key not in earlier.subject:  # of before it was told
+            continue
         if earlier.subject.get(key) != subject[key]:
             if overwrite:
                 return None
@@ -194,7 +197,12 @@ def evaluate_into(folder: Path, given: Any, config: EvaluationConfig, told: dict
     model = load_model(given.model, second_derivatives=config.refines)
     data, alike = data_config(model, given.model, told)
     what = about(given.model, model, data)
-    known = {"weights": "weights", "data_settings": "images", "sampling": "settings or starts of chains"}
+    known = {
+        "weights": "weights",
+        "function": "architecture or normalisation",
+        "data_settings": "images",
+        "sampling": "settings or starts of chains",
+    }
     earlier = same_subject(earlier, what, folder, given.overwrite, known)
     if not todo:
         print(f"all that is asked for is measured already: look at {folder / 'report.md'}")

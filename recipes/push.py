@@ -11,7 +11,7 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.evaluation.report import REPORT_FILE, fingerprint, read_report
-from timm_jem.evaluation.subject import sampling_of
+from timm_jem.evaluation.subject import function_of, sampling_of
 from timm_jem.hub.card import PICTURES
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.shell import one_line_errors
@@ -37,6 +37,10 @@ def main(argv: list[str]) -> None:
         report = read_report(evaluation)
         if report.subject.get("weights") != fingerprint(jem.backbone.state_dict()):
             raise InputError(f"{evaluation} is of other weights than {run.model}: evaluate again, or remove it")
+        if report.subject.get("function", function_of(jem)) != function_of(jem):  # earlier reports don't tell it
+            raise InputError(
+                f"{evaluation} is of another architecture or normalisation than {run.model}: evaluate again, or remove it"
+            )
         if report.subject.get("sampling") != sampling_of(jem):
             raise InputError(f"{evaluation} is of chains with other settings than {run.model}'s: evaluate again, or remove it")
         if not report.subject.get("as_in_training"):

@@ -172,6 +172,10 @@ def test_the_card_says_what_was_measured(hub, run, evaluated):
     try:
         with pytest.raises(InputError, match="other weights"):
             push.main([str(run), "user/evaluated"])
+        others = {**report["subject"], "function": {**report["subject"]["function"], "std": [1.0]}}
+        (run / "evaluation" / "report.json").write_text(json.dumps({**report, "subject": others}))
+        with pytest.raises(InputError, match="architecture or normalisation"):
+            push.main([str(run), "user/evaluated"])
         told = report["subject"]["sampling"]
         others = {**report["subject"], "sampling": {**told, "sgld": {**told["sgld"], "sample_steps": 99}}}
         (run / "evaluation" / "report.json").write_text(json.dumps({**report, "subject": others}))

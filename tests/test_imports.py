@@ -46,8 +46,8 @@ MAY_IMPORT = {
     "conversion": {"sampling", "inputs", "hub", "model", "wrap", "conversion", "version", "errors"},
     "data": {"decoding", "files", "pixels", "progress", "data", "errors"},
     "evaluation": {
-        "energy", "files", "lock", "inputs", "pixels", "modes", "noise", "sampling", "refinement", "models", "model", "wrap",
-        "ood", "data", "evaluation", "temperature", "progress", "errors",
+        "backbone", "energy", "files", "lock", "inputs", "pixels", "modes", "noise", "sampling", "refinement", "models",
+        "model", "wrap", "ood", "data", "evaluation", "temperature", "progress", "errors",
     },
     "training": {
         "captured", "command_line", "energy", "files", "lock", "pixels", "modes", "noise", "sampling", "replay_buffer",

@@ -32,7 +32,7 @@ from timm_jem.evaluation.report import Measured, Report, read_report
 from timm_jem.evaluation.report_folder import claimed
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
-from timm_jem.evaluation.subject import load_model, load_subject
+from timm_jem.evaluation.subject import function_of, load_model, load_subject
 from timm_jem.files import left_aside
 from timm_jem.pixels import to_pixels
 
@@ -207,7 +207,10 @@ def test_a_section_of_other_settings_is_not_silently_kept(measure, tmp_path, fla
     assert measure(f"--sections [ood] {flags} --overwrite true") is None
 
 
-@pytest.mark.parametrize(("change", "what"), [({"weights": "x"}, "weights"), ({"data_settings": {}}, "images")])
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [({"weights": "x"}, "weights"), ({"data_settings": {}}, "images"), ({"function": {}}, "architecture or normalisation")],
+)
 def test_a_report_of_another_model_is_no_start(measure, tmp_path, change, what):
     measure("--sections [ood]")
     file = tmp_path / "out" / "report.json"
@@ -219,6 +222,29 @@ def test_a_report_of_another_model_is_no_start(measure, tmp_path, change, what):
     measure("--sections [classification] --overwrite true")
     assert titles(tmp_path / "out") == {"Classification"}
     assert pictures(tmp_path / "out") == {"classification"}
+
+
+def test_the_same_weights_may_be_another_function(measure, model, tmp_path, capsys):
+    jem = load_model(str(model))
+    told = function_of(jem)
+    assert (
+        json.loads(json.dumps(told))
+        == told
+        == function_of(timm_jem.wrap(jem.backbone, input_size=(1, 8, 8), mean=0.5, std=0.5))
+    )
+    others = [timm_jem.wrap(jem.backbone, input_size=(1, 8, 8), mean=(0.5,), std=(std,)) for std in (1.0, 0.25)]
+    with torch.random.fork_rng():
+        backbone = timm.create_model("test_resnet", num_classes=10, in_chans=1, act_layer="silu")
+    backbone.load_state_dict(jem.backbone.state_dict())
+    others.append(timm_jem.wrap(backbone, input_size=(1, 8, 8), mean=(0.5,), std=(0.5,)))
+    assert len({json.dumps(function_of(other)) for other in (jem, *others)}) == 4
+    measure("--sections [ood]")
+    file = tmp_path / "out" / "report.json"
+    report = json.loads(file.read_text())
+    assert report["subject"].pop("function") == told
+    file.write_text(json.dumps(report))  # as it was before it was told
+    measure("--sections [ood]")
+    assert "all that is asked for is measured already" in capsys.readouterr().out
 
 
 def test_a_killed_evaluation_leaves_what_was_measured_and_nothing_else(model, tmp_path, monkeypatch):

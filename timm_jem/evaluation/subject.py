@@ -1,6 +1,7 @@
 """What is evaluated, on which images, and beside what: everything that the sections of a report share."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from timm.layers import set_fused_attn, use_fused_attn
+from timm.models._input import get_model_args
 from torch import Tensor
 
+from timm_jem.backbone import architecture
 from timm_jem.data import DataConfig, ImageSet, Splits, StreamedSet, load_splits
 from timm_jem.data.identity import data_identity, same_held_out
 from timm_jem.errors import InputError, one_line
@@ -27,7 +30,17 @@ from timm_jem.pixels import to_pixels
 from timm_jem.progress import tqdm
 from timm_jem.wrap import create_model, from_pretrained
 
-__all__ = ["Subject", "check_classes", "data_config", "display_name", "load_model", "load_subject", "sampling_of", "some"]
+__all__ = [
+    "Subject",
+    "check_classes",
+    "data_config",
+    "display_name",
+    "function_of",
+    "load_model",
+    "load_subject",
+    "sampling_of",
+    "some",
+]
 
 
 @dataclass
@@ -81,6 +94,13 @@ class Subject:
     def generator(self, offset: int = 0) -> torch.Generator:
         """A new generator; other offsets give other numbers."""
         return torch.Generator().manual_seed(self.seed + 1000 * offset)
+
+
+def function_of(jem: JEM) -> dict[str, Any]:
+    """What the logits of given weights depend on, as JSON data: architecture, its arguments, normalisation, size of images."""
+    args = json.loads(json.dumps(get_model_args(jem.backbone), default=str))
+    normalised = {name: values.flatten().tolist() for name, values in (("mean", jem.mean), ("std", jem.std))}
+    return {"architecture": architecture(jem.backbone), "args": args, "input_size": list(jem.input_size), **normalised}
 
 
 def sampling_of(jem: JEM) -> dict[str, Any]:
