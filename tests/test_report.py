@@ -55,7 +55,29 @@ def test_comparison_averages_runs_of_a_name():
     assert "Measured differently" not in text
     result = Result("Robustness", "Under attack", "ε = 8/255", "PGD", 0.2, 7, "20 steps")
     other = Report({"name": "d"}, [Measured("Robustness", results=[result])])
-    assert "Measured differently** (protocol or n): Under attack" in comparison({"a": [report()], "d": [other]})[0]
+    assert "Measured differently** (protocol, n or split): Under attack" in comparison({"a": [report()], "d": [other]})[0]
+
+
+def test_other_test_images_are_not_alike_and_warnings_are_told():
+    def on(images, name="a", split="test"):
+        subject = {"name": name, "data": "digits", "images": images}
+        return Report(subject, report(split=split).sections)
+
+    images = {"image_shape": [1, 8, 8], "test": {"images": 360, "rows": "aa"}, "val": {"rows": "x"}}
+    of_stream = {**images, "test": None}
+    for alike in ({**images, "val": {"rows": "y"}}, of_stream, None):
+        text = comparison({"a": [on(images)], "b": [on(alike)]})[0]
+        assert "Not alike" not in text
+        assert "Measured differently" not in text
+    for other in ({**images, "test": {"images": 360, "rows": "bb"}}, {**images, "image_shape": [1, 16, 16]}):
+        text = comparison({"a": [on(images)], "b": [on(other)]})[0]
+        assert "- **Not alike**: test images differ between these reports\n" in text
+    assert "Measured differently** (protocol, n or split)" in comparison({"a": [on(None)], "b": [on(None, split="train")]})[0]
+    seeds = [on(images, f"run-{i}") for i in range(2)]
+    for warned in (seeds[0], plain := on(images, "c")):
+        warned.sections[0].warnings += ["Attack check failed", "two\nlines"]
+    text = comparison({"ours": seeds, "plain": [plain]})[0]
+    assert "deviation\n  - run-0: Attack check failed\n  - run-0: two lines\n- **plain**: c\n  - Attack check failed\n" in text
 
 
 def test_a_run_of_nan_is_shown_among_others():

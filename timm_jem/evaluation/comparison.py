@@ -70,6 +70,8 @@ def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str
     for name, group in reports.items():
         runs = f", {len(group)} runs: mean ± standard deviation" if len(group) > 1 else ""
         lines.append(f"- **{name}**: {'; '.join(in_order([report.subject['name'] for report in group]))}{runs}")
+        told = [(f"{report.subject['name']}: " * (len(group) > 1), report.warnings) for report in group]
+        lines += in_order([f"  - {whose}{cell(warning)}" for whose, warnings in told for warning in warnings])
     lines += _differences(reports)
     for section in in_order([key[0] for key in keys]):
         lines += ["", f"## {section}", ""]
@@ -116,12 +118,21 @@ def _differences(reports: dict[str, Sequence[Report]]) -> list[str]:
     ]
     for name, group in reports.items():
         lines += [f"- **{name} is no one model in several runs**: {why}" for why in _mixed(group)]
+    if len(set(filter(None, map(_test_images, every)))) > 1:
+        lines.append("- **Not alike**: test images differ between these reports")
     ways: dict[tuple, set[tuple]] = {}
     for report in every:
         for result in report.results:
-            ways.setdefault(_key(result), set()).add((result.protocol, result.n))
+            ways.setdefault(_key(result), set()).add((result.protocol, result.n, result.split))
     unlike = in_order([f"{key[1]}" for key, found in ways.items() if len(found) > 1])
-    return lines + ([f"- **Measured differently** (protocol or n): {', '.join(unlike)}"] if unlike else [])
+    return lines + ([f"- **Measured differently** (protocol, n or split): {', '.join(unlike)}"] if unlike else [])
+
+
+def _test_images(report: Report) -> str | None:
+    """Which they are, or None where the report doesn't tell, as of a stream."""
+    images = report.subject.get("images")
+    known = isinstance(images, dict) and images.get("test") is not None
+    return dumps([images.get("image_shape"), images["test"]]) if known else None
 
 
 def _mixed(group: Sequence[Report]) -> list[str]:
