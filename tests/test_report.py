@@ -58,6 +58,22 @@ def test_comparison_averages_runs_of_a_name():
     assert "Measured differently** (protocol, n or split): Under attack" in comparison({"a": [report()], "d": [other]})[0]
 
 
+def test_runs_that_lack_a_number_or_name_it_after_themselves():
+    def run(steps, check, **more):
+        rows = {f"fresh chains, {steps} steps": float(steps), f"Noise is harmless: {check}": 0.25, **more}
+        results = [Result("Generation", "Table", row, "", value, 100, "p") for row, value in rows.items()]
+        return Report({"name": "jem"}, [Measured("Generation", results=results)])
+
+    text, data = comparison(
+        {"jem": [run(10, "passed", T=1.0), run(40, "FAILED"), run(10, "passed", T=2.0)], "b": [run(20, "passed")]}
+    )
+    assert "| fresh chains | 20.000 ± 17.321 | 20.000 |" in text
+    assert "| Noise is harmless | 0.250 ± 0.000 | 0.250 |" in text
+    assert "| T | 1.500 ± 0.707 (2) |  |" in text
+    assert [row["row"] for row in data] == ["fresh chains", "Noise is harmless", "T"]
+    assert "| T | 3.000 (1) |" in comparison({"jem": [run(10, "passed", T=3.0), run(10, "passed")]})[0]
+
+
 def test_other_test_images_are_not_alike_and_warnings_are_told():
     def on(images, name="a", split="test"):
         subject = {"name": name, "data": "digits", "images": images}
@@ -77,7 +93,7 @@ def test_other_test_images_are_not_alike_and_warnings_are_told():
     for warned in (seeds[0], plain := on(images, "c")):
         warned.sections[0].warnings += ["Attack check failed", "two\nlines"]
     text = comparison({"ours": seeds, "plain": [plain]})[0]
-    assert "deviation\n  - run-0: Attack check failed\n  - run-0: two lines\n- **plain**: c\n  - Attack check failed\n" in text
+    assert "of them\n  - run-0: Attack check failed\n  - run-0: two lines\n- **plain**: c\n  - Attack check failed\n" in text
 
 
 def test_a_run_of_nan_is_shown_among_others():

@@ -15,6 +15,9 @@ from timm_jem.evaluation.strict_json import dumps
 
 __all__ = ["comparison", "overlays", "read_reports", "write_comparison"]
 
+# What a row's name says of one run: the length that was found best for its chains, and whether a check of its attacks failed.
+_OF_A_RUN = re.compile(r"(?<=^fresh chains), \d+ steps$|: (passed|FAILED)$")
+
 
 def read_reports(entries: Sequence[str]) -> dict[str, list[Report]]:
     """Reports of "name=FOLDER" or "FOLDER", by name; a folder without one has its report's own, and may have a = in its path.
@@ -52,7 +55,8 @@ def write_comparison(reports: dict[str, list[Report]], folder: Path) -> None:
 def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str, Any]]]:
     """One table of several models: rows are results, columns models.
 
-    A model with several reports, e.g. of several seeds, is shown as mean ± standard deviation over them.
+    A model with several reports, e.g. of several seeds, is shown as mean ± standard deviation over them; a cell that fewer of
+    them have ends with their number.
 
     Args:
         reports: by the models' names.
@@ -68,7 +72,7 @@ def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str
                 values[_key(result)].setdefault(name, []).append(result.value)
     lines = ["# Models side by side", ""]
     for name, group in reports.items():
-        runs = f", {len(group)} runs: mean ± standard deviation" if len(group) > 1 else ""
+        runs = f", {len(group)} runs: mean ± standard deviation; (n): of n of them" if len(group) > 1 else ""
         lines.append(f"- **{name}**: {'; '.join(in_order([report.subject['name'] for report in group]))}{runs}")
         told = [(f"{report.subject['name']}: " * (len(group) > 1), report.warnings) for report in group]
         lines += in_order([f"  - {whose}{cell(warning)}" for whose, warnings in told for warning in warnings])
@@ -85,7 +89,7 @@ def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str
             ]
             for key in keys:
                 if key[:2] == (section, table):
-                    cells = [_mean(values[key].get(name, [])) for name in reports]
+                    cells = [_mean(values[key].get(name, []), len(group)) for name, group in reports.items()]
                     lines.append(f"| {cell(', '.join(filter(None, key[2:])))} | " + " | ".join(cells) + " |")
     data = [
         {"section": key[0], "table": key[1], "row": key[2], "column": key[3], "values": of_models}
@@ -95,16 +99,17 @@ def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str
 
 
 def _key(result: Result) -> tuple[str, str, str, str]:
-    return result.section, result.table, result.row, result.column
+    return result.section, result.table, _OF_A_RUN.sub("", result.row), result.column
 
 
-def _mean(values: Sequence[float]) -> str:
+def _mean(values: Sequence[float], runs: int) -> str:
     if not values:
         return ""
+    of = f" ({len(values)})" if len(values) < runs else ""
     if len(values) == 1:
-        return number(values[0])
+        return number(values[0]) + of
     with np.errstate(invalid="ignore"):  # a run of inf or NaN, as of chains that ran away, makes both NaN
-        return f"{number(float(np.mean(values)))} ± {number(float(np.std(values, ddof=1)))}"
+        return f"{number(float(np.mean(values)))} ± {number(float(np.std(values, ddof=1)))}{of}"
 
 
 def _differences(reports: dict[str, Sequence[Report]]) -> list[str]:
