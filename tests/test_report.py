@@ -116,6 +116,16 @@ def test_cards_get_the_results_of_a_type():
     }
 
 
+def test_cards_tell_the_warnings_of_their_results():
+    kept = report(type="robust_accuracy", title="PGD")
+    kept.sections[0].warnings.append("Attack check failed, robust accuracies may be overstated: it is. So.")
+    kept.sections.append(Measured("Generation", warnings=["of samples"]))
+    (result,) = kept.card_results()
+    assert result["protocol"] == (
+        "20 steps; seed 3; warning: Attack check failed, robust accuracies may be overstated: it is. So."
+    )
+
+
 def test_what_is_no_report_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"has no report\.json"):
         read_report(tmp_path)

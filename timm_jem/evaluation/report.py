@@ -176,7 +176,7 @@ class Report:
         return "\n".join(lines).rstrip() + "\n"
 
     def card_results(self) -> list[dict[str, Any]]:
-        """The results that go on a model card, as :func:`timm_jem.hub.card.model_card` takes them."""
+        """The results that go on a model card, as :func:`timm_jem.hub.card.model_card` takes them, with their warnings."""
         return [
             {
                 "name": result.title,
@@ -184,9 +184,10 @@ class Report:
                 "value": result.value,
                 "split": result.split,
                 "n": result.n,
-                "protocol": result.protocol + _interval(result),
+                "protocol": result.protocol + _interval(result) + "".join(f"; warning: {text}" for text in section.warnings),
             }
-            for result in self.results
+            for section in self.sections
+            for result in section.results
             if result.title is not None and math.isfinite(result.value)
         ]
 
