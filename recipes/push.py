@@ -13,6 +13,7 @@ from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.evaluation.report import REPORT_FILE, fingerprint, read_report
 from timm_jem.evaluation.subject import function_of, sampling_of
 from timm_jem.hub.card import PICTURES
+from timm_jem.hub.provenance import Provenance
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.shell import one_line_errors
 
@@ -51,9 +52,10 @@ def main(argv: list[str]) -> None:
         # The report's own pictures, and none that an earlier one left.
         shown = {f"{evaluation.name}/{file}": evaluation / file for _, file, _ in report.pictures}
         pictures |= {name: file for name, file in shown.items() if name in PICTURES}
+        Provenance.read(jem.provenance)  # a file has it, in which results may be anything
         measured = report.card_results()
         kinds = {result["type"] for result in measured}
-        kept = [result for result in jem.provenance.get("results", []) if result["type"] not in kinds]
+        kept = [result for result in (jem.provenance.get("results") or []) if result["type"] not in kinds]
         jem.provenance = {**jem.provenance, "results": kept + measured}
     url = jem.push_to_hub(
         settings.repo_id,

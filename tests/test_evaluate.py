@@ -20,9 +20,9 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.evaluation.ood import SCORES
-from timm_jem.evaluation.report import read_report
+from timm_jem.evaluation.report import Report, fingerprint, read_report
 from timm_jem.evaluation.settings import DEFAULT_DETECTORS
-from timm_jem.evaluation.subject import data_config, some
+from timm_jem.evaluation.subject import data_config, sampling_of, some
 from timm_jem.pixels import to_pixels
 
 SMALL = (
@@ -202,6 +202,22 @@ def test_numbers_of_other_images_are_on_no_card(hub, run, tmp_path):
     evaluate.main(shlex.split(f"{copied} {SMALL} --sections [classification] --data.dataset {folder}"))
     with pytest.raises(InputError, match="other images") as error:
         push.main([str(copied), "user/other"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("results", [None, "x", [1], [{"a": 1}]])
+def test_provenance_whose_results_are_none(hub, tmp_path, results):
+    jem = timm_jem.create_model("test_resnet", num_classes=10, input_size=(1, 8, 8))
+    jem.provenance = {"results": results}
+    jem.save_pretrained(tmp_path / "model")
+    told = {"weights": fingerprint(jem.backbone.state_dict()), "sampling": sampling_of(jem), "as_in_training": True}
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "report.json").write_text(Report({"name": "a", **told}).as_json())
+    if results is None:
+        push.main([str(tmp_path), "user/none"])
+        return
+    with pytest.raises(InputError, match=r"provenance\['results'\]") as error:
+        push.main([str(tmp_path), "user/wrong"])
     assert "\n" not in str(error.value)
 
 
