@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 from accelerate import PartialState
@@ -39,7 +40,9 @@ Row = dict[str, Any]
 
 
 def write_csv(rows: Iterator[Row], file: IO[str]) -> None:
-    writer = csv.writer(file, lineterminator="\n")
+    # Before Python 3.13 a "\r" in a cell is quoted only where lines end in one.
+    lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+    writer = csv.writer(lines, lineterminator="\r\n")
     writer.writerow(COLUMNS)
     for row in rows:
         writer.writerow(str(value).lower() if isinstance(value, bool) else value for value in row.values())

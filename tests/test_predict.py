@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import predict
@@ -147,6 +148,15 @@ def test_a_folder_that_can_not_be_listed_is_a_row(model, images, tmp_path, monke
     rows = read(tmp_path / "x.json")
     assert rows[-1]["file"] == "deep/er"
     assert "can't be listed: [Errno 13] Permission denied" in rows[-1]["error"]
+
+
+def test_ends_of_lines_in_names_end_no_row(tmp_path):
+    names = ["a\rb.png", "a\nb.png", "a\r\n", "\r", "c, d"]
+    with open(tmp_path / "t.csv", "w", encoding="utf-8", newline="") as file:
+        predict.write_csv((predict.row_of(Path(name), f"broken\r{name}") for name in names), file)
+    rows = read(tmp_path / "t.csv")
+    assert [(row["file"], row["error"]) for row in rows] == [(name, f"broken\r{name}") for name in names]
+    assert (tmp_path / "t.csv").read_bytes().startswith(b"file,label,y,p,energy,percentile,outlier,error\n")
 
 
 def test_names_that_are_not_utf8(model, images, tmp_path):
