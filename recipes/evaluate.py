@@ -70,14 +70,18 @@ def parse(argv: list[str]) -> tuple[Any, EvaluationConfig, dict[str, Any]]:
     return given, config, told_of(parser, flags, "data", given.data)
 
 
+def identity_of(model: JEM) -> dict[str, Any]:
+    """What tells a network from others, wherever it lies."""
+    return {"weights": fingerprint(model.backbone.state_dict()), "function": function_of(model)}
+
+
 def about(name: str, model: JEM, data: DataConfig) -> dict[str, Any]:
     """What is evaluated: reports of the same are one report."""
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "name": display_name(name),
         "model": name,
-        "weights": fingerprint(model.backbone.state_dict()),
-        "function": function_of(model),
+        **identity_of(model),
         "data": data.dataset,
         "headline": {"Model": f"{architecture(model.backbone)}, {parameters:,} parameters", "Data": data.dataset},
         "data_settings": asdict(data),
@@ -106,7 +110,7 @@ def to_measure(earlier: Report | None, config: EvaluationConfig, overwrite: bool
     """Which of the sections that are asked for ``earlier`` doesn't have; with ``overwrite``, all of them.
 
     Raises:
-        InputError: it has one of them with other settings.
+        InputError: it has one of them with other settings, or beside another baseline or judge of the same name.
     """
     wanted = [name for name in SECTIONS if name in config.sections]
     if earlier is None or overwrite:
@@ -122,6 +126,13 @@ def to_measure(earlier: Report | None, config: EvaluationConfig, overwrite: bool
                 raise InputError(
                     f"section {name} is there with {setting} {quoted(there.settings[setting])}, and not {quoted(value)}: "
                     "give the same, a new --output_dir, or --overwrite true, which measures it anew"
+                )
+        for key in ("baseline", "judge"):
+            known, other = there.settings.get(f"{key}_model"), getattr(config, key)
+            if known is not None and other is not None and known != identity_of(load_model(other)):
+                raise InputError(
+                    f"section {name} is there with another model as {key} {quoted(other)}: give a new --output_dir, or "
+                    "--overwrite true, which measures it anew"
                 )
     return missing
 
@@ -152,7 +163,9 @@ def measured(name: str, subject: Subject, config: EvaluationConfig, command: str
     """A section as a whole, or else only the reason why it is left out."""
     title, measure, less = MEASURES[name]
     versions = f"timm_jem {timm_jem.__version__}, timm {timm.__version__}, torch {torch.__version__}"
-    found = Measured(title, asdict(config), command, f"{versions}, {subject.model.mean.device.type}")
+    beside = {key: getattr(subject, key) for key in ("baseline", "judge") if key in config.of_section(name)}
+    others = {f"{key}_model": identity_of(other) for key, other in beside.items() if other is not None}
+    found = Measured(title, asdict(config) | others, command, f"{versions}, {subject.model.mean.device.type}")
     found.warnings += subject.of_test
     start = time.perf_counter()
     try:

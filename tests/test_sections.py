@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 from dataclasses import fields, replace
 from functools import partial, partialmethod
@@ -245,6 +246,24 @@ def test_the_same_weights_may_be_another_function(measure, model, tmp_path, caps
     file.write_text(json.dumps(report))  # as it was before it was told
     measure("--sections [ood]")
     assert "all that is asked for is measured already" in capsys.readouterr().out
+
+
+def test_a_baseline_that_was_trained_again_is_another(measure, model, loaded, tmp_path, monkeypatch, capsys):
+    shutil.copytree(model, tmp_path / "base")
+    base = load_model(str(tmp_path / "base"))
+    monkeypatch.setattr(loaded, "baseline", base)
+    flags = f"--baseline {tmp_path / 'base'} --sections"
+    for _ in range(2):
+        measure(f"{flags} [robustness]")
+    assert "all that is asked for is measured already" in capsys.readouterr().out
+    torch.nn.init.ones_(base.backbone.fc.bias)
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match=r"section robustness is there with another model as baseline '.*base': ") as error:
+        measure(f"{flags} [classification,robustness]")
+    assert "\n" not in str(error.value)
+    measure(f"{flags} [classification]")  # which has none
+    for more in ("--overwrite true", ""):
+        assert measure(f"{flags} [robustness] {more}") is None
 
 
 def test_a_killed_evaluation_leaves_what_was_measured_and_nothing_else(model, tmp_path, monkeypatch):
