@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from timm.layers import set_fused_attn, use_fused_attn
-from timm.models._input import get_model_args
 from torch import Tensor
 
 from timm_jem.backbone import architecture
@@ -98,7 +97,7 @@ class Subject:
 
 def function_of(jem: JEM) -> dict[str, Any]:
     """What the logits of given weights depend on, as JSON data: architecture, its arguments, normalisation, size of images."""
-    args = json.loads(json.dumps(get_model_args(jem.backbone), default=str))
+    args = json.loads(json.dumps(getattr(jem.backbone, "_model_args", {}), default=str))  # as timm records them
     normalised = {name: values.flatten().tolist() for name, values in (("mean", jem.mean), ("std", jem.std))}
     return {"architecture": architecture(jem.backbone), "args": args, "input_size": list(jem.input_size), **normalised}
 
