@@ -102,10 +102,6 @@ class JEM(nn.Module):
         self._normalisation()
         forget_biases(backbone)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        forget_biases(self)
-
     def _check_settings(self) -> None:
         """All attributes are open to change, so that they are checked, and made plain, again when the model is saved."""
         if not isinstance(self.sgld, SGLDConfig):

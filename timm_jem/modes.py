@@ -5,7 +5,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from timm_jem.errors import InputError, quoted
 
@@ -82,6 +83,15 @@ class _Forgetting(dict):
 def forget_biases(model: nn.Module) -> None:
     """Attention of ``model`` computes its biases in every pass from now on; what it computes is the same."""
     for module in _keeping_biases(model.modules()):
+        if _forget not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_forget)
+
+
+def _forget(module: nn.Module, _: tuple[Tensor]) -> None:
+    """Before each pass, since timm gives a module that is moved or cast a cache that keeps again; and so do copies."""
+    if torch.jit.is_scripting():  # which compiles hooks
+        return
+    if not isinstance(module.attention_bias_cache, _Forgetting):
         module.attention_bias_cache = _Forgetting()
 
 
