@@ -408,6 +408,17 @@ def test_bad_input_is_named(jem, case):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.5), (0.45, 0.225), (0.0, 1.0), (0.0, 1 / 255)])
+def test_images_in_0_to_255_are_told_by_the_input_whatever_the_normalisation(jem, mean, std):
+    """Where the mean is below 0.5 an input of 0 is below 0 in pixels, where it is 0 all input may be above."""
+    model, u = timm_jem.wrap(jem.backbone, mean=(mean,) * 3, std=(std,) * 3), torch.linspace(-1, 1, 3 * 32 * 32)
+    x = model.normalize(u.view(1, 3, 32, 32))
+    assert model.energy(x).isfinite().all()
+    if std > 0.1:
+        with pytest.raises(InputError, match="in pixels, whose range"):
+            model.energy((x - x.min()) / (x.max() - x.min()) * 255)
+
+
 def test_fixed_input_sizes_are_checked():
     jem = timm_jem.create_model("vit_tiny_patch16_224", num_classes=2, input_size=(3, 64, 64))
     assert jem.input_size == (3, 64, 64)

@@ -112,9 +112,9 @@ def check_model_input(
                 f"{broken} of {len(x)} images in x have values that are NaN or infinite: "
                 "if they are chains, they ran away, so give sample a smaller step_size or fewer steps, or leave them out"
             )
-        if lowest >= 0 and highest > FAR_FROM_PIXELS:
+        if highest > FAR_FROM_PIXELS and of_channels.min() >= 0:
             raise InputError(
-                f"x is {lowest:.0f} to {highest:.0f} in pixels, whose range is [-1, 1]: give model input, e.g. "
+                f"x is {lowest:.3g} to {highest:.3g} in pixels, whose range is [-1, 1]: give model input, e.g. "
                 "jem.normalize(images / 127.5 - 1) for images in 0..255; of chains that ran away take jem.pixel_energy"
             )
 
