@@ -1,3 +1,4 @@
+import copy
 import re
 import sys
 from functools import partial
@@ -66,6 +67,17 @@ def test_images_in_0_to_1_become_the_input_that_the_model_was_made_for():
     assert jem.training
     assert jem.backbone.scale.requires_grad
     assert jem.backbone.scale.grad is None
+
+
+def test_gradient_checkpointing_would_recompute_in_train_mode():
+    jem = timm_jem.create_model("resnet18", num_classes=4, input_size=(3, 32, 32)).train()
+    jem.backbone.set_grad_checkpointing()
+    images, before = torch.rand(2, 3, 32, 32), copy.deepcopy(jem.state_dict())
+    classify = pixel_classifier(jem)
+    with pytest.raises(InputError, match="set_grad_checkpointing"):
+        pgd(classify, images, torch.tensor([0, 1]), PGDConfig(steps=1), generator=seeded())
+    assert classify(images).shape == (2, 4)
+    assert all(torch.equal(value, before[name]) for name, value in jem.state_dict().items())
 
 
 @pytest.mark.parametrize("norm", NORMS)

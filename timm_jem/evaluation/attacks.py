@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.evaluation.labelled import labels
 from timm_jem.model import JEM
-from timm_jem.modes import frozen
+from timm_jem.modes import checkpointed, frozen
 from timm_jem.noise import randn, uniform_noise
 from timm_jem.pixels import from_unit
 from timm_jem.progress import tqdm
@@ -40,12 +40,15 @@ Classifier = Callable[[Tensor], Tensor]
 def pixel_classifier(jem: JEM) -> Classifier:
     """The classifier p(y|x) on images in [0, 1]: logits of ``jem.normalize(2 · images − 1)``, in eval mode.
 
-    Half-precision logits become float32; a gradient reaches the images, and no parameter.
+    Half-precision logits become float32; a gradient reaches the images, and no parameter. Under gradient checkpointing, which
+    would run layers again in the model's own modes, images that need one are an InputError.
     """
 
     def classify(images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != jem.input_size[0]:
             raise InputError(f"images have shape {tuple(images.shape)}: this model takes (N, {jem.input_size[0]}, H, W)")
+        if images.requires_grad and torch.is_grad_enabled() and checkpointed(jem):
+            raise InputError("gradient checkpointing runs layers again in other modes: set_grad_checkpointing(False)")
         with frozen(jem):
             logits = jem(jem.normalize(from_unit(images.to(jem.mean.device))))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
