@@ -102,7 +102,7 @@ class Detector:
         Args:
             x: model input in distribution that the network was not trained on, shape (N, C, H, W); or batches of it, or of
                 (model input, labels), e.g. a DataLoader.
-            y: labels of a tensor's images, integers, shape (N,), below 0 where unknown. Only mahalanobis needs them.
+            y: labels of a tensor's images, integers, shape (N,), below 0 where unknown. Only mahalanobis reads them.
             held_out: other images for the threshold, as ``x``.
             accept: the share of held-out images that :meth:`predict` accepts, at least; None: no threshold.
             batch_size: into which tensors are split.
@@ -289,7 +289,7 @@ def score_all(
     found: list[list[Tensor]] = [[] for _ in detectors]
     scorers: list[Callable[[View], Tensor]] = []
     with frozen(jem), torch.inference_mode(False), torch.no_grad():
-        for images, _ in batches(jem, x, batch_size=batch_size, desc=desc):
+        for images, _ in batches(jem, x, labels=False, batch_size=batch_size, desc=desc):
             seen = view(jem, images, **needs)
             scorers = scorers or [one._scorer(seen) for one in detectors]
             for scores, scorer in zip(found, scorers, strict=True):

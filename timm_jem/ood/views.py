@@ -80,7 +80,7 @@ def _vectors(jem: JEM, features: Any) -> Tensor:
 
 
 def batches(
-    jem: JEM, x: Tensor | Iterable, y: Any = None, *, batch_size: int = 256, desc: str = ""
+    jem: JEM, x: Tensor | Iterable, y: Any = None, *, labels: bool = True, batch_size: int = 256, desc: str = ""
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Model input, and labels where there are some, with a progress bar where there are several batches.
 
@@ -88,6 +88,7 @@ def batches(
         jem: the model that they are for.
         x: model input, shape (N, C, H, W); or batches of it, or of (model input, labels), e.g. a DataLoader.
         y: labels of a tensor's images, integers, shape (N,); below 0 where unknown.
+        labels: False: they are ignored, whatever they are.
         batch_size: into which a tensor is split.
         desc: of the progress bar.
 
@@ -98,13 +99,13 @@ def batches(
 
     if isinstance(x, Tensor):
         _check_x(jem, x)
-    given, count = batches_of(x, y, batch_size, jem.num_classes), 0
+    given, count = batches_of(x, y if labels else None, batch_size, jem.num_classes), 0
     for batch in given if isinstance(given, Sequence) and len(given) == 1 else tqdm(given, desc=desc, leave=False):
-        images, labels = of_batch(batch)
+        images, of_images = of_batch(batch)
         _check_x(jem, images)
-        labels = None if labels is None else _labels(jem, labels, len(images))
+        of_images = _labels(jem, of_images, len(images)) if labels and of_images is not None else None
         if len(images):
-            yield images, labels
+            yield images, of_images
         count += len(images)
     if not count:
         raise InputError("there are no images in x: give at least one")
@@ -158,7 +159,7 @@ def survey(
     y: Any = None,
     *,
     features: bool = True,
-    labels: bool = False,
+    labels: bool | None = None,
     batch_size: int = 256,
     seed: int = 0,
     desc: str = "images in distribution",
@@ -170,7 +171,7 @@ def survey(
         jem: the model.
         x, y, batch_size, desc: as :func:`batches`.
         features: whether to keep those.
-        labels: whether each batch has to have some.
+        labels: True: each batch has to have some; None: those that there are are kept; False: they are ignored.
         seed: of the subset and of the random order.
         on_first: called with the view of the first batch, to refuse before the others are looked at.
 
@@ -181,7 +182,7 @@ def survey(
     first: View | None = None
     kept: list[tuple[Tensor, ...]] = []
     count, most = 0, MOST_KEPT
-    for images, of_images in batches(jem, x, y, batch_size=batch_size, desc=desc):
+    for images, of_images in batches(jem, x, y, labels=labels is not False, batch_size=batch_size, desc=desc):
         if labels and of_images is None:
             raise InputError("these images need labels: give x and y, or batches of (x, y)")
         seen = view(jem, images, features=features)
