@@ -88,6 +88,17 @@ def test_a_model_trained_on_is_another_whenever_its_detector_is_saved(tmp_path, 
         assert torch.equal(Detector.load(tmp_path / "again.safetensors", before).score(x), scores)
 
 
+@pytest.mark.parametrize(("layer", "factor"), [("fc", 1.03), ("conv1.0", 2.0)])
+def test_a_model_that_little_was_done_to_is_another(fitted, tmp_path, layer, factor):
+    """The first layer's weights are nothing to a grey image, which is 0 as model input."""
+    jem, file = copy.deepcopy(fitted[0]), tmp_path / "knn.safetensors"
+    fitted[2]["knn"].save(file)
+    with torch.no_grad():
+        jem.backbone.get_submodule(layer).weight.mul_(factor)
+    with pytest.raises(InputError, match="to other weights"):
+        Detector.load(file, jem)
+
+
 def test_what_is_not_fitted_is_not_written(fitted, tmp_path):
     jem, x, _ = fitted
     with pytest.raises(InputError, match="nothing to save"):
@@ -121,6 +132,7 @@ HOSTILE = {
     "header too deep": lambda file: rewritten(file, about=lambda a: "[" * 100_000),
     "header of a list": lambda file: rewritten(file, about=lambda a: [a]),
     "another version": lambda file: rewritten(file, about=lambda a: {**a, "format_version": 99}),
+    "an older version": lambda file: rewritten(file, about=lambda a: {**a, "format_version": 1}),
     "no method": lambda file: rewritten(file, about=lambda a: {**a, "name": "x" * 1000}),
     "method of no text": lambda file: rewritten(file, about=lambda a: {**a, "name": ["knn"]}),
     "no name": lambda file: rewritten(file, about=lambda a: {k: v for k, v in a.items() if k != "name"}),
@@ -132,9 +144,9 @@ HOSTILE = {
     "accept of no number": lambda file: rewritten(file, about=lambda a: {**a, "accept": [1]}),
     "no tensors": lambda file: rewritten(file, lambda t: {}),
     "one more tensor": lambda file: rewritten(file, lambda t: {**t, "more": torch.ones(1)}),
-    "no probe": lambda file: rewritten(file, lambda t: {k: v for k, v in t.items() if k != "grey_logits"}),
-    "probe of NaN": lambda file: rewritten(file, lambda t: {**t, "grey_logits": t["grey_logits"] * torch.nan}),
-    "probe of text": lambda file: rewritten(file, lambda t: {**t, "grey_logits": torch.zeros(4, dtype=torch.bool)}),
+    "no probe": lambda file: rewritten(file, lambda t: {k: v for k, v in t.items() if k != "probe_logits"}),
+    "probe of NaN": lambda file: rewritten(file, lambda t: {**t, "probe_logits": t["probe_logits"] * torch.nan}),
+    "probe of text": lambda file: rewritten(file, lambda t: {**t, "probe_logits": torch.zeros(4, dtype=torch.bool)}),
     "integers": lambda file: rewritten(file, lambda t: {**t, "means": t["means"].long()}),
     "means of NaN": lambda file: rewritten(file, lambda t: {**t, "means": t["means"] * torch.nan}),
     "means of other width": lambda file: rewritten(file, lambda t: {**t, "means": t["means"][:, :-1].contiguous()}),

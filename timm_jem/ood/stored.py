@@ -17,10 +17,11 @@ from timm_jem.ood.views import view
 
 __all__ = ["check", "probe", "read", "threshold", "write"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KEY = "timm_jem_detector"
-# Logits of a grey image, by which the model is known again: in another precision they differ by less than this share.
-_PROBE, _PROBE_TOLERANCE = "grey_logits", 0.1
+# Logits of a few images, by which the model is known again: they differ by less than these shares on another machine, TF32
+# included, and in half precision.
+_PROBE, _SAME, _SAME_IN_HALF = "probe_logits", 0.01, 0.1
 # Features of mahalanobis in double precision are the most: 16,384² numbers.
 _MOST_BYTES = 2**31
 
@@ -62,7 +63,7 @@ def read(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{path} is not a complete safetensors file ({one_line(error)}): save the detector again") from error
     known = isinstance(about, dict) and isinstance(about.get("options"), dict)
     if not known or about.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path} is not a detector's file of this version: save the detector again")
+        raise InputError(f"{path} is not a detector's file of this version: fit and save the detector again")
     return state, about
 
 
@@ -85,7 +86,7 @@ def check(state: dict[str, Tensor], shapes: Mapping[str, str], jem: JEM) -> Tens
     if known_by is None or set(state) != set(shapes):
         raise InputError(f"it holds {quoted(sorted(state))} and not {', '.join(shapes) or 'nothing'}: save the detector again")
     features = any("D" in shape for shape in shapes.values())
-    seen = view(jem, _grey(jem), features=features)
+    seen = view(jem, _probes(jem), features=features)
     sizes = {"C": jem.num_classes, **({"D": seen.features.shape[1]} if features else {})}
     for name, shape in shapes.items():
         tensor = state[name]
@@ -93,17 +94,20 @@ def check(state: dict[str, Tensor], shapes: Mapping[str, str], jem: JEM) -> Tens
         fits = fits and all(sizes.setdefault(letter, size) == size for letter, size in zip(shape, tensor.shape, strict=True))
         if not fits or not tensor.isfinite().all():
             raise InputError(f"{name} of shape {tuple(tensor.shape)} is of another model, or broken: fit the detector again")
-    logits = seen.logits[0].cpu().double()
-    same = known_by.shape == logits.shape and (known_by.double() - logits).norm() <= _PROBE_TOLERANCE * logits.norm() + 1e-6
-    if not same:
+    logits = seen.logits.cpu()
+    half = not {known_by.dtype, logits.dtype} <= {torch.float32, torch.float64}
+    most = (_SAME_IN_HALF if half else _SAME) * logits.double().norm(dim=1) + 1e-6
+    if known_by.shape != logits.shape or not ((known_by.double() - logits.double()).norm(dim=1) <= most).all():
         raise InputError("it was fitted to another model, or to other weights: fit the detector again")
     return known_by
 
 
-def _grey(jem: JEM) -> Tensor:
-    return jem.normalize(torch.zeros(1, *jem.input_size))
+def _probes(jem: JEM) -> Tensor:
+    """A grey image, and two of noise: what a layer makes of the one alone tells little of it."""
+    noise = torch.rand(2, *jem.input_size, dtype=torch.float32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return jem.normalize(torch.cat([torch.zeros_like(noise[:1]), noise]))
 
 
 def probe(jem: JEM) -> Tensor:
-    """By which a model with its weights is known again: logits of a grey image, float64, shape (num_classes,), on the CPU."""
-    return view(jem, _grey(jem)).logits[0].cpu().double()
+    """By which a model with its weights is known again: logits of a few images, in its dtype, (3, num_classes), on the CPU."""
+    return view(jem, _probes(jem)).logits.cpu()
