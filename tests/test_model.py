@@ -269,6 +269,8 @@ def test_score_and_sample_work_without_gradients(jem, context):
         assert jem.sample(y=labels, num_steps=2).isfinite().all()
         made_here = x.clone()
     jem.energy(made_here).sum().backward()
+    jem.energy(x, labels).sum().backward()
+    jem.pixel_energy(x, labels).sum().backward()
     assert not sample.requires_grad
     assert (sample + 1).shape == x.shape
 

@@ -40,7 +40,8 @@ def energy(logits: Tensor, y: Tensor | None = None) -> Tensor:
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if y is None:
         return -logits.logsumexp(dim=1)
-    return -logits.gather(1, y.unsqueeze(1)).squeeze(1)
+    # A copy, since autograd keeps no labels that were made in inference mode.
+    return -logits.gather(1, y.unsqueeze(1).clone()).squeeze(1)
 
 
 def log_density(logits: Tensor, y: Tensor | None = None) -> Tensor:

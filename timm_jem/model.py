@@ -238,7 +238,6 @@ class JEM(nn.Module):
         y = self._checked(x, y)
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_(True)
-            y = None if y is None else y.clone()
             return -torch.autograd.grad(energy(self._logits(x), y).sum(), x)[0]
 
     def pixel_energy(self, u: Tensor, y: Tensor | None = None) -> Tensor:
