@@ -258,6 +258,7 @@ def test_a_loss_that_ran_away_is_said_and_undone():
         (nn.BatchNorm2d(1), {"x": [3]}, "a list"),
         (nn.BatchNorm2d(1), {"negatives": batch()[0]}, "negatives"),
         (nn.BatchNorm2d(1), {"negatives": batch(0)}, "negatives"),
+        (nn.BatchNorm2d(1), {"negatives": batch(1)}, "more negatives"),
         (nn.BatchNorm2d(1), {"negatives": "chains"}, "negatives"),
         (nn.BatchNorm2d(1), {"generator": 3}, "generator"),
         (nn.BatchNorm2d(1), {"sgld_config": {}}, "sgld_config"),

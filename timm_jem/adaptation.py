@@ -77,6 +77,8 @@ def adapted(
             )
         remedy = "give method='statistics'" if counted else "take one that has some"
         raise InputError(f"this model has no normalisation layers with weights: {remedy}")
+    if counted and method == "energy" and isinstance(negatives, Tensor) and len(negatives) < 2:
+        raise InputError("one image has no statistics for BatchNorm layers: give more negatives, the more the better")
     with torch.inference_mode(False):
         held = [*moved.values(), *(buffer for layer in counted for buffer in layer.buffers())]
         kept = {tensor: tensor.detach().clone() for tensor in held}

@@ -163,7 +163,7 @@ def adapted(
         steps, lr: of Adam, by "energy" and "tent".
         negatives: what to raise the energy of, model input, shape (N, C, H, W): some training images, say. None: chains
             of the model as it is adapted, which start as fresh ones of :meth:`sample` do and go on from step to step.
-            No gradients reach them.
+            No gradients reach them. BatchNorm needs at least two.
         generator, sgld_config: of those chains, as of :meth:`sample`.
 
     Returns:
