@@ -169,6 +169,26 @@ def test_it_is_saved_and_read_back_and_plain_timm_reads_the_folder(jem, tmp_path
     assert timm_jem.from_pretrained(tmp_path).reference is None
 
 
+def test_that_of_another_head_is_refused(tmp_path):
+    jem = timm_jem.create_model("wrn_10_1", num_classes=3, input_size=(1, 8, 8)).eval()
+    jem.fit_reference(X, Y)
+    jem.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["timm_jem"]["reference"]["medians"].pop()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    jem.backbone.reset_classifier(10)
+    for call, message in (
+        (lambda: jem.predict(X[:1]), "of 3 classes and this model has 10: call fit_reference"),
+        (lambda: jem.save_pretrained(tmp_path), "of 3 classes and this model has 10"),
+        (lambda: jem.sample(1, sgld_config=timm_jem.SGLDConfig(rest=0.5)), "of 3 classes and this model has 10"),
+        (lambda: timm_jem.from_pretrained(tmp_path), "of 2 classes and this model has 3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+    jem.fit_reference(X, Y)
+    assert jem.predict(X[:1])[0].percentile is not None
+
+
 GOOD = {"temperature": 1.5, "quantiles": [float(i) for i in range(101)], "threshold": 95.0, "accept": 0.95, "n": 200}
 HOSTILE = [
     [],

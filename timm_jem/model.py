@@ -112,6 +112,8 @@ class JEM(nn.Module):
         self.provenance = dict(self.provenance or {})
         if not (self.reference is None or isinstance(self.reference, Reference)):
             raise InputError(f"reference is a {type(self.reference).__name__}: call fit_reference, or set it to None")
+        if self.reference is not None:
+            self.reference.check_fit(self.num_classes)
         size = self.data_config.get("input_size")
         if not isinstance(size, (tuple, list)) or len(size) != 3:
             raise InputError(f"input_size is {quoted(size)}: give (C, H, W)")
@@ -419,6 +421,7 @@ class JEM(nn.Module):
             return None
         if self.reference is None:
             raise InputError("sgld.rest needs energies of held-out images: call fit_reference, or set rest to None")
+        self.reference.check_fit(self.num_classes)
         return self.reference.at(sgld.rest, y).expand(n).to(self.device)
 
     def fresh(self, n: int, *, y: Tensor | None = None, generator: Generators = None, noise: bool = False) -> Tensor:

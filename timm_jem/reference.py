@@ -85,6 +85,14 @@ class Reference:
             raise InputError(f"it is {quoted(data)}: give {', '.join(names)}")
         return cls(**data)
 
+    def check_fit(self, num_classes: int) -> None:
+        """Raise an InputError where its images were of more or fewer classes than a model has."""
+        if self.medians is not None and len(self.medians) != num_classes:
+            raise InputError(
+                f"the reference is of {len(self.medians)} classes and this model has {num_classes}: "
+                "call fit_reference again, or set jem.reference = None"
+            )
+
     @property
     def uncalibrated(self) -> str | None:
         """Why there is no temperature, in words; None: there is one."""

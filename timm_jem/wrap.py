@@ -192,7 +192,7 @@ def from_pretrained(
     try:
         backbone, ours = read_folder(folder)
         jem = wrap(backbone, sgld=_sgld_config(ours.get("sgld", {})), provenance=ours.get("provenance"))
-        jem.reference = None if ours.get("reference") is None else _reference(ours["reference"])
+        jem.reference = None if ours.get("reference") is None else _reference(ours["reference"], jem.num_classes)
         if replay_buffer and (folder / CHAINS_FILE).is_file():
             jem.chains = _chains(folder / CHAINS_FILE, jem)
         if (folder / STARTS_FILE).is_file():
@@ -202,9 +202,11 @@ def from_pretrained(
     return jem.eval()
 
 
-def _reference(data: Any) -> Reference:
+def _reference(data: Any, num_classes: int) -> Reference:
     try:
-        return Reference.read(data)
+        reference = Reference.read(data)
+        reference.check_fit(num_classes)
+        return reference
     except InputError as error:
         raise InputError(
             f"the reference in config.json is broken ({error}): remove it, and fit_reference makes another"
