@@ -52,6 +52,13 @@ def test_quantiles_and_threshold_of_known_energies():
     assert found.percentiles(asked) == pytest.approx([0, 25, 99.75, 100], abs=0.01)
 
 
+@pytest.mark.parametrize("n", [50, 100, 400])
+def test_a_quantile_is_the_least_energy_that_so_many_percent_have_at_most(n):
+    found = well().fit_reference(levels(torch.arange(n) / n))
+    counts = np.maximum([-(-n * level // 100) for level in range(101)], 1)
+    np.testing.assert_allclose(found.quantiles, (counts - 1) / n - math.log(2), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("n", [1, 2, 19, 20, 21, 100, 137])
 @pytest.mark.parametrize("accept", [0.95, 0.07, 0.57, 1.0, 1e-9])
 def test_the_threshold_accepts_the_share_and_hardly_more(n, accept):
