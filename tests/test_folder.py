@@ -86,6 +86,15 @@ def test_everything_else_comes_back(jem, tmp_path):
     assert timm_jem.from_pretrained(tmp_path / "m").sgld == replace(jem.sgld, step_decay=False, jitter=0, rest=None)
 
 
+def test_names_that_were_taken_away_stay_away(jem, tmp_path):
+    jem.save_pretrained(tmp_path / "m")
+    again = timm_jem.from_pretrained(tmp_path / "m")
+    again.class_names = None
+    again.save_pretrained(tmp_path / "n")
+    assert timm_jem.from_pretrained(tmp_path / "n").class_names is None
+    assert again.backbone.pretrained_cfg["label_names"] == ["a", "b", "c"]  # saving changes nothing
+
+
 def test_layouts_that_safetensors_refuses(jem, tmp_path):
     x = torch.randn(3, *jem.input_size)
     expected = jem(x)
@@ -285,6 +294,7 @@ def quantise(jem):
         (lambda jem: jem.provenance.update(a=jem.provenance), "not JSON"),
         (lambda jem: jem.provenance.update(log="x" * 2**24), "provenance is JSON of 16,777"),
         (lambda jem: jem.provenance.update(when=object()), "not JSON"),
+        (lambda jem: jem.provenance.update(loss=[float("nan")]), "not JSON .*finite numbers"),
     ],
 )
 def test_what_can_not_be_exported_faithfully_is_refused(tmp_path, surgery, message):

@@ -61,8 +61,8 @@ def write_folder(
         raise InputError(f"this backbone is a {kind} and no model of timm, which couldn't rebuild it: save jem.state_dict()")
     _check_json(ours)
     backbone = _copied(backbone)
-    if class_names is not None:  # they go to the top of the file, once
-        backbone.pretrained_cfg = {k: v for k, v in backbone.pretrained_cfg.items() if k != "label_names"}
+    # Names go to the top of the file, once; those that timm keeps are those of before.
+    backbone.pretrained_cfg = {k: v for k, v in backbone.pretrained_cfg.items() if k != "label_names"}
     try:
         if target.exists() and not target.is_dir():
             raise InputError(f"{target} is a file: give a folder to save to")
@@ -91,10 +91,10 @@ def write_folder(
 
 def _check_json(ours: dict[str, Any]) -> None:
     try:
-        length = len(json.dumps(ours))
+        length = len(json.dumps(ours, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
-            f"provenance is not JSON ({one_line(error)}): keep only dicts, lists, text, numbers and None in it"
+            f"provenance is not JSON ({one_line(error)}): keep only dicts, lists, text, finite numbers and None in it"
         ) from error
     check_nesting(ours, "provenance")
     if length > MAX_CONFIG_BYTES // 2:  # indented, and with the classes' names, it is longer
