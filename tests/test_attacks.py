@@ -80,6 +80,13 @@ def test_gradient_checkpointing_would_recompute_in_train_mode():
     assert all(torch.equal(value, before[name]) for name, value in jem.state_dict().items())
 
 
+def test_images_of_another_size_are_named_where_the_backbone_has_one():
+    jem = timm_jem.create_model("vit_tiny_patch16_224", num_classes=3, depth=1, input_size=(3, 32, 32))
+    for images in (torch.rand(2, 3, 16, 16), torch.rand(2, 1, 32, 32)):
+        with pytest.raises(InputError, match=r"this model takes \('?N'?, 3, "):
+            pixel_classifier(jem)(images)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_pgd_on_a_linear_classifier_has_a_closed_form(norm):
     w = torch.randn(16, generator=seeded(1), dtype=torch.float64)

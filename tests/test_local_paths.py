@@ -30,6 +30,7 @@ def command(*words):
 def test_paths_are_cut_to_their_last_part(path, shown):
     provenance = {"config": {"data": [path, {"deep": path}]}, "explanation": path}
     assert without_local_paths(provenance) == {"config": {"data": [shown, {"deep": shown}]}, "explanation": shown}
+    assert without_local_paths({"files": {path: {"deep": [path]}, 3: 4}}) == {"files": {shown: {"deep": [shown]}, 3: 4}}
     assert without_local_paths(without_local_paths(provenance)) == without_local_paths(provenance)
 
 

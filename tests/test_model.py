@@ -569,6 +569,17 @@ def test_attention_biases_are_never_those_of_before_and_leave_no_graph(tmp_path)
     assert timm_jem.from_pretrained(tmp_path / "m").predict(x)[0].energy == jem.energy(x).item()
 
 
+def test_a_pass_in_inference_mode_leaves_later_ones_their_gradients():
+    """ConViT keeps what its first pass makes of the size of images."""
+    jem = timm_jem.create_model("convit_tiny", num_classes=3, depth=2, local_up_to_layer=1, input_size=(3, 32, 32)).eval()
+    x = torch.randn(1, *jem.input_size)
+    with torch.inference_mode():
+        before = jem(x)
+    assert torch.equal(jem(x), before)
+    assert jem.score(x).isfinite().all()
+    jem.energy(x).sum().backward()
+
+
 def test_a_compiled_model_follows_attention_biases():
     jem = timm_jem.create_model("levit_128s", num_classes=3).eval().to("cpu")
     compiled, x = torch.compile(jem, backend="eager", fullgraph=True), torch.randn(1, *jem.input_size)

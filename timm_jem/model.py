@@ -27,7 +27,7 @@ from timm_jem.inputs import (
     is_floats,
     kind,
 )
-from timm_jem.modes import forget_biases, frozen
+from timm_jem.modes import forget_passes, frozen
 from timm_jem.noise import Generators, chain_generators, draw_seeds, uniform_noise
 from timm_jem.prediction import Prediction, Predictor, imagenet_names
 from timm_jem.preprocessing import preprocessing_of
@@ -100,7 +100,7 @@ class JEM(nn.Module):
             raise InputError("this backbone was built in torch.inference_mode and has no gradients: build it outside")
         self._mean_std_of: tuple | None = None
         self._normalisation()
-        forget_biases(backbone)
+        forget_passes(backbone)
 
     def _check_settings(self) -> None:
         """All attributes are open to change, so that they are checked, and made plain, again when the model is saved."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timm_jem.errors import InputError, quoted
 
-__all__ = ["batch_norms", "checkpointed", "forget_biases", "frozen", "in_eval_mode", "statistics_kept"]
+__all__ = ["batch_norms", "checkpointed", "forget_passes", "frozen", "in_eval_mode", "statistics_kept"]
 
 _lock = threading.Lock()
 # Of what open contexts hold, by object and attribute: how many do, and the value from before the first.
@@ -80,16 +80,26 @@ class _Forgetting(dict):
         return dict, ()
 
 
-def forget_biases(model: nn.Module) -> None:
-    """Attention of ``model`` computes its biases in every pass from now on; what it computes is the same."""
-    for module in _keeping_biases(model.modules()):
-        if _forget not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_forget)
+def forget_passes(model: nn.Module) -> None:
+    """From now on attention of ``model`` keeps nothing of a pass that spoils a later one; what it computes is the same."""
+    hooks = [(module, _forget_biases) for module in _keeping_biases(model.modules())]
+    hooks += [(module, _own_indices) for module in model.modules() if "rel_indices" in module._buffers]
+    for module, hook in hooks:
+        if hook not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(hook)
 
 
-def _forget(module: nn.Module, _: tuple[Tensor]) -> None:
+def _own_indices(module: nn.Module, _: tuple[Tensor]) -> None:
+    """ConViT's are made by its first pass, and spoil gradients where that was in inference mode."""
+    if torch.jit.is_scripting() or torch.compiler.is_compiling():  # TorchScript compiles hooks
+        return
+    if module.rel_indices.is_inference() and not torch.is_inference_mode_enabled():
+        module.rel_indices = module.rel_indices.clone()
+
+
+def _forget_biases(module: nn.Module, _: tuple[Tensor]) -> None:
     """Before each pass, since timm gives a module that is moved or cast a cache that keeps again; and so do copies."""
-    if torch.jit.is_scripting():  # which compiles hooks
+    if torch.jit.is_scripting():
         return
     if not isinstance(module.attention_bias_cache, _Forgetting):
         module.attention_bias_cache = _Forgetting()

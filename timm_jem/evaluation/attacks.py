@@ -49,6 +49,8 @@ def pixel_classifier(jem: JEM) -> Classifier:
             raise InputError(f"images have shape {tuple(images.shape)}: this model takes (N, {jem.input_size[0]}, H, W)")
         if images.requires_grad and torch.is_grad_enabled() and checkpointed(jem):
             raise InputError("gradient checkpointing runs layers again in other modes: set_grad_checkpointing(False)")
+        if jem.fixed_input_size and tuple(images.shape[1:]) != jem.input_size:
+            raise InputError(f"images have shape {tuple(images.shape)}: this model takes {('N', *jem.input_size)} only")
         with frozen(jem):
             logits = jem(jem.normalize(from_unit(images.to(jem.mean.device))))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

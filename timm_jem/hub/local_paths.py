@@ -63,7 +63,7 @@ def _arguments(text: str, ends: Collection[str]) -> str:
 def _each_text(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
     """JSON data in which each text is ``change(text, the key it has in a mapping)``."""
     if isinstance(value, Mapping):
-        return {name: _each_text(item, change, name) for name, item in value.items()}
+        return {_each_text(name, change): _each_text(item, change, name) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_each_text(item, change) for item in value]
     return change(value, key) if isinstance(value, str) else value
