@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image as PILImage
+from safetensors.torch import save_file
 from timm.data import create_transform
 
 import timm_jem
@@ -462,6 +463,16 @@ def test_a_broken_model_is_no_prediction():
     torch.nn.init.constant_(jem.backbone.fc.weight, float("nan"))
     with pytest.raises(InputError, match="energies that are not finite for 1 of 1"):
         jem.predict(photo())
+
+
+def test_classes_of_a_model_without_trained_weights_have_no_names_of_imagenet(tmp_path):
+    fresh = timm_jem.create_model("test_vit", num_classes=1000)
+    save_file(fresh.backbone.state_dict(), tmp_path / "weights.safetensors")
+    loaded = timm_jem.create_model("test_vit", True, pretrained_cfg_overlay={"file": str(tmp_path / "weights.safetensors")})
+    for jem, names in ((fresh, None), (loaded, 1000)):
+        jem.save_pretrained(tmp_path / "m")
+        for one in (jem, timm_jem.from_pretrained(tmp_path / "m")):
+            assert (one.predictor().names and len(one.predictor().names)) == names
 
 
 def test_classes_of_imagenet_have_names_where_the_weights_say_so():

@@ -82,7 +82,7 @@ def create_model(
 
     Args:
         name: any name of ``timm.list_models()``, this package's ``wrn_*`` included, or timm's "hf-hub:" and "local-dir:".
-        pretrained: load pretrained weights.
+        pretrained: load pretrained weights; classes of a model without them have no names of ImageNet's.
         input_size: (C, H, W) of the images; sets ``in_chans``, and ``img_size`` where the backbone needs it.
         class_names, sgld: see :func:`wrap`.
         **kwargs: to ``timm.create_model``: ``num_classes``, ``drop_rate``, ...
@@ -106,6 +106,8 @@ def create_model(
     except BUILD_ERRORS as error:
         of_size = "" if input_size is None else f" for images of {quoted(input_size)}"
         raise InputError(f"{quoted(name)} can't be built with these arguments{of_size} ({one_line(error)})") from error
+    if not (pretrained or kwargs.get("checkpoint_path")):  # what timm says of its weights holds for no others
+        backbone.pretrained_cfg = {key: value for key, value in backbone.pretrained_cfg.items() if key != "tag"}
     if pretrained and (saved := _saved_jem(name, backbone.num_classes, kwargs)) is not None:
         warnings.warn(
             f"{name} is a joint energy model and these are its weights alone: timm_jem.from_pretrained({saved}) reads its "
