@@ -165,10 +165,10 @@ def fit(
     # Each is the energy of an image: the least at which so many of them, or more, have at most that.
     y = None if labels[0] is None else torch.cat(labels)
     temperature = None if y is None else best_temperature(f, y)
-    ordered, levels = energies.double().sort().values.numpy(), np.arange(_LEVELS)
+    ordered, levels, top = energies.double().sort().values.numpy(), np.arange(_LEVELS), _LEVELS - 1
     return Reference(
         temperature=None if y is None or at_bound(temperature) else temperature,
-        quantiles=tuple(ordered[np.maximum((len(f) * levels + 99) // 100 - 1, 0)].tolist()),
+        quantiles=tuple(ordered[np.maximum((len(f) * levels + top - 1) // top - 1, 0)].tolist()),
         threshold=accepting(energies.double(), accept),
         accept=float(accept),
         n=len(f),
