@@ -88,6 +88,16 @@ def test_labels_that_a_method_does_not_read_may_be_another_data_sets(small, name
         assert torch.equal(d.score([(x, y)]), plain.score(x))
 
 
+def test_dice_is_fitted_whatever_the_default_dtype_is(small):
+    jem, x, _ = small
+    expected = of_few_images(jem, "dice").fit(x).score(x)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(of_few_images(jem, "dice").fit(x).score(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_memory_does_not_grow_with_the_images(small, monkeypatch):
     jem, x, y = small
     width = jem.backbone.head_hidden_size

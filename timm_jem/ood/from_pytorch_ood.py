@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,7 +78,8 @@ def fit_dice(layer: FinalLayer, seen: Survey, options: Options) -> State:
     weight, bias = layer.matrix(seen.view.features.shape[1])
     if weight.numel() > _MOST_WEIGHTS:
         raise InputError(f"dice ranks the {weight.numel():,} weights of the last layer, and can rank {_MOST_WEIGHTS:,}")
-    theirs = library("dice").DICE(None, weight, bias, options["p"])
+    p = np.float32(options["p"])  # a tensor of it is float32 whatever torch's default dtype is, as quantiles need it
+    theirs = library("dice").DICE(None, weight, bias, p)
     theirs.fit_features(seen.view.features, torch.zeros(len(seen), dtype=torch.long))
     return {"weight": theirs.masked_w.contiguous()}
 
