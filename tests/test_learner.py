@@ -138,7 +138,7 @@ def statistics_of_two(rank: int, port: int, folder: str) -> None:
     learner, again = (make(share, **copy.deepcopy(settings)) for _ in range(2))
     checkpoints = Checkpoints(f"{folder}/checkpoints", learner.accelerator)
     stream = SimpleNamespace(state_dict=dict, load_state_dict=lambda *_: None)
-    guard = SimpleNamespace(state_dict=dict, load_state_dict=lambda *_: None)
+    guard = SimpleNamespace(state_dict=lambda: {"scales": {}}, load_state_dict=lambda *_: None, snapshots=[])
     train(learner, 3, share)
     Run(learner, stream, guard, checkpoints).save({})
     train(learner, 2, share)
