@@ -29,7 +29,7 @@ FLAGS = shlex.split(
 
 
 def start(folder: Path, world: int, *flags: str, fresh: bool = False) -> list[BaseProcess]:
-    """The processes of one run, as torchrun would start them."""
+    """The processes of one run, as torchrun would start them; ``fresh``: the first in an interpreter of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,7 +42,7 @@ def start(folder: Path, world: int, *flags: str, fresh: bool = False) -> list[Ba
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
         output = folder / f"output_{rank}.txt"
-        processes.append(start_recipe("train.py", [*FLAGS, *flags], folder, environment, output, fresh=fresh))
+        processes.append(start_recipe("train.py", [*FLAGS, *flags], folder, environment, output, fresh=fresh and rank == 0))
     return processes
 
 
