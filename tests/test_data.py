@@ -288,13 +288,18 @@ def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, s
         load_splits(DataConfig(str(tmp_path / "saved"), unlabeled=str(tmp_path / "link"), unlabeled_split=split))
     more = load_splits(DataConfig(str(tmp_path / "saved"), unlabeled=name.format(tmp_path / "saved"), unlabeled_split="more"))
     assert (more.train.labels == -1).sum() == 60
-    # Whatever they are called: a folder and the file in it.
+    # Whatever they are called: a folder and the file in it, and a copy of either split alone.
     (tmp_path / "folder").mkdir()
-    rows.to_parquet(tmp_path / "folder" / "train.parquet")
     file = tmp_path / "folder" / "train.parquet"
+    rows.to_parquet(file)
+    others.to_parquet(tmp_path / "others.parquet")
     for data, unlabeled in ((tmp_path / "folder", file), (file, tmp_path / "folder")):
-        with pytest.raises(InputError, match=r"unlabeled is .*, in which 100% of the validation and test images are"):
+        with pytest.raises(InputError, match=r"unlabeled is .*, in which 100% of the validation images are"):
             load_splits(DataConfig(str(data), unlabeled=name.format(unlabeled)))
+    others.to_parquet(tmp_path / "folder" / "test.parquet")
+    for unlabeled, of in ((tmp_path / "rows.parquet", "validation"), (tmp_path / "others.parquet", "test")):
+        with pytest.raises(InputError, match=rf"unlabeled is .*, in which 100% of the {of} images are"):
+            load_splits(DataConfig(str(tmp_path / "folder"), unlabeled=name.format(unlabeled)))
 
 
 @pytest.mark.parametrize(("size", "padding"), [((128, 16), 2), ((16, 128), 2), ((64, 15), 0), ((32, 24), 3)])

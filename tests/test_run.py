@@ -324,6 +324,30 @@ def test_a_run_that_is_stopped_between_two_looks_goes_back_as_one_that_was_left_
     assert [snapshot.step for snapshot in resumed.guard.snapshots] == [3]
 
 
+def test_another_number_of_processes_goes_back_as_far(tmp_path):
+    """As two would have written it, of which each has what this one has."""
+    run = make_run(tmp_path, Falling())
+    advance(run, 2)
+    run.snapshot()
+    for stopped in (True, False):
+        advance(run, 3)
+        if not stopped:
+            run.snapshot(alone=True)
+        saved = run.save({})
+        shutil.copy(saved / "rank_0.safetensors", saved / "rank_1.safetensors")
+        manifest = json.loads((saved / "manifest.json").read_text())
+        manifest["sha256"]["rank_1.safetensors"] = manifest["sha256"]["rank_0.safetensors"]
+        (saved / "manifest.json").write_text(json.dumps(manifest))
+        resumed = make_run(tmp_path, Falling(breaks={6, 9}))
+        resumed.resume()
+        step = run.step
+        assert (resumed.step, [snapshot.step for snapshot in resumed.guard.snapshots]) == (step, [2 if stopped else step])
+        assert weights_are(resumed, -step * 0.125)
+        resumed.advance()
+        assert resumed.judge(whole=True).to_step == (2 if stopped else step)
+        assert weights_are(resumed, -(2 if stopped else step) * 0.125)
+
+
 def test_cross_entropy_alone_is_told_no_remedies_of_chains(tmp_path):
     run = make_run(tmp_path, guard={"ladder": [Remedy(lr=0.5, num_steps=1.5, energy_l2=0.1)]})
     run.learner.method.objective = ObjectiveConfig(w_x=0.0)

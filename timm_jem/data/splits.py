@@ -240,24 +240,25 @@ def _split_stored(
         nothing = np.full(len(more), -1)
         sets["train"] = sets["train"].joined(ImageSet(more, column, nothing, channels, size, name, range(len(more))))
     sets, left_out = cache_small(sets, config.cache_gib, skip_broken=config.skip_broken)
-    if config.unlabeled is not None and (share := _trained_on(sets)) > 0.5:
-        raise InputError(
-            f"data unlabeled is {config.unlabeled}, in which {share:.0%} of the validation and test images are: they would be "
-            "trained on; give other images, or labels_per_class"
-        )
+    if config.unlabeled is not None:
+        for name, of in (("validation", "val"), ("test", "test")):
+            if (share := _trained_on(sets[of], sets["train"])) > 0.5:
+                raise InputError(
+                    f"data unlabeled is {config.unlabeled}, in which {share:.0%} of the {name} images are: they would be "
+                    "trained on; give other images, or labels_per_class"
+                )
     labeled = int((sets["train"].labels >= 0).sum())
     return sets, None if labeled == len(sets["train"]) else sets["train"].head(labeled), headers, left_out
 
 
-def _trained_on(sets: dict[str, ImageSet]) -> float:
-    """The share of some of the validation and test images that are among the training images without a label, too; 0 where
-    these aren't in memory."""
-    train = sets["train"]
+def _trained_on(held_out: ImageSet, train: ImageSet) -> float:
+    """The share of some images to hold out that are among the training images without a label, too; 0 where these aren't in
+    memory."""
     if train.images is None:
         return 0.0
-    held_out = torch.cat([sets[name].images[evenly(len(sets[name]), 64)] for name in ("val", "test")])
+    some = held_out.images[evenly(len(held_out), 64)]
     sums = train.images.flatten(1).sum(1).masked_fill(train.labels != -1, -1)  # few have that of an image
-    return sum(bool((train.images[sums == one.sum()] == one).flatten(1).all(1).any()) for one in held_out) / len(held_out)
+    return sum(bool((train.images[sums == one.sum()] == one).flatten(1).all(1).any()) for one in some) / len(some)
 
 
 def _some_of_each(
