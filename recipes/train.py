@@ -261,8 +261,9 @@ def save(run: Run, record: Record, *, needed: bool) -> None:
         tries(lambda: run.save(record.state_dict()))
     except InputError as error:
         if needed:
-            raise
-        record.say(f"{error}{'' if last else '; training goes on'}")
+            run.save(record.state_dict(), snapshots=False)  # which takes less
+        else:
+            record.say(f"{error}{'' if last else '; training goes on'}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -30,7 +31,7 @@ from timm_jem import InputError
 from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.evaluation import frechet_distance
 from timm_jem.pixels import to_pixels
-from timm_jem.training import ModelConfig, TrainConfig, check_plan, damage, parse_settings, record
+from timm_jem.training import ModelConfig, Settings, TrainConfig, check_plan, damage, parse_settings, record
 from timm_jem.training.run_folder import RunFolder
 
 SHORT = (
@@ -66,6 +67,23 @@ def test_everything_is_written(run):
     assert (config["train"]["steps"], config["sgld"]["num_steps"], config["model"]["name"]) == (4, 5, "wrn_10_1")
     picture = PILImage.open(run / "samples.png")
     assert picture.height == 10 * 42 + 2  # one row a class
+
+
+def test_a_stopped_run_is_saved_where_there_is_no_room_for_its_snapshots():
+    def write(extra, *, snapshots=True):
+        if snapshots:
+            raise InputError("no room")
+        written.append(extra)
+
+    written, said = [], []
+    stopped = SimpleNamespace(step=3, save=write)
+    of_run = SimpleNamespace(
+        settings=Settings(), state_dict=lambda: {"seconds": 1.0}, say=said.append, patiently=lambda tried: tried()
+    )
+    train.save(stopped, of_run, needed=False)
+    assert (written, said) == ([], ["no room; training goes on"])
+    train.save(stopped, of_run, needed=True)
+    assert written == [{"seconds": 1.0}]
 
 
 def test_what_is_reported_is_what_is_saved(run):

@@ -322,6 +322,9 @@ def test_a_run_that_is_stopped_between_two_looks_goes_back_as_one_that_was_left_
     assert size > 1.5 * sum(file.stat().st_size for file in saved.iterdir())
     resumed.resume(saved)
     assert [snapshot.step for snapshot in resumed.guard.snapshots] == [3]
+    advance(resumed, 1)
+    resumed.resume(resumed.save({}, snapshots=False))
+    assert [snapshot.step for snapshot in resumed.guard.snapshots] == [4]
 
 
 def test_another_number_of_processes_goes_back_as_far(tmp_path):

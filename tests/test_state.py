@@ -9,7 +9,7 @@ from timm_jem import InputError
 from timm_jem.training import Checkpoints, damage, load_tree, rank_files, save_tree
 from timm_jem.training.checkpoints import shared_file
 from timm_jem.training.optimizer_state import OptimizerState
-from timm_jem.training.state import copy_tree, load_tensors
+from timm_jem.training.state import _writable, copy_tree, load_tensors
 
 
 def tree():
@@ -43,6 +43,16 @@ def test_a_tree_comes_back_bit_for_bit(tmp_path):
     assert save_tree(saved, tmp_path / "again.safetensors") == digest
     with pytest.raises(TypeError, match="set"):
         save_tree({"a": {1}}, tmp_path / "set.safetensors")
+
+
+def test_tensors_are_copied_only_where_they_must_be():
+    whole, storages = torch.randn(3, 4), set()
+    assert _writable(whole, storages).data_ptr() == whole.data_ptr()
+    for shared in (whole, whole[1], torch.randn(3, 4).T, torch.randn(2, 4)[:1]):
+        copied = _writable(shared, storages)
+        assert torch.equal(copied, shared)
+        assert copied.is_contiguous()
+        assert copied.data_ptr() != shared.data_ptr()
 
 
 def test_a_copy_does_not_change_with_training():

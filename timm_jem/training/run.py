@@ -113,20 +113,24 @@ class Run:
         """Keep the present state to go back to, and the one before it as well, unless ``alone``."""
         self.guard.keep(self.step, self._state(), alone=alone)
 
-    def save(self, extra: Mapping[str, Any]) -> Path:
+    def save(self, extra: Mapping[str, Any], *, snapshots: bool = True) -> Path:
         """Write a checkpoint, whole or not at all, with ``extra`` of this process and the snapshots of earlier steps: the
         steps since the last look may be broken, and a run that goes on from here goes back as this one would.
+
+        Args:
+            extra: JSON data and tensors.
+            snapshots: False: without these, each of which is as large as a checkpoint.
 
         Raises:
             InputError: it can't be written; earlier ones are as they were.
         """
         state, shared = self._parts(self._state())
-        snapshots, of_all = [], []
-        for kept in self.guard.snapshots:
+        of_process, of_all = [], []
+        for kept in self.guard.snapshots if snapshots else ():
             part, common = (None, None) if kept.step == self.step else self._parts(kept.state)
-            snapshots.append({"step": kept.step, "state": part, "scales": kept.scales, "broke": kept.broke})
+            of_process.append({"step": kept.step, "state": part, "scales": kept.scales, "broke": kept.broke})
             of_all.append(common)
-        own = {"state": state, "guard": self.guard.state_dict(), "snapshots": snapshots, "rollbacks": self.rollbacks}
+        own = {"state": state, "guard": self.guard.state_dict(), "snapshots": of_process, "rollbacks": self.rollbacks}
         return self.checkpoints.save(self.step, own | {"extra": dict(extra)}, shared | {"snapshots": of_all})
 
     def resume(

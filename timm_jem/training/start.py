@@ -105,7 +105,7 @@ def _memory(run: Run) -> str:
     kept = "no replay buffer" if buffer is None else f"replay buffer of {len(buffer):,} chains {in_bytes(chains)}"
     return (
         f"{kept}; about {in_bytes(2 * (state + chains))} of host memory for two snapshots to go back to, and "
-        f"{in_bytes(state + chains)} of disk for a checkpoint"
+        f"{in_bytes(state + chains)} of disk for a checkpoint, up to three times that where the run is stopped"
     )
 
 

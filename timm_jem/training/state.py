@@ -45,7 +45,7 @@ def save_tree(tree: Any, file: str | os.PathLike) -> str:
         OSError, SafetensorError: the file can't be written.
     """
     tensors: dict[str, Tensor] = {}
-    save_file(tensors, file, metadata={"tree": json.dumps(_describe(tree, tensors))})
+    save_file(tensors, file, metadata={"tree": json.dumps(_describe(tree, tensors, set()))})
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
     return sha256(file)
@@ -90,22 +90,31 @@ def load_tensors(target: Mapping[str, Tensor], saved: Mapping[str, Tensor], what
             local(tensor).copy_(saved[name])
 
 
-def _describe(tree: Any, tensors: dict[str, Tensor]) -> Any:
+def _describe(tree: Any, tensors: dict[str, Tensor], storages: set[int]) -> Any:
     """JSON for the tree; tensors are collected on the way. Containers become [kind, items], since JSON has one kind of key."""
     if isinstance(tree, Tensor):
         key = str(len(tensors))
-        # A copy: safetensors refuses strides and shared memory.
-        tensors[key] = copy_tree(tree)
+        tensors[key] = _writable(tree, storages)
         return ["tensor", key]
     if isinstance(tree, Mapping):
-        return ["dict", [[key, _describe(value, tensors)] for key, value in tree.items()]]
+        return ["dict", [[key, _describe(value, tensors, storages)] for key, value in tree.items()]]
     if isinstance(tree, (list, tuple)):
-        return ["tuple" if isinstance(tree, tuple) else "list", [_describe(value, tensors) for value in tree]]
+        return ["tuple" if isinstance(tree, tuple) else "list", [_describe(value, tensors, storages) for value in tree]]
     if isinstance(tree, torch.dtype):
         return ["dtype", str(tree).removeprefix("torch.")]
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return ["value", tree]
     raise TypeError(f"a {type(tree).__name__} is no state that can be saved")
+
+
+def _writable(tensor: Tensor, storages: set[int]) -> Tensor:
+    """In host memory, without strides, and sharing none, as safetensors takes tensors: copied only where it isn't so."""
+    own = local(tensor.detach())
+    storage = own.untyped_storage()
+    if not own.is_cpu or not own.is_contiguous() or storage.nbytes() != own.nbytes or storage.data_ptr() in storages:
+        return copy_tree(own)
+    storages.add(storage.data_ptr())
+    return own
 
 
 def _rebuild(description: Any, stored) -> Any:
