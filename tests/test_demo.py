@@ -373,8 +373,11 @@ def test_what_draws_nothing_is_said_to(tmp_path):
     assert shown.about.endswith("its chains were not trained, and draw no images")
     assert len(shown.examples) == 0
     assert instead.endswith("none to begin with")
+    jem.provenance = {"config": "by hand"}
+    jem.save_pretrained(tmp_path / "odd")
     small_model().save_pretrained(tmp_path / "plain")
-    assert "chains" not in load_exhibit(str(tmp_path / "plain"))[0].about
+    for name in ("odd", "plain"):
+        assert "chains" not in load_exhibit(str(tmp_path / name))[0].about
 
 
 def test_large_models_draw_nothing_before_the_page_opens(tmp_path, monkeypatch):

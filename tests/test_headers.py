@@ -64,7 +64,12 @@ def test_all_colours_count(tmp_path, modes, channels, told):
 @pytest.mark.parametrize("kind", ["gif", "png"])
 def test_a_grey_palette_is_no_colour(tmp_path, kind):
     grey = PILImage.linear_gradient("L").resize((8, 8)).quantize()
-    assert load_splits(DataConfig(folder(tmp_path, [grey] * 4, kind))).image_shape == (1, 8, 8)
+    path = folder(tmp_path, [grey] * 8, kind)
+    assert load_splits(DataConfig(path)).image_shape == (1, 8, 8)
+    cut = tmp_path / "bee" / f"0.{kind}"
+    cut.write_bytes(cut.read_bytes()[:-30])
+    splits = load_splits(DataConfig(path, skip_broken=True))
+    assert (splits.image_shape, splits.left_out) == ((1, 8, 8), 1)
 
 
 def test_grey_was_asked_for(tmp_path):

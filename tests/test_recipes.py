@@ -32,6 +32,7 @@ from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.evaluation import frechet_distance
 from timm_jem.pixels import to_pixels
 from timm_jem.training import ModelConfig, Settings, TrainConfig, check_plan, damage, parse_settings, record
+from timm_jem.training.learner import Learner
 from timm_jem.training.run_folder import RunFolder
 
 SHORT = (
@@ -272,6 +273,29 @@ def test_training_that_breaks_goes_back_and_on(tmp_path, monkeypatch):
     jem = timm_jem.from_pretrained("run/model")
     assert all(parameter.isfinite().all() for parameter in jem.parameters())
     assert jem.provenance["rollbacks"] == summary["rollbacks"]
+
+
+def test_a_run_that_is_stopped_while_it_breaks_goes_back_and_on(tmp_path, monkeypatch):
+    """Between two looks of the guard, which sees it only after the run has gone on."""
+    iterate = Learner.iterate
+
+    def spoiled(learner, batches):
+        terms = iterate(learner, batches)
+        if learner.step == 7 and learner.remedy.lr == 1:
+            with torch.no_grad():
+                for parameter in learner.jem.parameters():
+                    parameter.mul_(1e30)
+            signal.raise_signal(signal.SIGTERM)
+        return terms
+
+    monkeypatch.setattr(Learner, "iterate", spoiled)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        train.main(shlex.split(f"{TINY} --output_dir run --train.steps 12 --guard.check_every 5 --guard.snapshot_every 5"))
+    assert not Path("run/summary.json").exists()
+    train.main(["--resume", "run"])
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert (summary["outcome"], [event["to_step"] for event in summary["rollbacks"]]) == ("finished", [5])
 
 
 def test_training_that_can_not_be_mended_stops_with_a_model(tmp_path, monkeypatch):

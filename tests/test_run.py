@@ -327,6 +327,26 @@ def test_a_run_that_is_stopped_between_two_looks_goes_back_as_one_that_was_left_
     assert [snapshot.step for snapshot in resumed.guard.snapshots] == [4]
 
 
+def test_what_was_trained_after_a_rollback_is_gone_on_from(tmp_path):
+    """And not the later step that the run was stopped at before."""
+    run = make_run(tmp_path, Falling())
+    advance(run, 2)
+    run.snapshot()
+    advance(run, 3)
+    run.save({})
+    for keep in (1, 9):
+        resumed = make_run(tmp_path, Falling(breaks={6}), keep=keep)
+        resumed.resume()
+        if keep == 1:
+            resumed.advance()
+            assert resumed.judge(whole=True).to_step == 2
+        advance(resumed, 1)
+        resumed.save({})
+        assert resumed.checkpoints.steps()[-1] == resumed.step
+        assert len(resumed.rollbacks) == 1
+    assert resumed.step == 4
+
+
 def test_another_number_of_processes_goes_back_as_far(tmp_path):
     """As two would have written it, of which each has what this one has."""
     run = make_run(tmp_path, Falling())

@@ -111,7 +111,8 @@ def joint_loss(
     logits_ce, y_ce = logits if logits_ce is None else logits_ce, y if y_ce is None else y_ce
     _check("logits_ce", logits_ce, "y_ce", y_ce, like=logits)
     logits_ce = logits_ce.float() if logits_ce.dtype in (torch.float16, torch.bfloat16) else logits_ce
-    ce = F.cross_entropy(logits_ce, y_ce, ignore_index=-1, reduction="sum", label_smoothing=config.label_smoothing)
+    # A copy, since autograd keeps no labels that were made in inference mode.
+    ce = F.cross_entropy(logits_ce, y_ce.clone(), ignore_index=-1, reduction="sum", label_smoothing=config.label_smoothing)
     ce = ce / (y_ce != -1).sum().clamp(min=1)
     loss = config.w_ce * ce
     terms = {"ce": ce}

@@ -80,8 +80,9 @@ def read_headers(rows: Dataset, image_column: str, what: str) -> Headers:
     for row in evenly(len(rows), _LOOK):
         try:
             with open_lazily(rows[row][image_column]) as image:
-                sizes.append(_upright(image))
-                grey += _is_grey(image)
+                size, is_grey = _upright(image), _is_grey(image)
+                sizes.append(size)
+                grey += is_grey
         except UNREADABLE:
             continue
     if not sizes:
@@ -93,7 +94,7 @@ def read_headers(rows: Dataset, image_column: str, what: str) -> Headers:
 def _is_grey(image: PILImage.Image) -> bool:
     """By its mode, and with a palette, as GIFs of grey images have, by the palette's colours."""
     if image.mode == "P":
-        palette = image.getpalette("RGB") or []
+        palette = image.getpalette("RGB") or []  # decodes the image
         return palette[0::3] == palette[1::3] == palette[2::3]
     return image.mode in _GREY or image.mode.startswith("I;16")
 

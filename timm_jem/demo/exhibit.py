@@ -75,7 +75,7 @@ def load_exhibit(
     jem = load_model(name).to(device)
     if (channels := jem.input_size[0]) not in (1, 3):
         raise InputError(f"{name} takes images of {channels} channels: a page shows grey or colour images, of 1 or 3")
-    draws = Provenance.read(jem.provenance).draws and not name.startswith("timm:")
+    draws = not name.startswith("timm:") and _has_chains(jem)
     names = jem.predictor().names or [str(i) for i in range(jem.num_classes)]
     try:
         examples, of_examples = _held_out(jem, name, told or {}, seed)
@@ -86,6 +86,14 @@ def load_exhibit(
         examples, of_examples = _drawn(jem, seed, fresh=draws)
         instead = f"no held-out images ({error}): {of_examples}"
     return Exhibit(_called(name, jem), jem, list(names), examples.to(device), of_examples, draws), instead
+
+
+def _has_chains(jem: JEM) -> bool:
+    """Whether chains were trained, as far as its provenance, which may be anything, tells."""
+    try:
+        return Provenance.read(jem.provenance).draws
+    except InputError:
+        return True
 
 
 def _called(name: str, jem: JEM) -> str:

@@ -41,7 +41,8 @@ class Checkpoints:
         self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
 
     def save(self, step: int, own: Any, shared: Any = None) -> Path:
-        """Write the checkpoint of ``step``; the same one again replaces it.
+        """Write the checkpoint of ``step``; the same one again replaces it, and those of later steps, which training went back
+        from, are removed.
 
         Args:
             step: optimiser steps done.
@@ -78,6 +79,7 @@ class Checkpoints:
                         self._hide(target)
                     os.replace(aside, target)
                     _sync_folder(self.folder)
+                    self.forget_after(step)
                     for path in self._all()[: -self.keep]:
                         self._hide(path)
                     for path in self.folder.glob(".old-step_*"):
