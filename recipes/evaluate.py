@@ -75,6 +75,14 @@ def identity_of(model: JEM) -> dict[str, Any]:
     return {"weights": fingerprint(model.backbone.state_dict()), "function": function_of(model)}
 
 
+def is_still(known: dict[str, Any], name: str) -> bool:
+    """Whether the model of that name has an identity; one that is gone is missed only where something is to be measured."""
+    try:
+        return identity_of(load_model(name)) == known
+    except InputError:
+        return True
+
+
 def about(name: str, model: JEM, data: DataConfig) -> dict[str, Any]:
     """What is evaluated: reports of the same are one report."""
     parameters = sum(p.numel() for p in model.parameters())
@@ -129,7 +137,7 @@ def to_measure(earlier: Report | None, config: EvaluationConfig, overwrite: bool
                 )
         for key in ("baseline", "judge"):
             known, other = there.settings.get(f"{key}_model"), getattr(config, key)
-            if known is not None and other is not None and known != identity_of(load_model(other)):
+            if known is not None and other is not None and not is_still(known, other):
                 raise InputError(
                     f"section {name} is there with another model as {key} {quoted(other)}: give a new --output_dir, or "
                     "--overwrite true, which measures it anew"

@@ -264,6 +264,10 @@ def test_a_baseline_that_was_trained_again_is_another(measure, model, loaded, tm
     measure(f"{flags} [classification]")  # which has none
     for more in ("--overwrite true", ""):
         assert measure(f"{flags} [robustness] {more}") is None
+    shutil.rmtree(tmp_path / "base")
+    capsys.readouterr()
+    measure(f"{flags} [robustness]")
+    assert "all that is asked for is measured already" in capsys.readouterr().out
 
 
 def test_a_killed_evaluation_leaves_what_was_measured_and_nothing_else(model, tmp_path, monkeypatch):
