@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         report = read_report(evaluation)
         if report.subject.get("weights") != fingerprint(jem.backbone.state_dict()):
             raise InputError(f"{evaluation} is of other weights than {run.model}: evaluate again, or remove it")
-        if report.subject.get("function", function_of(jem)) != function_of(jem):  # earlier reports don't tell it
+        if "function" in report.subject and report.subject["function"] != function_of(jem):  # earlier reports don't tell it
             raise InputError(
                 f"{evaluation} is of another architecture or normalisation than {run.model}: evaluate again, or remove it"
             )

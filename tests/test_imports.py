@@ -42,7 +42,7 @@ MAY_IMPORT = {
         "preprocessing", "reference", "errors",
     },
     "wrap": {"files", "sampling", "gaussians", "models", "backbone", "hub", "model", "reference", "errors"},
-    "ood": {"energy", "files", "modes", "progress", "backbone", "inputs", "reference", "model", "ood", "errors"},
+    "ood": {"energy", "files", "modes", "noise", "progress", "backbone", "inputs", "reference", "model", "ood", "errors"},
     "conversion": {"sampling", "inputs", "hub", "model", "wrap", "conversion", "version", "errors"},
     "data": {"decoding", "files", "pixels", "progress", "data", "errors"},
     "evaluation": {

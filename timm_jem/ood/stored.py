@@ -13,6 +13,7 @@ from torch import Tensor
 from timm_jem.errors import InputError, check_number, one_line, quoted
 from timm_jem.files import as_path, replaced_file
 from timm_jem.model import JEM
+from timm_jem.noise import uniform_noise
 from timm_jem.ood.views import view
 
 __all__ = ["check", "probe", "read", "threshold", "write"]
@@ -104,7 +105,7 @@ def check(state: dict[str, Tensor], shapes: Mapping[str, str], jem: JEM) -> Tens
 
 def _probes(jem: JEM) -> Tensor:
     """A grey image, and two of noise: what a layer makes of the one alone tells little of it."""
-    noise = torch.rand(2, *jem.input_size, dtype=torch.float32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = uniform_noise((2, *jem.input_size), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     return jem.normalize(torch.cat([torch.zeros_like(noise[:1]), noise]))
 
 

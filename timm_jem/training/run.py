@@ -164,23 +164,22 @@ class Run:
                 accept(saved["extra"])
             if len(files) == world:
                 self._restore(saved["state"])
-                snapshots = _snapshots(saved)
             else:
-                snapshots = self._deal_out(saved, files)
+                self._deal_out(saved, files)
                 accelerator.print(
                     f"{checkpoint} was written with {len(files)} process{'es' * (len(files) > 1)} and goes on with {world}: "
                     "chains are dealt out anew, their randomness starts afresh, and a streamed data set goes on about where it "
                     "was"
                 )
             self.guard.load_state_dict(saved["guard"])
-            self.guard.snapshots = snapshots
+            self.guard.snapshots = _snapshots(saved)
             self.rollbacks = list(saved["rollbacks"])
         self.checkpoints.forget_after(self.step)
         accelerator.print(f"goes on from {checkpoint}, step {self.step}")
         return saved["extra"]
 
-    def _deal_out(self, saved: dict[str, Any], files: list[Path]) -> list[Snapshot]:
-        """Restore what another number of processes wrote, the snapshots first, which are returned."""
+    def _deal_out(self, saved: dict[str, Any], files: list[Path]) -> None:
+        """Restore what another number of processes wrote; the states in ``saved`` become those of this one."""
 
         def restore(of: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
             state = of(saved)
@@ -190,16 +189,12 @@ class Run:
                 self._process_seed() + 7919 * state["learner"]["step"],
             )
             self.stream.load_state_dict(state["stream"], old_world=len(files))
-            return copy_tree(self._state())
+            return self._state()
 
-        kept = [Snapshot(**one) for one in saved.get("snapshots", [])]
-        for number, snapshot in enumerate(kept):
-            if snapshot.state is not None:
-                snapshot.state = restore(lambda tree, number=number: tree["snapshots"][number]["state"])
-        present = restore(lambda tree: tree["state"])
-        for snapshot in kept:
-            snapshot.state = snapshot.state or present
-        return kept
+        for number, kept in enumerate(saved.get("snapshots", [])):
+            if kept["state"] is not None:
+                kept["state"] = copy_tree(restore(lambda tree, number=number: tree["snapshots"][number]["state"]))
+        saved["state"] = restore(lambda tree: tree["state"])
 
     def _take_older_checkpoint(self) -> None:
         """Keep the checkpoint before the only snapshot in its place, where there is one of as many processes."""
