@@ -167,7 +167,11 @@ def test_a_stream_stops_by_name(tmp_path):
         stream_of(tmp_path, set(range(0, 40, 3)))
 
 
-@pytest.mark.parametrize("content", [b"", b"no", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"GIF89a" + b"\0" * 20, b"BM" + b"\0" * 60])
+NO_IMAGES = [b"", b"no", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"GIF89a" + b"\0" * 20, b"BM" + b"\0" * 60]
+UNKNOWN_DDS = b"DDS " + (124).to_bytes(4, "little") + b"\0" * 120  # of a kind that Pillow's decoder has not
+
+
+@pytest.mark.parametrize("content", [*NO_IMAGES, UNKNOWN_DDS])
 def test_whatever_a_file_holds(tmp_path, content):
     cells = [{"bytes": content, "path": "odd.png"}, *pictures(11)]
     with pytest.raises(InputError, match=r"row 0 of split train \(odd\.png\) has an image that can't be decoded"):

@@ -120,10 +120,17 @@ def test_ordinary_text_stays_readable():
     assert inline("https://a.example/|") == "` https://a.example/¦ `"
 
 
+def test_results_are_of_no_other_set():
+    """Images without labels from the Hub beside a data set that isn't there."""
+    about = metadata(card({"dataset": "my_images", "dataset_id": None, "datasets": ["user/more"], "results": [RESULT]}))
+    assert (about.results[0].dataset_type, about.results[0].dataset_name) == ("other", "my_images")
+
+
 def test_what_a_card_knows():
     text = card(
         {
             "dataset": "cifar10",
+            "dataset_id": "cifar10",
             "datasets": ["cifar10", "user/more"],
             "base_model": "timm/resnet18.a1_in1k",
             "command": "accelerate launch recipes/train.py \\\n    --train.steps 7",

@@ -328,6 +328,13 @@ def test_rows_without_labels(tmp_path):
         load_splits(DataConfig(str(tmp_path / "rows.parquet"), unlabeled_rows=True))
 
 
+@pytest.mark.parametrize(("split", "told"), [("test", "test"), ("validation", "validation"), (None, "held out of train")])
+def test_what_test_images_are_is_told(tmp_path, split, told):
+    data = Dataset.from_parquet(save(tmp_path), cache_dir=str(tmp_path / "cache"))
+    DatasetDict({"train": data, **({} if split is None else {split: data})}).save_to_disk(str(tmp_path / "saved"))
+    assert load_splits(DataConfig(str(tmp_path / "saved"))).tested_on == told
+
+
 def test_a_second_set_without_labels(tmp_path):
     path = save(tmp_path, labels=[0, 1, 1, 2] * 3)
     grey = Dataset.from_dict({"picture": [PILImage.new("L", (30, 20), i) for i in range(7)]}, Features({"picture": Image()}))
@@ -338,6 +345,8 @@ def test_a_second_set_without_labels(tmp_path):
     assert splits.train.labels.tolist() == alone.train.labels.tolist() + [-1] * 7
     assert torch.equal(splits.train.images[:-7], alone.train.images)
     assert torch.equal(splits.train.images[-7:], torch.arange(7).byte().view(-1, 1, 1, 1).expand(-1, 3, 10, 10))
+    named = load_splits(DataConfig(path, unlabeled=f"{tmp_path / 'more'}?split=extra"))
+    assert torch.equal(named.train.images, splits.train.images)
     assert torch.equal(splits.labeled.images, alone.train.images)
     assert torch.equal(splits.class_frequencies, alone.class_frequencies)
     assert torch.equal(splits.test.images, alone.test.images)

@@ -2,6 +2,7 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -34,6 +35,14 @@ def test_what_was_fitted_is_read_back(fitted, tmp_path, name):
     assert torch.equal(again.predict(x), d.predict(x))
     assert repr(again) == repr(d)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_numbers_of_numpy_can_be_saved(fitted, tmp_path):
+    jem, x, _ = fitted
+    for name, options in (("knn", {"k": np.int64(3)}), ("react", {"percentile": np.float32(0.9)})):
+        d = Detector(jem, name, **options).fit(x, accept=np.float32(0.8))
+        d.save(tmp_path / "detector.safetensors")
+        assert Detector.load(tmp_path / "detector.safetensors", jem).options == d.options
 
 
 @pytest.mark.parametrize("name", METHODS)

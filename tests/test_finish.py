@@ -22,8 +22,10 @@ from timm_jem.training import Checkpoints, DivergenceGuard, Rollback, Run, check
 from timm_jem.training import finish as end
 from timm_jem.training.build import build_learner, build_stream
 from timm_jem.training.measure import in_batches
+from timm_jem.training.publish import _base_model
 from timm_jem.training.record import Record
 from timm_jem.training.run_folder import RunFolder
+from timm_jem.training.settings import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("precision_of_its_own")
 
@@ -211,3 +213,7 @@ def test_a_hub_that_says_no_loses_nothing(tmp_path, splits, monkeypatch):
     assert record.folder.finished(2) == 2
     pictures = {name: tmp_path / "run" / name for name in ("samples.png", "buffer.png")}
     assert asked == [("wrn_10_1 after 2 steps on digits", pictures)]
+
+
+def test_a_revision_is_no_part_of_the_base_model():
+    assert _base_model(ModelConfig("hf-hub:user/name@main")) == _base_model(ModelConfig("hf-hub:user/name")) == "user/name"

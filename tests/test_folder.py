@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import threading
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -162,6 +163,19 @@ def test_weights_alone_of_a_saved_model_are_said_to_be(jem, tmp_path, recwarn):
     timm_jem.create_model(f"local-dir:{folder}")
     timm_jem.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5)
     assert not recwarn
+
+
+@pytest.mark.parametrize("stated", ["cc-by-nc-4.0", None])
+def test_the_licence_of_what_is_loaded_is_that_of_its_weights(tmp_path, stated):
+    """timm's configuration of an architecture tells that of weights of its own."""
+    jem = timm_jem.create_model("wrn_10_1", input_size=(3, 8, 8), num_classes=3)
+    jem.provenance = {"license": stated}
+    jem.save_pretrained(tmp_path / "m")
+    for classes in (3, 5):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            further = timm_jem.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, num_classes=classes)
+        assert further.backbone.pretrained_cfg["license"] == stated
 
 
 @pytest.mark.parametrize("blocked", ["config.json", "model.safetensors", "replay_buffer.safetensors"])

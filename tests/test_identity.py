@@ -95,6 +95,19 @@ def test_an_encoder_of_another_version_makes_no_other_data():
     assert len({_content(cell) for cell in first}) == 10
 
 
+def test_a_palette_counts():
+    """The same indices are other images where the palette is another, or what of it is transparent."""
+
+    def saved(colours: list[int], **options) -> dict:
+        image, file = PILImage.new("P", (4, 4), 1), io.BytesIO()
+        image.putpalette(colours)
+        image.save(file, "png", **options)
+        return {"bytes": file.getvalue(), "path": None}
+
+    red, blue = [0, 0, 0, 255, 0, 0], [0, 0, 0, 0, 0, 255]
+    assert len({_content(cell) for cell in (saved(red), saved(blue), saved(red, transparency=0), saved(red))}) == 3
+
+
 def test_a_broken_one_is_named_when_it_is_decoded(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_jem import ObjectiveConfig, SGLDConfig
+from timm_jem import InputError, ObjectiveConfig, SGLDConfig
 from timm_jem.speed.iteration import bare_passes, build_run, iteration
-from timm_jem.speed.profile import KINDS, profile
+from timm_jem.speed.profile import KINDS, _kind, profile
 from timm_jem.speed.profile_plot import draw_profile
 from timm_jem.training import ModelConfig, Settings, TrainConfig
 from timm_jem.training.settings import ClassifierConfig
@@ -79,6 +81,28 @@ def test_a_profile_has_all_the_time(accelerator):
     assert float(lines[-1].split()[-1]) == pytest.approx(100, abs=3)
     assert "chains" in [text.get_text() for text in draw_profile(found, "a title").axes[0].get_yticklabels()]
     assert not {"draw", "loss"} & set(vars(run.learner.method))  # as it was
+
+
+def test_training_that_breaks_is_not_timed_as_other_training(accelerator):
+    run, _ = build_run(settings(lr=1e5, warmup_steps=0), SHAPE, accelerator)
+    stream = run.stream
+    with pytest.raises(InputError, match=r"^training broke on images of noise \(.+\): lower train.lr"):
+        profile(run, 9)
+    assert run.stream is stream
+    with pytest.raises(InputError, match="broke"):
+        for _ in range(9):
+            iteration(run)
+
+
+@pytest.mark.parametrize("activation", ["relu", "elu", "mish", "softplus", "hardtanh", "hardsigmoid", "silu"])
+def test_activations_are_counted_as_such(activation):
+    x = torch.randn(8, 16, 16, 16, requires_grad=True)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        loss = getattr(F, activation)(x)
+        torch.autograd.grad(loss, x, torch.ones_like(loss))
+    assert [e.name for e in profiler.events() if _kind(e) == "other operations" and e.self_cpu_time_total > 0] == [
+        "aten::ones_like"
+    ]
 
 
 def test_a_profile_needs_a_cpu(accelerator, monkeypatch):

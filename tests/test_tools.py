@@ -201,6 +201,10 @@ def test_energies_of_tensors_without_values():
     jem = wrn()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert jem.energy(mode.from_tensor(X)).shape == (4,)
+    moved = wrn().double()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert moved.energy(mode.from_tensor(X.double())).shape == (4,)
+    assert type(moved.mean) is type(moved.energy(X.double())) is torch.Tensor  # nothing of it stays
     torch.testing.assert_close(make_fx(lambda x: jem.energy(x))(X)(X), jem.energy(X))
 
 

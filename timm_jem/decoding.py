@@ -31,7 +31,7 @@ __all__ = [
 # What Pillow's decoders raise for files that aren't what they say.
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError),
-    *(struct.error, zlib.error, PILImage.DecompressionBombError),
+    *(RuntimeError, struct.error, zlib.error, PILImage.DecompressionBombError),
 )
 MODES = {1: "L", 3: "RGB"}  # by the number of channels
 _MOST_PIXELS = 2**26  # of an image that was enlarged: 200 MB

@@ -134,7 +134,10 @@ class JEM(nn.Module):
         told = [self.data_config.get(name) for name in ("mean", "std", "input_size")]
         key = (device, dtype, *(tuple(value) if isinstance(value, (list, tuple)) else value for value in told))
         if self._mean_std_of != key:
-            self._mean_std, self._mean_std_of = normalisation(self.data_config, device, dtype), key
+            made = normalisation(self.data_config, device, dtype)
+            if any(type(tensor) is not Tensor for tensor in made):  # fake ones, which must not stay
+                return made
+            self._mean_std, self._mean_std_of = made, key
         return self._mean_std
 
     @property

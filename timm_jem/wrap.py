@@ -17,6 +17,7 @@ from timm_jem.backbone import check_classifier, label_names, resolve_data_config
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import as_path
 from timm_jem.gaussians import STARTS_FILE, ClassGaussians
+from timm_jem.hub.provenance import license_id
 from timm_jem.hub.published_chains import CHAINS_FILE, PublishedChains
 from timm_jem.hub.reading import CONFIG_FILE, KEY, WEIGHTS_FILE, read_folder
 from timm_jem.hub.repository import check_reach, explained, fetch
@@ -108,17 +109,21 @@ def create_model(
         raise InputError(f"{quoted(name)} can't be built with these arguments{of_size} ({one_line(error)})") from error
     if not (pretrained or kwargs.get("checkpoint_path")):  # what timm says of its weights holds for no others
         backbone.pretrained_cfg = {key: value for key, value in backbone.pretrained_cfg.items() if key != "tag"}
-    if pretrained and (saved := _saved_jem(name, backbone.num_classes, kwargs)) is not None:
-        warnings.warn(
-            f"{name} is a joint energy model and these are its weights alone: timm_jem.from_pretrained({saved}) reads its "
-            "settings of chains, held-out reference, provenance, starts and published chains, too",
-            stacklevel=2,
-        )
+    if pretrained and (saved := _saved_jem(name, kwargs)) is not None:
+        arguments, config = saved
+        backbone.pretrained_cfg = {**backbone.pretrained_cfg, "license": _stated_license(config)}  # not the architecture's
+        if config.get("num_classes") == backbone.num_classes:
+            warnings.warn(
+                f"{name} is a joint energy model and these are its weights alone: timm_jem.from_pretrained({arguments}) reads "
+                "its settings of chains, held-out reference, provenance, starts and published chains, too",
+                stacklevel=2,
+            )
     return wrap(backbone, input_size=input_size, class_names=class_names, sgld=sgld)
 
 
-def _saved_jem(name: str, num_classes: int, kwargs: dict[str, Any]) -> str | None:
-    """Arguments of :func:`from_pretrained` for a joint energy model that timm has just read; None: it is another model."""
+def _saved_jem(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Arguments of :func:`from_pretrained` for a joint energy model that timm has just read, and its config.json; None: it is
+    another model."""
     source, _, place = name.partition(":")
     arguments = repr(place)
     if source == "local-dir":
@@ -132,7 +137,13 @@ def _saved_jem(name: str, num_classes: int, kwargs: dict[str, Any]) -> str | Non
     if not isinstance(file, (str, Path)):
         return None
     config = json.loads(Path(file).read_text(encoding="utf-8"))
-    return arguments if KEY in config and config.get("num_classes") == num_classes else None
+    return (arguments, config) if KEY in config else None
+
+
+def _stated_license(config: dict[str, Any]) -> str | None:
+    """The licence that a joint energy model states of its weights."""
+    provenance = config[KEY].get("provenance") if isinstance(config[KEY], dict) else None
+    return license_id(provenance.get("license")) if isinstance(provenance, dict) else None
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ class DataConfig:
             held out.
         unlabeled: a second data set, as ``dataset``, whose images join the unlabelled ones; its labels are ignored.
             ?image_column=NAME and ?config_name=NAME may follow, joined by &.
-        unlabeled_split: its split.
+        unlabeled_split: its split, where ``unlabeled`` names none.
         starts: another data set, as ``dataset``, at whose images chains start in training (DAT); its labels are ignored.
             ?split=NAME (if not train), ?image_column=NAME and ?config_name=NAME may follow, joined by &. The model then draws
             from the one Gaussian of these images; neither they nor the chains, which may show them, are published.

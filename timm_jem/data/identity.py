@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import ExifTags
 from PIL import Image as PILImage
 
 from timm_jem.data.images import ImageSet, evenly
@@ -79,8 +80,16 @@ def _content(stored: Mapping[str, Any] | None) -> bytes:
         data = str(path).encode()  # a file on the Hub
     elif data.startswith(b"\x89PNG") and len(data) <= _SMALL:
         with contextlib.suppress(UNREADABLE), PILImage.open(io.BytesIO(data)) as image:  # broken ones are named when decoded
-            data = f"{image.mode} {image.size} ".encode() + image.tobytes()
+            data = f"{image.mode} {image.size} ".encode() + image.tobytes() + _beside_pixels(image)
     return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _beside_pixels(image: PILImage.Image) -> bytes:
+    """What of a PNG makes other pixels of those that it stores; of most nothing."""
+    palette, transparent = image.getpalette("RGB") if image.mode == "P" else None, image.info.get("transparency")
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    told = [value for value, usual in ((palette, None), (transparent, None), (orientation, 1)) if value != usual]
+    return repr(told).encode() if told else b""
 
 
 def _digest(content: bytes) -> str:

@@ -67,6 +67,12 @@ class Splits:
         """Whether test images were held out of the train split, as those of ``val`` always are: there is no test split."""
         return self.test.parts[0][0] == self.val.parts[0][0]
 
+    @property
+    def tested_on(self) -> str:
+        """What test images are, for people: the name of their split, or of which they were held out."""
+        split = self.test.parts[0][0].removeprefix("split ")
+        return f"held out of {split}" if self.test_of_train else split
+
     def summary(self) -> str:
         """One line that says what was loaded, for people."""
         classes = f"{len(self.class_names)} classes"
@@ -221,22 +227,21 @@ def _split_stored(
         sets["test"] = ImageSet(test, image_column, classes, channels, size, f"split {test_split}", range(len(test)))
     if config.unlabeled is not None:
         asked = read_name(config.unlabeled)
+        split = asked.split or config.unlabeled_split
         named = ((asked.name, asked.config_name), (config.dataset, config.config_name))
         of_this = len({(os.path.realpath(name), which or "default") for name, which in named}) == 1
-        if of_this and (config.unlabeled_split in (config.train_split, test_split) or Path(asked.name).is_file()):
+        if of_this and (split in (config.train_split, test_split) or Path(asked.name).is_file()):
             raise InputError(
-                f"data unlabeled is split {config.unlabeled_split} of {config.dataset}, whose validation or test images would "
+                f"data unlabeled is split {split} of {config.dataset}, whose validation or test images would "
                 "be trained on: give other images, or labels_per_class"
             )
-        more = with_images(load(asked.name, asked.config_name, config.unlabeled_split, streaming=False), asked.image_column)
-        if config.unlabeled_split not in more:
-            raise InputError(
-                f"{asked.name} has no split {config.unlabeled_split!r}: choose unlabeled_split from {', '.join(more)}"
-            )
-        more = more[config.unlabeled_split]
+        more = with_images(load(asked.name, asked.config_name, split, streaming=False), asked.image_column)
+        if split not in more:
+            raise InputError(f"{asked.name} has no split {split!r}: choose unlabeled_split from {', '.join(more)}")
+        more = more[split]
         remedy = f"choose one, as {asked.name}?image_column=NAME"
         column = find_image_column(more.features, asked.name, asked.image_column, remedy)
-        name = f"{asked.name}, split {config.unlabeled_split}"
+        name = f"{asked.name}, split {split}"
         nothing = np.full(len(more), -1)
         sets["train"] = sets["train"].joined(ImageSet(more, column, nothing, channels, size, name, range(len(more))))
     sets, left_out = cache_small(sets, config.cache_gib, skip_broken=config.skip_broken)

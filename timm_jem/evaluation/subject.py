@@ -179,7 +179,7 @@ def load_subject(
         data=data,
         identity=identity,
         alike=alike,
-        split=data.test_split or "test",
+        split=splits.tested_on,
         held_out=held_out,
         warnings=[] if alike else [f"Temperature and typicality use {held_out}."],
         of_test=of_test,

@@ -120,7 +120,7 @@ def _metadata(repo_id: str, provenance: Provenance, weights_license: str | None,
             EvalResult(
                 task_type="image-classification",
                 task_name="Image Classification",
-                dataset_type=provenance.datasets[0] if provenance.datasets else "other",
+                dataset_type=provenance.dataset_id or "other",
                 dataset_name=provenance.dataset,
                 dataset_split=result.split,
                 metric_type=result.type,

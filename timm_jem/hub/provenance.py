@@ -75,7 +75,8 @@ class Provenance:
 
     Attributes:
         dataset: what it was trained on, for a reader: a Hub name, "digits", a folder or a file.
-        datasets: ids on the Hub of the data sets that were loaded from there.
+        dataset_id: its id on the Hub.
+        datasets: ids on the Hub of all data sets that were loaded from there, those of images without labels included.
         base_model: id on the Hub of the pretrained weights that training started from.
         license: the Hub's id of the weights' licence, such as "apache-2.0".
         command: what trained it.
@@ -95,6 +96,7 @@ class Provenance:
     """
 
     dataset: str | None
+    dataset_id: str | None
     datasets: tuple[str, ...]
     base_model: str | None
     license: str | None
@@ -135,12 +137,16 @@ class Provenance:
             raise InputError(
                 f"{where}['license'] is {quoted(data['license'])}: give the Hub's id of a licence, such as apache-2.0"
             )
+        ids = {
+            key: None if data.get(key) is None else _repository(data[key], f"{where}['{key}']")
+            for key in ("dataset_id", "base_model")
+        }
         return cls(
             dataset=_text(data, "dataset", where),
             datasets=tuple(
                 _repository(name, f"{where}['datasets'][{i}]") for i, name in enumerate(_list(data, "datasets", where))
             ),
-            base_model=None if data.get("base_model") is None else _repository(data["base_model"], f"{where}['base_model']"),
+            **ids,
             license=license_id(data.get("license")),
             command=_lines(_get(data, "command", str, where, "text") or "") or None,
             config=_get(data, "config", Mapping, where, "a dict") or {},

@@ -116,6 +116,7 @@ class Detector:
         """
         if accept is not None:
             check_number("accept", accept, above=0, most=1)
+            accept = float(accept)
         if not self.learns:
             threshold = None
             if accept is not None:

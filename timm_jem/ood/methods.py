@@ -43,7 +43,7 @@ class Method:
     options: Options = field(default_factory=dict)
 
     def chosen(self, name: str, options: Options) -> dict[str, Any]:
-        """Options with their defaults, checked.
+        """Options with their defaults, checked, and made plain numbers.
 
         Raises:
             InputError: an option that this method has not, or a value that it can't have.
@@ -58,11 +58,13 @@ class Method:
                 check_number(option, value, least=0, most=1)
                 if value == 1:
                     raise InputError(f"{option} is 1, which leaves nothing: give a share below 1")
+                chosen[option] = float(value)
             elif option == "variant":
                 if value not in ("ash-s", "ash-p", "ash-b"):
                     raise InputError(f"variant is {quoted(value)}: give ash-s, ash-p or ash-b")
             elif not (value is None and self.options[option] is None):
                 check_whole(option, value, 1)
+                chosen[option] = int(value)
         return chosen
 
 

@@ -13,6 +13,7 @@ from PIL.Image import fromarray
 from torch import Tensor
 
 from timm_jem.data import DataConfig, load_splits
+from timm_jem.errors import InputError
 from timm_jem.modes import batch_norms, frozen, in_eval_mode
 from timm_jem.training import Checkpoints, DivergenceGuard, Run, Settings, check_plan
 from timm_jem.training.build import build_learner, build_stream
@@ -56,9 +57,14 @@ def build_run(settings: Settings, image_shape: tuple[int, int, int], accelerator
 
 def iteration(run: Run) -> None:
     """An optimiser step, all of it: images, chains, loss, optimiser, moving average, and, as every tenth has it, the guard's
-    whole look."""
+    whole look.
+
+    Raises:
+        InputError: training broke: from there on its settings would be others.
+    """
     run.advance()
-    run.judge(whole=True)
+    if (broke := run.judge(whole=True)) is not None:
+        raise InputError(f"training broke on images of noise ({broke.reason}): lower train.lr, which changes no timing")
 
 
 def bare_passes(run: Run, *, bf16: bool) -> Callable[[], None]:

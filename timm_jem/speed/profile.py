@@ -1,7 +1,7 @@
 """Where the time of an iteration goes: PyTorch's profiler, summed by parts of the iteration and kinds of operations."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,13 @@ KINDS = {
     "convolution, forward": ("conv", "_conv", "mkldnn_conv", "thnn_conv", "slow_conv", "_slow_conv"),
     "matrix products": ("addmm", "mm", "bmm", "baddbmm", "linear", "mkldnn_linear", "matmul", "_scaled_dot", "scaled_dot"),
     "normalisation": ("native_batch_norm", "native_layer_norm", "native_group_norm", "batch_norm", "layer_norm", "group_norm"),
-    "activations": ("silu", "leaky_relu", "relu", "gelu", "threshold", "hardswish", "sigmoid", "tanh"),
+    "activations": (
+        *("silu", "leaky_relu", "relu", "prelu", "elu", "gelu", "mish", "softplus", "threshold", "sigmoid", "tanh"),
+        *("hardswish", "hardsigmoid", "hardtanh"),
+    ),
     "casts and copies": ("_to_copy", "copy_", "contiguous", "clone", "cat", "empty", "zero", "fill", "resize"),
     "noise": ("normal_", "uniform_", "exponential_", "randint", "random_", "bernoulli"),
-    "other operations": ("",),
+    (_OTHER := "other operations"): ("",),
     (_OUTSIDE := "outside operations"): (),
 }
 _PARTS = ("data", "chains", "loss", "backward", "optimiser", "moving average", "guard")
@@ -76,7 +79,7 @@ def profile(run: Run, rounds: int) -> Profile:
     marked = [(method, "draw", "chains"), (method, "loss", "loss"), (learner.accelerator, "backward", "backward")]
     marked += [(learner.optimizer, "step", "optimiser"), (run.guard, "observe", "guard"), (run.guard, "problem", "guard")]
     marked += [(learner.ema, "update", "moving average")] if learner.ema is not None else []
-    plain, run.stream = run.stream, _marked(run.stream)
+    plain, run.stream = run.stream, _Marked(run.stream)
     for thing, name, part in marked:
         setattr(thing, name, record_function(part)(getattr(thing, name)))
     try:
@@ -91,11 +94,18 @@ def profile(run: Run, rounds: int) -> Profile:
     return _summed(profiler.events(), rounds)
 
 
-def _marked(stream: Iterator[Any]) -> Iterator[Any]:
-    while True:
+class _Marked:
+    """A stream, with the time that it takes marked as that of data."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __next__(self) -> Any:
         with record_function("data"):
-            batch = next(stream)
-        yield batch
+            return next(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _summed(events: Iterable[FunctionEvent], rounds: int) -> Profile:
@@ -117,8 +127,11 @@ def _summed(events: Iterable[FunctionEvent], rounds: int) -> Profile:
 def _kind(event: FunctionEvent) -> str:
     if not event.name.startswith("aten::"):
         return _OUTSIDE
-    name = event.name.removeprefix("aten::")
-    if name == "convolution_backward":
+    if event.name == "aten::convolution_backward":
         _, weights, _ = event.concrete_inputs[-1]  # of which of input, weights and biases
         return _TO_WEIGHTS if weights else _TO_INPUT
-    return next(kind for kind, beginnings in KINDS.items() if name.startswith(beginnings))
+    kind = _OTHER
+    while kind == _OTHER and event is not None and event.name.startswith("aten::"):  # relu leaves its work to clamp_min, say
+        name, event = event.name.removeprefix("aten::"), event.cpu_parent
+        kind = next(kind for kind, beginnings in KINDS.items() if name.startswith(beginnings))
+    return kind

@@ -158,7 +158,7 @@ def _results(settings: Settings, splits: Splits, summary: dict[str, Any]) -> lis
             "name": name,
             "type": kind,
             "value": summary[f"test_{kind}"],
-            "split": "test",
+            "split": splits.tested_on,
             "n": len(splits.test),
             "protocol": f"{protocol}; seed {settings.train.seed}, {steps}, one run",
         }

@@ -65,6 +65,7 @@ def publishable(
     data, model = settings.data, settings.model
     jem.provenance = {
         "dataset": public_name(data.dataset),
+        "dataset_id": hub_id(data.dataset),
         "datasets": [name for source in (data.dataset, data.unlabeled, data.starts) if source and (name := hub_id(source))],
         "base_model": _base_model(model),
         "command": shlex.join([*_launcher(accelerator), "recipes/train.py", *record.command]),
@@ -102,7 +103,7 @@ def _base_model(model: ModelConfig) -> str | None:
     if elsewhere or not model.starts_pretrained:
         return None
     if model.has_source:
-        return model.name.partition(":")[2]
+        return model.name.partition(":")[2].partition("@")[0]  # a revision is no part of the id
     return timm.get_pretrained_cfg(model.name).hf_hub_id
 
 
