@@ -89,9 +89,6 @@ def test_training_that_breaks_is_not_timed_as_other_training(accelerator):
     with pytest.raises(InputError, match=r"^training broke on images of noise \(.+\): lower train.lr"):
         profile(run, 9)
     assert run.stream is stream
-    with pytest.raises(InputError, match="broke"):
-        for _ in range(9):
-            iteration(run)
 
 
 @pytest.mark.parametrize("activation", ["relu", "elu", "mish", "softplus", "hardtanh", "hardsigmoid", "silu"])
