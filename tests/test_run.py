@@ -21,6 +21,7 @@ from timm_jem.training import (
     Remedy,
     Rollback,
     Run,
+    load_tree,
     save_tree,
 )
 from timm_jem.training.state import copy_tree
@@ -369,6 +370,35 @@ def test_another_number_of_processes_goes_back_as_far(tmp_path):
         resumed.advance()
         assert resumed.judge(whole=True).to_step == (2 if stopped else step)
         assert weights_are(resumed, -(2 if stopped else step) * 0.125)
+
+
+def test_a_run_goes_on_on_another_kind_of_device(tmp_path, monkeypatch, capsys):
+    """Whose generators have states of another length: 16 bytes on CUDA."""
+    run = make_run(tmp_path)
+    run.snapshot()
+    advance(run, 3)
+    run.save({"told": 1})
+    old = run.learner.method.buffer.chains.clone()
+    load = load_tree
+
+    def elsewhere(file):
+        tree = load(file)
+        for state in [tree["state"], *(kept["state"] for kept in tree.get("snapshots", []) if kept["state"])]:
+            if "generator" in state["learner"]:
+                state["learner"]["generator"] = state["learner"]["buffer"]["generator"] = torch.zeros(16, dtype=torch.uint8)
+        return tree
+
+    monkeypatch.setattr("timm_jem.training.run.load_tree", lambda file: elsewhere(file) if "rank" in file.name else load(file))
+    again = make_run(tmp_path)
+    assert again.resume() == {"told": 1}
+    assert "was written on another kind of device and goes on on cpu: chains are dealt out anew" in capsys.readouterr().out
+    assert again.step == 3
+    for name, weights in run.learner.jem.state_dict().items():
+        assert torch.equal(again.learner.jem.state_dict()[name], weights)
+    new = again.learner.method.buffer.chains
+    assert sorted(map(tuple, new.flatten(1).tolist())) == sorted(map(tuple, old.flatten(1).tolist()))
+    spoil(again)
+    assert again.judge(whole=True).to_step == again.step == 0  # the snapshot that came with it is of this device now
 
 
 def test_cross_entropy_alone_is_told_no_remedies_of_chains(tmp_path):

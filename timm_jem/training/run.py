@@ -136,7 +136,7 @@ class Run:
     def resume(
         self, checkpoint: Path | None = None, accept: Callable[[dict[str, Any]], None] | None = None
     ) -> dict[str, Any] | None:
-        """Go on from a checkpoint, also one of another number of processes.
+        """Go on from a checkpoint, also one of another number of processes or kind of device.
 
         Args:
             checkpoint: None: the newest whole one.
@@ -162,14 +162,16 @@ class Run:
             saved = _read(checkpoint, files, accelerator.process_index if len(files) == world else 0)
             if accept is not None:
                 accept(saved["extra"])
-            if len(files) == world:
+            if len(files) == world and self._of_this_device(saved):
                 self._restore(saved["state"])
             else:
                 self._deal_out(saved, files)
+                before = f"with {len(files)} process{'es' * (len(files) > 1)} and goes on with {world}"
+                if len(files) == world:
+                    before = f"on another kind of device and goes on on {accelerator.device.type}"
                 accelerator.print(
-                    f"{checkpoint} was written with {len(files)} process{'es' * (len(files) > 1)} and goes on with {world}: "
-                    "chains are dealt out anew, their randomness starts afresh, and a streamed data set goes on about where it "
-                    "was"
+                    f"{checkpoint} was written {before}: chains are dealt out anew, their randomness starts afresh, and a "
+                    "streamed data set goes on about where it was"
                 )
             self.guard.load_state_dict(saved["guard"])
             self.guard.snapshots = _snapshots(saved)
@@ -178,8 +180,13 @@ class Run:
         accelerator.print(f"goes on from {checkpoint}, step {self.step}")
         return saved["extra"]
 
+    def _of_this_device(self, saved: dict[str, Any]) -> bool:
+        """Whether its generators go on in these: each kind of device has its own."""
+        return len(saved["state"]["learner"]["generator"]) == len(self.learner.generator.get_state())
+
     def _deal_out(self, saved: dict[str, Any], files: list[Path]) -> None:
-        """Restore what another number of processes wrote; the states in ``saved`` become those of this one."""
+        """Restore what another number of processes, or another kind of device, wrote; the states in ``saved`` become those of
+        this one."""
 
         def restore(of: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
             state = of(saved)
@@ -197,7 +204,7 @@ class Run:
         saved["state"] = restore(lambda tree: tree["state"])
 
     def _take_older_checkpoint(self) -> None:
-        """Keep the checkpoint before the only snapshot in its place, where there is one of as many processes."""
+        """Keep the checkpoint before the only snapshot in its place, where there is one of as many such processes."""
         checkpoint, _ = self.checkpoints.newest(before=self.guard.snapshots[0].step)
         if checkpoint is None or not is_current(checkpoint):
             return
@@ -205,6 +212,8 @@ class Run:
         if len(files) != accelerator.num_processes:
             return
         saved = _read(checkpoint, files, accelerator.process_index)
+        if not self._of_this_device(saved):
+            return
         step = saved["state"]["learner"]["step"]
         self.guard.load_state_dict(saved["guard"])
         self.guard.snapshots = _snapshots(saved)
