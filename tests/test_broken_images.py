@@ -187,6 +187,12 @@ def test_colours_that_are_none_of_a_screen_are_named(tmp_path, mode):
         load_splits(DataConfig(save(tmp_path, images=cells), channels=1))
 
 
+def test_sixteen_bits_of_a_pgm_become_eight():
+    levels = np.array([[0, 255, 256, 65535]], dtype=">u2")
+    cell = {"bytes": b"P5 4 1 65535\n" + levels.tobytes(), "path": None}
+    assert decode(cell, 1, (1, 4), "it").tolist() == [[[0, 0, 1, 255]]]
+
+
 def test_a_long_strip_is_not_enlarged_until_the_memory_is_full(tmp_path):
     buffer = io.BytesIO()
     PILImage.new("L", (600_000, 1)).save(buffer, "png")

@@ -217,3 +217,12 @@ def test_a_hub_that_says_no_loses_nothing(tmp_path, splits, monkeypatch):
 
 def test_a_revision_is_no_part_of_the_base_model():
     assert _base_model(ModelConfig("hf-hub:user/name@main")) == _base_model(ModelConfig("hf-hub:user/name")) == "user/name"
+
+
+def test_the_base_model_is_that_of_the_weights():
+    def base(**kwargs) -> str | None:
+        return _base_model(ModelConfig("resnet18", pretrained=True, kwargs=kwargs))
+
+    assert base() == "timm/resnet18.a1_in1k"
+    assert base(pretrained_cfg="tv_in1k") == "timm/resnet18.tv_in1k"
+    assert base(pretrained_cfg={"file": "weights.safetensors"}) is None

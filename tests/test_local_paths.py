@@ -69,6 +69,11 @@ def test_the_command_is_one_that_still_runs(tmp_path, monkeypatch):
     assert command("--an open", "'quote", "/home/me/x") == "--an open 'quote ./x"
 
 
+@pytest.mark.parametrize("told", ["clients/acme/photos", "clients/acme/photos/", "clients//acme/./photos"])
+def test_a_path_from_another_folder_is_cut_however_it_is_spelt(told):
+    assert command("--data.dataset", told) == "--data.dataset ./photos"
+
+
 def test_the_argument_is_left_alone():
     provenance = {"config": {"data": {"dataset": "/home/me/photos"}}}
     before = json.dumps(provenance)

@@ -29,7 +29,7 @@ def without_local_paths(provenance: Mapping[str, Any]) -> dict[str, Any]:
         flag, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
         unmarked = "/" in value and not value.startswith("recipes/") and not _WHOLE.match(value)
         there = value.endswith((".yaml", ".yml")) or Path(value).exists()
-        if unmarked and (there or value in ends):
+        if unmarked and (there or os.path.normpath(value) in ends):
             value = f"./{value}"
         elif "{" in value:  # arguments, of which one may be a path from the current folder
             value = _arguments(value, ends)

@@ -99,12 +99,14 @@ def _launcher(accelerator: Accelerator) -> list[str]:
 
 def _base_model(model: ModelConfig) -> str | None:
     """The Hub repository whose weights training started from."""
-    elsewhere = model.name.startswith("local-dir:") or "pretrained_cfg_overlay" in model.kwargs
+    told = model.kwargs.get("pretrained_cfg")  # a tag of timm's, or where weights are
+    elsewhere = model.name.startswith("local-dir:") or "pretrained_cfg_overlay" in model.kwargs or isinstance(told, dict)
     if elsewhere or not model.starts_pretrained:
         return None
     if model.has_source:
         return model.name.partition(":")[2].partition("@")[0]  # a revision is no part of the id
-    return timm.get_pretrained_cfg(model.name).hf_hub_id
+    name = model.name if told is None else f"{model.name.partition('.')[0]}.{told}"
+    return timm.get_pretrained_cfg(name).hf_hub_id
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
