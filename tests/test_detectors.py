@@ -152,6 +152,17 @@ def test_modes_of_autograd_change_nothing(small, context):
         assert not value.is_inference()
 
 
+def test_what_is_fitted_under_autocast_is_what_is_fitted_without(small):
+    jem, x, y = small
+    seen, names = survey(jem, x, y), [name for name, method in METHODS.items() if method.fit]
+    plain = [of_few_images(jem, name).fit_survey(seen) for name in names]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = [of_few_images(jem, name).fit_survey(seen) for name in names]
+    scores = score_all([*plain, *mixed], x)
+    for name, expected, found in zip(names, scores, scores[len(names) :], strict=False):
+        assert torch.equal(found, expected), name
+
+
 def test_half_precision(small):
     jem, x, y = small
     seen = survey(jem, x, y)

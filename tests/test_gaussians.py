@@ -152,7 +152,7 @@ def test_uint8_is_pixels():
     assert torch.equal(a.residual_std, b.residual_std)
 
 
-def test_neither_gradients_nor_the_default_dtype_matter():
+def test_neither_gradients_nor_autocast_nor_the_default_dtype_matter():
     images = low_rank_images().float()
     fitted, again = ClassGaussians.fit(images), ClassGaussians.fit(images.clone().requires_grad_())
     u = fitted((5, *SHAPE), generator=torch.Generator().manual_seed(0))
@@ -162,6 +162,9 @@ def test_neither_gradients_nor_the_default_dtype_matter():
     finally:
         torch.set_default_dtype(torch.float32)
     assert not again.means.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = ClassGaussians.fit(images)
+    assert torch.equal(mixed((5, *SHAPE), generator=torch.Generator().manual_seed(0)), u)
 
 
 def by_class() -> tuple[torch.Tensor, torch.Tensor]:

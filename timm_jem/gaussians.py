@@ -279,7 +279,8 @@ def _fit_one(images: Tensor, group: Tensor, most: int, explained: float) -> tupl
     count = min(len(group), _MAX_IMAGES, max(FEWEST_IMAGES, _MAX_NUMBERS // mean.numel()))
     evenly = group[torch.linspace(0, len(group) - 1, count, dtype=torch.float64).round().long()]
     centred = torch.cat([(_pixels(images, part) - mean).float().flatten(1) for part in evenly.split(_CHUNK)])
-    factors = _components(centred, min(most, count // FEWEST_IMAGES), explained)
+    with torch.autocast(centred.device.type, enabled=False):  # in half precision they would be others
+        factors = _components(centred, min(most, count // FEWEST_IMAGES), explained)
     # Some of the images may vary more than all of them do, in a pixel.
     total = variance.flatten().float()
     sum_of_squares = factors.square().sum(1).clamp(min=torch.finfo(total.dtype).tiny)

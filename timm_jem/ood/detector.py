@@ -149,7 +149,8 @@ class Detector:
         if self._method.labels and seen.y is None:
             raise InputError(f"{self.name} needs labels of the images: give batches of (x, y)")
         if self.learns:
-            with torch.inference_mode(False), torch.no_grad():
+            # What is surveyed is on the CPU. In half precision features would vary least in other directions.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
                 self.state = dict(self._method.fit(layer, seen, self.options))
                 self._score = self._method.score(layer, self.state, self.options)
         self.threshold, self.accept, self._probe = None, None, stored.probe(self.jem)
