@@ -8,6 +8,7 @@ import timm
 import torch
 from accelerate import Accelerator, cpu_offload, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
 from safetensors.torch import load_file
+from small_networks import SHAPE, Wells, in_pixels
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, freeze, unfreeze
 from torch import nn
@@ -221,3 +222,19 @@ def test_programs_can_be_made_of_it():
     assert torch.equal(torch.jit.trace(jem, X)(X), jem(X))
     compiled = torch.compile(lambda x: jem.energy(x), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), jem.energy(X))
+
+
+class Conditional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.jem = in_pixels(Wells())
+
+    def forward(self, x, y):
+        return self.jem.energy(x, y)
+
+
+def test_a_program_of_energies_with_labels_takes_any_number_of_images():
+    model, x, y = Conditional(), torch.zeros(7, *SHAPE), torch.arange(7) % 3
+    number = {0: torch.export.Dim("number", min=2)}
+    exported = torch.export.export(model, (x[:4], y[:4]), dynamic_shapes={"x": number, "y": number})
+    torch.testing.assert_close(exported.module()(x, y), model(x, y))

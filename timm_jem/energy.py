@@ -33,7 +33,7 @@ def energy(logits: Tensor, y: Tensor | None = None) -> Tensor:
     if not is_floats(logits) or logits.ndim != 2 or not logits.shape[1]:
         raise InputError(f"logits are {kind(logits)}: give floating-point f(x), shape (B, num_classes)")
     if y is not None:
-        if not is_labels(y, len(logits), logits):
+        if not is_labels(y, logits.shape[0], logits):
             raise InputError(f"y is {kind(y)} for logits of shape {tuple(logits.shape)}: give int64, shape ({len(logits)},)")
         if y.device.type == "cpu":
             check_label_values(y, logits.shape[1])

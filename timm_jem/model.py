@@ -599,4 +599,4 @@ class JEM(nn.Module):
     def _checked(self, x: Tensor, y: Tensor | None) -> Tensor | None:
         """Labels as int64, shape (B,), where ``x``, shape (B, C, H, W), is; None: there are none."""
         self._check_x(x)
-        return None if y is None else check_labels(y, len(x), self.num_classes, x.device)
+        return None if y is None else check_labels(y, x.shape[0], self.num_classes, x.device)  # torch.export would fix len(x)
