@@ -10,6 +10,7 @@ from timm_jem import InputError, SGLDConfig
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.evaluation.attacks import PGDConfig, margin, pgd, pixel_classifier
 from timm_jem.evaluation.refinement import RefinementConfig, refined_classifier
+from timm_jem.refinement import refine
 
 STILL = SGLDConfig(step_size=0.3, noise_std=0.0)
 NOISY = SGLDConfig(step_size=0.3, noise_std=0.1)
@@ -223,6 +224,14 @@ def test_refinement_of_a_gaussian_energy(noise_std):
     torch.testing.assert_close(found.mean(0), 0.2 + 0.8**3 * (x[0].flatten() - 0.2), atol=max(1e-6, 0.1 * noise_std), rtol=0)
     variance = noise_std**2 * (1 + 0.8**2 + 0.8**4)
     torch.testing.assert_close(found.var(0), torch.full((4,), variance), rtol=0.1, atol=1e-6)
+
+
+def test_a_gradient_goes_through_normalized_steps_also_where_the_energy_is_flat():
+    config = SGLDConfig(step_size=0.1, noise_std=0.0, normalize_grad=True)
+    u = torch.tensor([3.0, 0.01]).view(2, 1, 1, 1).expand(2, 1, 4, 4).requires_grad_(True)
+    v = refine(lambda u: torch.tanh(u.flatten(1).sum(1)), u, config, steps=1, create_graph=True)
+    torch.testing.assert_close(v, u - torch.tensor([0.0, 0.1]).view(2, 1, 1, 1))
+    torch.testing.assert_close(torch.autograd.grad(v.square().sum(), u)[0], 2 * v)  # the step is the same all around
 
 
 def test_refined_digits_are_likelier_and_still_themselves():

@@ -157,10 +157,12 @@ def _step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig, sca
 
 
 def _normalized(grad: Tensor) -> Tensor:
-    """Each image's gradient by its root mean square; one of zeros stays so."""
-    tiny, pixels = torch.finfo(grad.dtype).tiny, tuple(range(1, grad.ndim))
-    grad = grad / grad.abs().amax(pixels, keepdim=True).clamp(min=tiny)  # whose squares neither overflow nor vanish
-    return grad / grad.square().mean(pixels, keepdim=True).sqrt().clamp(min=tiny)
+    """Each image's gradient by its root mean square; one of zeros stays so, and has a derivative."""
+    pixels = tuple(range(1, grad.ndim))
+    largest = grad.abs().amax(pixels, keepdim=True)
+    zeros = largest == 0
+    grad = grad / largest.masked_fill(zeros, 1)  # whose squares neither overflow nor vanish
+    return grad / grad.square().mean(pixels, keepdim=True).masked_fill(zeros, 1).sqrt()
 
 
 def sgld(
