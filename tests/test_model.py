@@ -427,6 +427,8 @@ def test_fixed_input_sizes_are_checked():
     assert jem.sample(1, num_steps=1).shape == (1, 3, 64, 64)
     with pytest.raises(InputError, match="resize"):
         jem.energy(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(InputError, match=r"pixels have shape \(1, 3, 32, 32\): give \('B', 3, 64, 64\)"):
+        jem.pixel_energy(torch.zeros(1, 3, 32, 32))
 
 
 def test_half_precision_weights(jem):

@@ -251,7 +251,10 @@ class JEM(nn.Module):
         Raises:
             InputError: pixels of another shape or type, or labels that are not int64, shape (B,).
         """
-        if is_floats(u) and (u.ndim != 4 or u.shape[1] != self.input_size[0] or 0 in u.shape[2:]):
+        if is_floats(u) and (
+            (u.ndim != 4 or u.shape[1] != self.input_size[0] or 0 in u.shape[2:])
+            or (self.fixed_input_size and u.shape[1:] != self.input_size)
+        ):
             raise InputError(f"pixels have shape {tuple(u.shape)}: give {('B', *self.input_size)}")
         return energy(self._logits(self.normalize(u)), y)
 
