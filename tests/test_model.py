@@ -337,6 +337,8 @@ def bad_input(jem):
         "rank": (lambda: jem.energy(x[0]), r"shape \(3, 32, 32\)"),
         "channels": (lambda: jem.energy(x[:, :1]), r"\(B, 3, 32, 32\)"),
         "dtype": (lambda: jem.score(x.byte()), "uint8"),
+        "channels of pixels": (lambda: jem.normalize(x[:, :1]), r"\(2, 1, 32, 32\): give 3 channels, \('B', 3, 32, 32\)"),
+        "channels of input": (lambda: jem.denormalize(x[:, :1]), "give 3 channels"),
         "range": (lambda: jem.energy(torch.full_like(x, 200.0)), r"\[-1, 1\]"),
         "no tensor": (lambda: jem.energy([1.0]), "list"),
         "y shape": (lambda: jem.energy(x, torch.tensor([1])), r"y has shape \(1,\)"),

@@ -258,10 +258,11 @@ NOT_IMAGES = [
 
 @pytest.mark.parametrize(("images", "message"), NOT_IMAGES, ids=range(len(NOT_IMAGES)))
 def test_what_is_no_image_is_one_line(jem, images, message):
-    with pytest.raises(InputError, match=message) as error:
-        jem.predict(images)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 500
+    for call in (jem.predict, jem.model_input):
+        with pytest.raises(InputError, match=message) as error:
+            call(images)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "8"])

@@ -140,6 +140,13 @@ class JEM(nn.Module):
             self._mean_std, self._mean_std_of = made, key
         return self._mean_std
 
+    def _normalisation_of(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        channels = self.input_size[0]
+        if images.ndim > 2 and images.shape[-3] != channels:  # one channel would become all of them
+            raise InputError(f"images have shape {tuple(images.shape)}: give {channels} channels, {('B', *self.input_size)}")
+        mean, std = self._normalisation()
+        return mean.to(images.device), std.to(images.device)
+
     @property
     def mean(self) -> Tensor:
         """Of the backbone's input, [0, 1] pixel units, shape (1, C, 1, 1), on the weights' device."""
@@ -204,14 +211,14 @@ class JEM(nn.Module):
         """Pixels in [-1, 1] to model input: (u − (2·mean − 1)) / (2·std); the identity for mean = std = 0.5."""
         if not is_floats(u):
             raise InputError(f"pixels are {kind(u)}: give floating-point ones in [-1, 1], e.g. images / 127.5 - 1")
-        mean, std = (values.to(u.device) for values in self._normalisation())
+        mean, std = self._normalisation_of(u)
         return ((u - (2 * mean - 1)) / (2 * std)).to(self.dtype)
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Model input to pixels in [-1, 1]: the inverse of :meth:`normalize`."""
         if not is_floats(x):
             raise InputError(f"x is {kind(x)}: give floating-point model input")
-        mean, std = (values.to(x.device) for values in self._normalisation())
+        mean, std = self._normalisation_of(x)
         return x * (2 * std) + (2 * mean - 1)
 
     def energy(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -318,8 +325,10 @@ class JEM(nn.Module):
         return self.predictor().predict(images, batch_size=batch_size)
 
     def model_input(self, images: Any) -> Tensor:
-        """Images, as :meth:`predict` takes them, as model input, shape (B, C, H, W), on the model's device."""
-        return self.predictor().model_input(images).to(self.device)
+        """Images, as :meth:`predict` takes them, as model input, shape (B, C, H, W), on the model's device; errors as there."""
+        x = self.predictor().model_input(images)
+        self._check_x(x)
+        return x.to(self.device)
 
     def predictor(self) -> Predictor:
         """What predicts as the model is now, also a stream of images."""

@@ -88,7 +88,11 @@ class Predictor:
         return found[0] if alone else found
 
     def model_input(self, images: Any) -> Tensor:
-        """The images as the model takes them, shape (B, C, H, W), on the CPU; arguments and errors as :meth:`predict`'s."""
+        """The images as the model takes them, shape (B, C, H, W); what is given as such is not checked.
+
+        Raises:
+            InputError: as :meth:`inputs`, no images, or model input of several shapes.
+        """
         items, _ = _items(images)
         batches = list(self.inputs(items, batch_size=max(1, len(items))))
         if len(batches) != 1:
