@@ -331,6 +331,18 @@ def test_models_that_are_not_timms():
             assert len(looked) < 4  # at the first batch
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_last_layer_that_can_not_be_copied_is_named():
+    jem, x, _ = random_network("test_resnet", n=20)
+    torch.nn.utils.weight_norm(jem.backbone.get_classifier())
+    jem(x)
+    for name in (name for name, method in METHODS.items() if method.layer):
+        with pytest.raises(InputError, match=r"of test_resnet can't be copied \(Only Tensors .*\): use a detector") as error:
+            detector(jem, name)
+        assert "\n" not in str(error.value)
+    assert detector(jem, "knn", k=1).fit(x).score(x).isfinite().all()
+
+
 def test_models_without_weights_that_are_finite_are_refused(small):
     jem, x, y = random_network("test_resnet", n=20)
     torch.nn.init.constant_(jem.backbone.fc.bias, torch.nan)

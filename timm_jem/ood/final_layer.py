@@ -35,7 +35,10 @@ class FinalLayer(nn.Module):
         found = tuple(found) if isinstance(found, (tuple, list, nn.ModuleList)) else (found,)
         if not found or not all(isinstance(head, nn.Module) for head in found):
             raise InputError(f"{self.name} has no final layer that get_classifier() gives: {self._others}")
-        self.heads = copy.deepcopy(nn.ModuleList(found)).float().eval().requires_grad_(False)
+        try:
+            self.heads = copy.deepcopy(nn.ModuleList(found)).float().eval().requires_grad_(False)
+        except RuntimeError as error:  # of weights that are computed, as those of torch.nn.utils.weight_norm
+            raise InputError(f"the final layer of {self.name} can't be copied ({one_line(error)}): {self._others}") from error
 
     _others = "use a detector that shapes neither features nor weights, e.g. energy, knn or mahalanobis"
 
