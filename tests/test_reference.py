@@ -106,6 +106,8 @@ def test_energies_at_which_chains_rest():
     for reference, y in ((Reference.read(GOOD), 0), (found, 2)):
         with pytest.raises(InputError, match="call fit_reference"):
             reference.at(0.5, torch.tensor([y]))
+    with pytest.raises(InputError, match="label -1: give 0 to 1"):
+        found.at(0.5, torch.tensor([-1, 1]))
 
 
 def mostly_right(jem):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, check_number, check_whole, quoted
-from timm_jem.inputs import batches_of, check_labels, of_batch
+from timm_jem.inputs import batches_of, check_label_values, check_labels, of_batch
 from timm_jem.temperature import at_bound, best_temperature
 
 __all__ = ["Reference", "accepting", "fit"]
@@ -110,14 +110,15 @@ class Reference:
             y: classes, int64, shape (B,). A class's is its own median plus the spread of all, so that few images tell it.
 
         Raises:
-            InputError: classes, and there are no medians, or fewer.
+            InputError: classes, and there are no medians, or fewer; or classes below 0.
         """
         levels = np.linspace(0, 1, _LEVELS)
         if y is None:
             return torch.tensor(np.interp(share, levels, self.quantiles), dtype=torch.float32)
         if self.medians is None or (len(y) and int(y.max()) >= len(self.medians)):
             raise InputError("the held-out images had no labels, or of fewer classes: call fit_reference with this model's")
-        return torch.tensor(self.medians)[y.cpu()] + float(np.interp(share, levels, self.spread))
+        check_label_values(y := y.cpu(), len(self.medians))
+        return torch.tensor(self.medians)[y] + float(np.interp(share, levels, self.spread))
 
     def percentiles(self, energies: Tensor) -> list[float]:
         """How many of the held-out images have at most each energy, %, shape (B,): 100 is beyond all of them.
