@@ -456,6 +456,11 @@ def test_chains_to_publish_are_pixels(u, labels, message):
         PublishedChains.of_pixels(u, labels)
 
 
+def test_chains_of_no_file_are_named():
+    with pytest.raises(InputError, match=r"there is no file gone\.safetensors: give"):
+        PublishedChains.load("gone.safetensors", (1, 8, 8), 3)
+
+
 def test_chains_in_any_layout_are_saved_and_another_head_refuses_them(jem, tmp_path):
     images = torch.randint(256, (1, 8, 8, 5), dtype=torch.uint8).permute(3, 0, 1, 2)
     jem.chains = PublishedChains(images, torch.arange(10).remainder(3)[::2])

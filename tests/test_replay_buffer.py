@@ -36,6 +36,15 @@ def test_a_draw_is_a_copy():
     assert torch.equal(buffer.chains, before)
 
 
+def test_one_that_is_made_in_inference_mode_is_as_any_other():
+    with torch.inference_mode():
+        buffer = make(num_classes=5)
+    u, slots = buffer.draw(20)
+    buffer.put(slots, u + 1)
+    assert torch.equal(buffer.chains[slots], u + 1)
+    buffer.load_state_dict(make(num_classes=5).state_dict())
+
+
 def test_every_slot_is_drawn_equally_often():
     buffer = make(capacity=10)
     counts = torch.zeros(10)

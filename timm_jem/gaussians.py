@@ -98,9 +98,11 @@ class ClassGaussians:
         """Read them for a model of these images and classes.
 
         Raises:
-            InputError: a file that is broken, too large, or of other images or classes, or that holds NaN.
+            InputError: a file that is missing, broken, too large, or of other images or classes, or that holds NaN.
         """
         file = Path(file)
+        if not file.is_file():
+            raise InputError(f"there is no file {file}: give one that ClassGaussians.save wrote")
         if file.stat().st_size > MAX_STARTS_BYTES:
             raise InputError(f"{file.name} is larger than {_MAX_BYTES >> 20} MiB: remove it, and chains start from noise")
         try:

@@ -80,8 +80,9 @@ class ReplayBuffer:
         self.init, self.generator, self.num_classes = init, generator, num_classes
         self.restart_prob, self.restart_least = restart_prob, restart_least
         self.host_generator = torch.Generator().manual_seed(generator.initial_seed())
-        self.labels = None if num_classes is None else _slot_classes(capacity, num_classes, device)
-        self.chains = self._fresh((capacity, *image_shape), torch.device(device), self.labels)
+        with torch.inference_mode(False):  # outside of which nothing may be put into what is made in it
+            self.labels = None if num_classes is None else _slot_classes(capacity, num_classes, device)
+            self.chains = self._fresh((capacity, *image_shape), torch.device(device), self.labels)
 
     def _fresh(self, shape: tuple[int, ...], device: torch.device, y: Tensor | None) -> Tensor:
         chains = self.init(shape, generator=self.generator, device=device, y=y)

@@ -140,9 +140,11 @@ class PublishedChains:
         """Read them for a model of these images and classes.
 
         Raises:
-            InputError: a file that is broken, too large, or of other images or classes.
+            InputError: a file that is missing, broken, too large, or of other images or classes.
         """
         file = Path(file)
+        if not file.is_file():
+            raise InputError(f"there is no file {file}: give one that PublishedChains.save wrote")
         if file.stat().st_size > MAX_FILE_BYTES:
             raise InputError(f"{file.name} is larger than {MAX_FILE_BYTES >> 20} MiB: load the model with replay_buffer=False")
         try:
