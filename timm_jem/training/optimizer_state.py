@@ -33,10 +33,11 @@ class OptimizerState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors are live: copy them."""
-        state = self.optimizer.state_dict()["state"]
+        whole = self.optimizer.state_dict()
         return {
             "kind": type(self.optimizer).__name__,
-            "state": {self.names[i]: of_parameter for i, of_parameter in state.items()},
+            "state": {self.names[i]: of_parameter for i, of_parameter in whole["state"].items()},
+            "rest": {name: value for name, value in whole.items() if name not in ("state", "param_groups")},  # Kron's generator
             "groups": [
                 {"names": names, "initial": initial, "now": _told(group)}
                 for group, names, initial in zip(self.optimizer.param_groups, self._names(), self.initial, strict=True)
@@ -70,7 +71,7 @@ class OptimizerState:
             self._check_fits(saved["state"])
         state = {i: saved["state"][name] for i, name in enumerate(self.names) if name in saved["state"]}
         # It keeps what it is given, and would change it.
-        self.optimizer.load_state_dict(copy_tree({"state": state, "param_groups": groups}))
+        self.optimizer.load_state_dict(copy_tree({**saved.get("rest", {}), "state": state, "param_groups": groups}))
         for parameter, of_parameter in self._state().items():
             for name, value in of_parameter.items():
                 if isinstance(value, Tensor) and value.ndim and value.shape == local(parameter).shape:
