@@ -30,6 +30,7 @@ from timm_jem.stability.record import Record, SeedRun, slug
 from timm_jem.stability.results import LAST_LINES
 from timm_jem.stability.table import events, figures_of, table
 from timm_jem.training import parse_settings
+from timm_jem.training.parsing import joined
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.shell import one_line_errors
 
@@ -106,7 +107,7 @@ def read_variants(path: str | None, flags: list[str]) -> dict[str, list[str]]:
                 f"variants {path}: the flags of {name!r} aren't as in a shell ({error}): {one_line(text)}"
             ) from error
     common = words.pop("common", [])
-    return {name: [*common, *flags, *own] for name, own in words.items()}
+    return {name: joined(joined(common, flags), own) for name, own in words.items()}
 
 
 def plan(config: StabilityConfig, variants: dict[str, list[str]]) -> tuple[list[SeedRun], dict[str, dict[str, Any]]]:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from timm_jem import InputError, ReplayBuffer, uniform_noise
-from timm_jem.training import Remedy, Rollback, Settings, TrainConfig
+from timm_jem.training import Remedy, Rollback, Settings, TrainConfig, parse_settings
 from timm_jem.training.record import Record, _flat
 from timm_jem.training.run_folder import RunFolder
 
@@ -44,6 +44,16 @@ def test_an_opened_record_has_settings_and_metrics_alone(tmp_path):
     assert sorted(os.listdir(tmp_path / "a")) == ["config.yaml", "metrics.jsonl"]
     assert (tmp_path / "a" / "config.yaml").read_text() == (f"# 1 process on cpu, precision no\n{record.settings.as_yaml()}")
     assert lines(tmp_path / "a") == []
+
+
+def test_steps_that_a_run_was_told_later_are_those_of_its_command(tmp_path):
+    first, then = make(tmp_path / "a", ["--train.epochs", "1"]), make(tmp_path / "b", ["--train.steps=7"])
+    first.open(0)
+    then.load_state_dict(first.state_dict())
+    first.close()
+    assert then.command == ["--train.epochs", "1", "--train.epochs", "null", "--train.steps=7"]
+    told, _ = parse_settings(["--data.dataset", "digits", *then.command])
+    assert (told.train.steps, told.train.epochs) == (7, None)
 
 
 def test_metrics_are_lines_of_json(tmp_path):

@@ -323,6 +323,13 @@ def test_the_hostile_settings_are_settings():
     assert json.loads(kwargs) == {"act_layer": "silu", "norm_layer": "batchnorm2d"}
 
 
+def test_steps_of_a_variant_override_epochs_of_all(tmp_path):
+    (tmp_path / "v.yaml").write_text("common: --train.epochs 5\nlong: ''\nshort: --train.steps 100\nonce: --train.epochs 1\n")
+    _, told = stability.plan(stability.StabilityConfig(), stability.read_variants(str(tmp_path / "v.yaml"), []))
+    assert {name: settings["train"]["epochs"] for name, settings in told.items()} == {"long": 5, "short": None, "once": 1}
+    assert told["short"]["train"]["steps"] == 100
+
+
 def test_ten_times_is_ten_times():
     """What a variant's name says holds beside the settings that it varies."""
     shipped, _ = parse_settings([], stability.DIGITS_CONFIG)

@@ -10,7 +10,7 @@ from timm_jem.command_line import Flag, make_parser, names_of, parse_flags, read
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.settings import Settings
 
-__all__ = ["parse_settings", "settings_of"]
+__all__ = ["joined", "parse_settings", "settings_of"]
 
 
 def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple[Settings, list[str]]:
@@ -47,6 +47,16 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
             settings.train = replace(settings.train, mixed_precision=had)
             repeated += ["--train.mixed_precision", had]
     return settings, repeated
+
+
+def joined(before: Sequence[str], later: Sequence[str]) -> list[str]:
+    """The words of flags, and those that override them: epochs of ``before`` are taken back where ``later`` tells steps."""
+    first, then = ({word.partition("=")[0] for word in words} for words in (before, later))
+    taken_back = []
+    for section in ("--train", "--classifier"):
+        if f"{section}.epochs" in first - then and f"{section}.steps" in then:
+            taken_back += [f"{section}.epochs", "null"]
+    return [*before, *taken_back, *later]
 
 
 def settings_of(run: RunFolder) -> Settings:

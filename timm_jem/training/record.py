@@ -21,6 +21,7 @@ from timm_jem.hub.local_paths import without_local_paths
 from timm_jem.model import JEM
 from timm_jem.progress import tqdm
 from timm_jem.replay_buffer import ReplayBuffer
+from timm_jem.training.parsing import joined
 from timm_jem.training.resume import differences, refuse_changes
 from timm_jem.training.run import Rollback
 from timm_jem.training.run_folder import RunFolder
@@ -265,7 +266,7 @@ class Record:
         self.best = broadcast_object_list([there])[0][: self.settings.train.best_k]
         self.seconds = state["seconds"]
         if self.command != state["command"]:
-            self.command = [*state["command"], *self.command]  # what was said later overrides
+            self.command = joined(state["command"], self.command)
         if state["push_to"] is not None and self.settings.hub.push_to is None:
             self.accelerator.print(f"note: nothing will be pushed; the run was: give --hub.push_to {state['push_to']} again")
         self._metrics_bytes = broadcast_object_list([state["metrics_bytes"]])[0]
