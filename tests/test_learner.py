@@ -280,6 +280,15 @@ def test_a_model_of_chains_that_grow_has_the_length_that_remedies_gave_them():
     assert learner.published().sgld.num_steps == 2
 
 
+def test_a_model_of_chains_that_grow_by_the_clock_has_the_length_of_the_last_step():
+    learner = make(ramp_from=1, ramp_steps=2)
+    lengths = [learner.published().sgld.num_steps]
+    for _ in range(3):
+        train(learner, 1)
+        lengths.append(learner.published().sgld.num_steps)
+    assert lengths == [1, 1, 2, learner._sgld.num_steps]
+
+
 def test_the_gradients_norm_is_what_tells_of_a_broken_gradient():
     learner = make(grad_clip=0.0)
     learner.jem.backbone.fc.bias.register_hook(lambda grad: grad * float("nan"))

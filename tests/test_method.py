@@ -274,7 +274,7 @@ def test_chains_grow_with_what_is_told_apart():
     assert told == [1] * 8 + [2] * 8 + [3] * 4
     data, neg = jem.pixel_energy(u, y), jem.pixel_energy(drawn.u_neg, y)
     assert float(drawn.info["auc"]) == pytest.approx(float((neg[:, None] > data).double().mean()))
-    assert method.adapted(sgld).num_steps == 3
+    assert method.adapted(sgld, 20).num_steps == 3
     again = MaximumLikelihood(jem, buffer, sgld=sgld, objective=ObjectiveConfig(), ramp_auc=0.0)
     again.load_state_dict(method.state_dict())
     assert again.sgld_at(0, Remedy()).num_steps == 3

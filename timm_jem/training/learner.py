@@ -87,8 +87,8 @@ class Learner:
         without ``rest``: energies of held-out images to rest at are known at the end.
         """
         jem = self._as_saved if self.ema is None else self.ema.module
-        adapted = getattr(self.method, "adapted", lambda sgld: sgld)
-        jem.sgld = replace(self.remedy.chains(adapted(self._sgld)), rest=None)
+        adapted = getattr(self.method, "adapted", lambda sgld, step: sgld)
+        jem.sgld = replace(self.remedy.chains(adapted(self._sgld, self.step)), rest=None)
         return jem
 
     def iterate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -59,8 +59,8 @@ class Method(Protocol):
         buffer: persistent chains, which the learner saves, reseeds and deals out; None: there are none.
 
     It may also have ``heeds``, names of those parts of a :class:`timm_jem.training.Remedy` that reach it, so that a run
-    changes, and tells of, no others; and ``adapted``, which puts what training found into the settings by which the model
-    draws.
+    changes, and tells of, no others; and ``adapted(sgld, step)``, which puts what training found in ``step`` steps into
+    the settings by which the model draws.
     """
 
     watched: Sequence[str]
@@ -270,11 +270,11 @@ class MaximumLikelihood:
         config = replace(self.sgld, num_steps=self.ramp.num_steps(step), jitter=0)
         return remedy.chains(config)
 
-    def adapted(self, sgld: SGLDConfig) -> SGLDConfig:
-        """``sgld`` with the step size that training came to, and no longer chains than it had."""
-        scale = self.step_size.scale
-        if self.ramp.auc is not None:
-            sgld = replace(sgld, num_steps=min(sgld.num_steps, self.ramp.num_steps(0)))
+    def adapted(self, sgld: SGLDConfig, step: int) -> SGLDConfig:
+        """``sgld`` with the step size that training came to by ``step``, and no longer chains than it had while they grow."""
+        scale, longest = self.step_size.scale, self.ramp.num_steps(max(step - 1, 0))
+        if longest < self.ramp.last:
+            sgld = replace(sgld, num_steps=min(sgld.num_steps, longest))
         return sgld if scale is None else replace(sgld, step_size=sgld.step_size * float(scale))
 
     def state_dict(self) -> dict[str, Any]:
