@@ -433,6 +433,13 @@ def test_held_out_images_that_are_all_right_tell_no_temperature(model, loaded, t
         assert (told in found.warnings) == (len(columns) == 1)
 
 
+@pytest.mark.parametrize(("name", "least"), [("curve_samples", 2), ("real_images", 5)])
+def test_fewer_images_than_distances_need_are_refused_at_once(name, least):
+    assert getattr(EvaluationConfig(**{name: least}), name) == least
+    with pytest.raises(InputError, match=f"{name} is {least - 1}"):
+        EvaluationConfig(**{name: least - 1})
+
+
 @pytest.mark.parametrize("ran_away", [False, True])
 def test_chains_are_seen_to_be_near_legible_diverse_and_level(model, loaded, tmp_path, monkeypatch, ran_away):
     splits, judges, found = load_splits(DataConfig()), [], Measured("Generation")

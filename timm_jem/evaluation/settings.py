@@ -153,6 +153,7 @@ class EvaluationConfig:
                 setattr(self, name, value)
         least: dict[str, Any] = dict.fromkeys(PRESETS[self.preset], 1)
         least |= {"auto_attack_images": 0, "refinement_steps": 0, "batch_size": 1, "samples": 20}
+        least |= {"curve_samples": 2, "real_images": 5}  # fewer have no covariance, and no third-nearest neighbour
         for name, value in least.items():
             check_whole(name, getattr(self, name), value)
         check_whole("seed", self.seed, 0, 2**31 - 1)
