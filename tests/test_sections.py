@@ -440,6 +440,16 @@ def test_fewer_images_than_distances_need_are_refused_at_once(name, least):
         EvaluationConfig(**{name: least - 1})
 
 
+def test_chains_without_noise_have_no_curve_against_their_length(model, loaded, tmp_path):
+    whole, found = replace(loaded, model=load_model(str(model))), Measured("Generation")
+    whole.model.sgld = replace(whole.model.sgld, num_steps=2, sample_steps=2, denoise_steps=3)
+    whole.extractors = load_extractors(["pixels"], input_size=(1, 8, 8))
+    config = EvaluationConfig(samples=20, curve_samples=10, longest_chain=3)
+    generation_section.generation_section(whole, config, Section(found, tmp_path))
+    assert any("chains of up to 3 steps are free of noise" in warning for warning in found.warnings)
+    assert "Distance to the nearest training image" in {result.table for result in found.results}
+
+
 @pytest.mark.parametrize("ran_away", [False, True])
 def test_chains_are_seen_to_be_near_legible_diverse_and_level(model, loaded, tmp_path, monkeypatch, ran_away):
     splits, judges, found = load_splits(DataConfig()), [], Measured("Generation")

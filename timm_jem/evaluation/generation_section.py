@@ -199,6 +199,11 @@ def _lengths(
     own, k = jem.sgld.sample_steps or jem.sgld.num_steps, jem.sgld.num_steps
     candidates = {k, own} | {k * 2**i for i in range(20)} | {config.longest_chain}
     steps = sorted(n for n in candidates if jem.sgld.denoise_steps < n <= max(config.longest_chain, own))
+    if not steps:
+        return section.warn(
+            f"No curves against chain length: chains of up to {max(config.longest_chain, own)} steps are free of noise, as the "
+            f"last {jem.sgld.denoise_steps} of longer ones are: give a larger longest_chain."
+        )
     classes = torch.arange(count) % jem.num_classes
 
     def seen(images: Tensor, asked: Tensor) -> tuple[float, Tensor, float]:
