@@ -35,7 +35,7 @@ from timm_jem.training import (
 )
 from timm_jem.training.build import build_learner, build_stream, keep_source, workers_of
 from timm_jem.training.cadence import Cadence, stop_signals
-from timm_jem.training.classifier import AS_TOLD, classifier_settings
+from timm_jem.training.classifier import AS_TOLD, as_told, classifier_settings
 from timm_jem.training.finish import finish
 from timm_jem.training.measure import measure
 from timm_jem.training.processes import is_sharded
@@ -83,16 +83,21 @@ def main(argv: list[str]) -> None:
         command += ["--train.mixed_precision", settings.train.mixed_precision]
     first = None if goes_on else classifier_settings(settings)
     if first is not None:
-        steps = planned(first, splits, accelerator).train.steps
-        if folder.config_file.is_file() and folder.classifier.finished(steps) is not None:
+        plan = planned(first, splits, accelerator)
+        if folder.config_file.is_file() and folder.classifier.finished(plan.train.steps) is not None:
             refuse_changes(settings_of(folder).sections(), settings, section="classifier")
+        built = None  # its memory is the classifier's meanwhile
+        try:
+            built = build(plan, splits, accelerator, kept=folder.classifier.backbone)
+        except InputError as error:
+            raise InputError(as_told(str(error))) from error
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)
     with folder.claimed(accelerator):
         record = Record(folder, accelerator, settings, command, data_identity(splits))
         if first is not None:
-            built = None  # its memory is the classifier's meanwhile
-            train_classifier(first, splits, record)
+            train_classifier(first, splits, built, record)
+            built = None  # before the next
             before = folder.classifier
             built = build(settings, splits, accelerator, kept=before.backbone, classifier=before.model)
         perform(told, settings, splits, built, record, goes_on=goes_on)
@@ -113,12 +118,11 @@ def build(settings: Settings, splits: Splits, accelerator: Accelerator, **source
     return learner, build_stream(settings, splits, learner)
 
 
-def train_classifier(told: Settings, splits: Splits, joint: Record) -> None:
+def train_classifier(told: Settings, splits: Splits, built: tuple[Learner, Batches], joint: Record) -> None:
     """Cross-entropy alone, a run of its own inside of the joint one's folder; what is done of it is not done again."""
     folder, accelerator = joint.folder.classifier, joint.accelerator
     goes_on = has_checkpoint(folder, accelerator)
     settings = planned(replace(told, resume="auto"), splits, accelerator)
-    built = build(settings, splits, accelerator, kept=folder.backbone)
     if not joint.folder.config_file.is_file():  # without it, a folder that holds another is none of a run
         joint.write_settings()
     with folder.claimed(accelerator):

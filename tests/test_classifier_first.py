@@ -169,6 +169,7 @@ def test_what_joint_training_refuses_is_found_first(tmp_path, monkeypatch):
         ("--train.opt nothing", "train.opt"),
         ("--train.buffer_size 10", "train.buffer_size"),
         ("--classifier.batch_size 5000", "classifier.batch_size"),
+        ("--classifier.opt nothing", r"^classifier\.opt is 'nothing'"),
     ):
         with pytest.raises(InputError, match=message):
             train.main([*FLAGS, *shlex.split(flags)])

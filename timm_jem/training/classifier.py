@@ -1,14 +1,20 @@
 """Cross-entropy alone, before joint training: what its run is told."""
 
+import re
 from dataclasses import replace
 
 from timm_jem.training.settings import ClassifierConfig, HubConfig, Settings
 
-__all__ = ["AS_TOLD", "classifier_settings"]
+__all__ = ["AS_TOLD", "as_told", "classifier_settings"]
 
 _ALIKE = ("steps", "epochs", "batch_size", "opt", "lr", "weight_decay", "opt_kwargs", "ema_decay")
 # What the classifier's own run calls a setting, and how it was told.
 AS_TOLD = {f"train.{name}": f"classifier.{name}" for name in _ALIKE} | {"train.data_noise": "classifier.noise"}
+
+
+def as_told(text: str) -> str:
+    """An error of the classifier's own run, with its settings by the names that they were told by."""
+    return re.sub(r"train\.\w+", lambda name: AS_TOLD.get(name[0], name[0]), text)
 
 
 def classifier_settings(settings: Settings) -> Settings | None:
