@@ -1,9 +1,12 @@
 """Where fresh chains start: Gaussians that a model carries, from training to its readers."""
 
+import json
 import shlex
+import warnings
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 import train
 from safetensors.torch import load_file, save_file
@@ -83,6 +86,23 @@ def test_the_hub_has_them_as_long_as_the_model_does(hub, jem):
     jem.push_to_hub("user/starts")
     assert STARTS_FILE not in hub.files("user/starts")
     assert timm_jem.from_pretrained("user/starts").starts is None
+
+
+def test_starts_that_are_not_in_the_cache_are_missed(hub, jem, tmp_path):
+    jem.push_to_hub("user/starts")
+    timm.create_model("hf-hub:user/starts", pretrained=True)
+    with pytest.warns(UserWarning, match="user/starts was saved with a chain_starts.*load it once while online"):
+        assert timm_jem.from_pretrained("user/starts", local_files_only=True).starts is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert timm_jem.from_pretrained("user/starts").starts is not None
+        assert timm_jem.from_pretrained("user/starts", local_files_only=True).starts is not None
+        jem.save_pretrained(tmp_path)
+        (tmp_path / STARTS_FILE).unlink()
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["timm_jem"].pop("starts") is True  # older files say nothing
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert timm_jem.from_pretrained(tmp_path).starts is None
 
 
 def test_a_card_says_where_chains_start(jem):

@@ -190,6 +190,9 @@ def from_pretrained(
 
     Raises:
         InputError: nothing there, a folder that is no such model, or what the Hub refuses.
+
+    Warns:
+        UserWarning: the model was saved with starts of its chains, and their file is missing.
     """
     folder = as_path(name)
     if not os.path.isdir(folder):  # Path.is_dir raises where a name is too long
@@ -210,6 +213,12 @@ def from_pretrained(
             jem.chains = _chains(folder / CHAINS_FILE, jem)
         if (folder / STARTS_FILE).is_file():
             jem.starts = ClassGaussians.load(folder / STARTS_FILE, jem.input_size, jem.num_classes)
+        elif ours.get("starts"):  # timm's own readers leave it out of the cache
+            warnings.warn(
+                f"{name} was saved with a {STARTS_FILE}, which is not there: fresh chains start from noise, where those of "
+                "training did not, and a push would leave it out; load it once while online, or copy the whole folder",
+                stacklevel=2,
+            )
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     return jem.eval()

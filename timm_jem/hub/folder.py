@@ -71,7 +71,10 @@ def write_folder(
                 save_for_hf(
                     backbone,
                     aside,
-                    model_config={KEY: {"format_version": FORMAT_VERSION, **ours}, "label_names": class_names},
+                    model_config={
+                        KEY: {"format_version": FORMAT_VERSION, **ours, "starts": starts is not None},
+                        "label_names": class_names,
+                    },
                     data_config=data_config,
                     safe_serialization=True,
                 )
