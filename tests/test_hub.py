@@ -286,6 +286,13 @@ def test_what_is_cached_loads_without_a_hub(hub, jem, monkeypatch):
         timm_jem.create_model(f"hf-hub:{REPO}@main", pretrained=True)
 
 
+def test_what_is_cached_whole_loads_from_a_hub_that_fails(hub, jem):
+    jem.push_to_hub(REPO)
+    timm_jem.from_pretrained(REPO)
+    hub.fail("", 503)
+    assert torch.equal(timm_jem.from_pretrained(REPO).chains.images, jem.chains.images)
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a/b/c", "../x", "x" * 200, None, 5])
 def test_names_that_nothing_can_be_pushed_to(hub, jem, name):
     with pytest.raises(InputError, match="is not the name of a Hub repository: give user/name") as error:

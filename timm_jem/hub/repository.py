@@ -89,11 +89,14 @@ def fetch(
         if not (local_files_only or is_offline_mode()):
             beside = {STARTS_FILE: MAX_STARTS_BYTES} | ({CHAINS_FILE: MAX_FILE_BYTES} if replay_buffer else {})
             for name, most in beside.items():
+                if not force_download and try_to_load_from_cache(repo_id, name, cache_dir, commit) is not None:
+                    continue  # of this commit it is cached, or known not to be there: a Hub that fails is not asked
                 try:
-                    size = get_hf_file_metadata(hf_hub_url(repo_id, name, revision=commit), token=token).size or 0
-                    if size > most:
-                        remedy = ": load it with replay_buffer=False" if name == CHAINS_FILE else ", which is too large"
-                        raise InputError(f"{name} of {repo_id} has {size >> 20} MiB{remedy}")
+                    with contextlib.suppress(RemoteEntryNotFoundError):  # the download says so, too, and the cache keeps it
+                        size = get_hf_file_metadata(hf_hub_url(repo_id, name, revision=commit), token=token).size or 0
+                        if size > most:
+                            remedy = ": load it with replay_buffer=False" if name == CHAINS_FILE else ", which is too large"
+                            raise InputError(f"{name} of {repo_id} has {size >> 20} MiB{remedy}")
                     hf_hub_download(filename=name, revision=commit, **options)
                 except RemoteEntryNotFoundError:
                     pass  # published without
