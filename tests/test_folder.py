@@ -481,6 +481,7 @@ def test_chains_in_any_layout_are_saved_and_another_head_refuses_them(jem, tmp_p
         ({"images": torch.zeros(3, 1, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0, 1, 3])}, "labels"),
         ({"images": torch.zeros(3, 1, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0, 1])}, "labels"),
         ({"pictures": torch.zeros(3)}, "pictures"),
+        ({str(i): torch.empty(0) for i in range(2000)}, "header of 1.. KiB: above 64 it is no such file"),
     ],
 )
 def test_broken_chains_are_named(jem, tmp_path, tensors, message):

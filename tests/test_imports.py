@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "counterfactual": {"energy", "sampling", "inputs", "errors"},
     "restoration": {"noise", "sampling", "inputs", "errors"},
     "adaptation": {"energy", "modes", "errors"},
-    "gaussians": {"noise", "sampling", "inputs", "errors"},
+    "gaussians": {"files", "noise", "sampling", "inputs", "errors"},
     "objectives": {"energy", "inputs", "errors"},
     "models": {"models", "errors"},
     "backbone": {"inputs", "errors"},

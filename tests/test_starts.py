@@ -130,6 +130,7 @@ def broken(**changes):
     ("change", "message"),
     [
         (lambda tensors: {"means": tensors["means"]}, "holds"),
+        (lambda tensors: {str(i): torch.empty(0) for i in range(2000)}, "header of 1.. KiB: above 64 it is no such file"),
         (lambda tensors: {name: tensor.long() for name, tensor in tensors.items()}, "floating-point tensor"),
         (broken(means=torch.full((3, 1, 8, 8), torch.nan)), "means holds NaN"),
         (broken(residual_std=torch.full((3, 1, 8, 8), 1e38)), "far outside"),

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from timm_jem.errors import InputError, one_line, quoted
 
-__all__ = ["as_path", "cores", "files_left_aside", "folder_aside", "folder_there", "left_aside", "move_in", "replaced_file"]
+__all__ = [
+    "as_path",
+    "check_header",
+    "cores",
+    "files_left_aside",
+    "folder_aside",
+    "folder_there",
+    "left_aside",
+    "move_in",
+    "replaced_file",
+]
 
 
 def as_path(name: str | os.PathLike) -> Path:
@@ -22,6 +32,23 @@ def as_path(name: str | os.PathLike) -> Path:
     if not str(name) or "\0" in str(name) or any("\ud800" <= character <= "\udfff" for character in str(name)):
         raise InputError(f"{quoted(name)} is not the name of a folder: give one of characters, none of them a zero byte")
     return path
+
+
+def check_header(file: Path, most: int = 2**16) -> None:
+    """Raise an InputError where the header of a safetensors file has more than ``most`` bytes; of a few tensors it has one KiB.
+
+    Reading one of a hundred thousand empty tensors takes minutes and gigabytes. A length that the file doesn't have is left
+    to safetensors, which finds the file incomplete.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+    if most < length <= file.stat().st_size:
+        raise InputError(
+            f"{file.name} has a header of {length >> 10:,} KiB: above {most >> 10:,} it is no such file, get it again"
+        )
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from timm_jem.errors import InputError, check_number, check_whole, one_line, quoted
+from timm_jem.files import check_header
 from timm_jem.inputs import FAR_FROM_PIXELS, check_label_values, is_floats, is_labels, kind
 from timm_jem.noise import Generators, draw_classes, randn
 from timm_jem.sampling import filled
@@ -105,6 +106,7 @@ class ClassGaussians:
             raise InputError(f"there is no file {file}: give one that ClassGaussians.save wrote")
         if file.stat().st_size > MAX_STARTS_BYTES:
             raise InputError(f"{file.name} is larger than {_MAX_BYTES >> 20} MiB: remove it, and chains start from noise")
+        check_header(file)
         try:
             tensors = load_file(file)
             if (keys := set(tensors)) != {field.name for field in fields(cls)}:

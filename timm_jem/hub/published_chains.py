@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole, one_line, quoted
+from timm_jem.files import check_header
 from timm_jem.inputs import is_floats, is_labels, kind
 from timm_jem.pixels import eight_bit, to_pixels
 
@@ -147,6 +148,7 @@ class PublishedChains:
             raise InputError(f"there is no file {file}: give one that PublishedChains.save wrote")
         if file.stat().st_size > MAX_FILE_BYTES:
             raise InputError(f"{file.name} is larger than {MAX_FILE_BYTES >> 20} MiB: load the model with replay_buffer=False")
+        check_header(file)
         try:
             with safe_open(file, framework="pt") as tensors:
                 keys = set(tensors.keys())

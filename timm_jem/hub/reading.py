@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from timm_jem.errors import InputError, one_line, quoted
+from timm_jem.files import check_header
 from timm_jem.hub.empty import build_empty
 from timm_jem.models.names import check_name
 
@@ -189,10 +190,7 @@ def _values(data: Any, key: str) -> Iterator[tuple[str, Any]]:
 def _read_header(file: Path) -> dict[str, _Stored]:
     """Types and shapes of the tensors, from the header alone; safetensors itself checks it against the length of the file."""
     try:
-        with file.open("rb") as bytes_:
-            length = int.from_bytes(bytes_.read(8), "little")
-        if length > _MAX_HEADER_BYTES and length <= file.stat().st_size:
-            raise InputError(f"{file.name} has a header of {length >> 20} MiB: no model's is above {_MAX_HEADER_BYTES >> 20}")
+        check_header(file, _MAX_HEADER_BYTES)
         with safe_open(file, framework="pt") as weights:
             names = list(weights.keys())
             if len(names) > _MAX_TENSORS:
