@@ -38,7 +38,7 @@ class DataConfig:
         unlabeled_rows: keep the train split's rows without a label (none, or −1) as unlabelled images. They are never
             held out.
         unlabeled: a second data set, as ``dataset``, whose images join the unlabelled ones; its labels are ignored.
-            ?image_column=NAME and ?config_name=NAME may follow, joined by &.
+            ?split=NAME, ?image_column=NAME and ?config_name=NAME may follow, joined by &.
         unlabeled_split: its split, where ``unlabeled`` names none.
         starts: another data set, as ``dataset``, at whose images chains start in training (DAT); its labels are ignored.
             ?split=NAME (if not train), ?image_column=NAME and ?config_name=NAME may follow, joined by &. The model then draws
