@@ -246,8 +246,8 @@ def _split_stored(
         sets["train"] = sets["train"].joined(ImageSet(more, column, nothing, channels, size, name, range(len(more))))
     sets, left_out = cache_small(sets, config.cache_gib, skip_broken=config.skip_broken)
     if config.unlabeled is not None:
-        for name, of in (("validation", "val"), ("test", "test")):
-            if (share := _trained_on(sets[of], sets["train"])) > 0.5:
+        for name, share in _trained_on(sets).items():
+            if share > 0.5:
                 raise InputError(
                     f"data unlabeled is {config.unlabeled}, in which {share:.0%} of the {name} images are: they would be "
                     "trained on; give other images, or labels_per_class"
@@ -256,14 +256,18 @@ def _split_stored(
     return sets, None if labeled == len(sets["train"]) else sets["train"].head(labeled), headers, left_out
 
 
-def _trained_on(held_out: ImageSet, train: ImageSet) -> float:
-    """The share of some images to hold out that are among the training images without a label, too; 0 where these aren't in
-    memory."""
+def _trained_on(sets: dict[str, ImageSet]) -> dict[str, float]:
+    """The shares of some validation and some test images that are among the training images without a label, too; none where
+    these aren't in memory."""
+    train, shares = sets["train"], {}
     if train.images is None:
-        return 0.0
-    some = held_out.images[evenly(len(held_out), 64)]
+        return shares
     sums = train.images.flatten(1).sum(1).masked_fill(train.labels != -1, -1)  # few have that of an image
-    return sum(bool((train.images[sums == one.sum()] == one).flatten(1).all(1).any()) for one in some) / len(some)
+    for name, held_out in (("validation", sets["val"]), ("test", sets["test"])):
+        some = held_out.images[evenly(len(held_out), 64)]
+        found = [bool((train.images[sums == one.sum()] == one).flatten(1).all(1).any()) for one in some]
+        shares[name] = sum(found) / len(found)
+    return shares
 
 
 def _some_of_each(

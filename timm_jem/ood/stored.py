@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, one_line, quoted
-from timm_jem.files import as_path, replaced_file
+from timm_jem.files import as_path, check_header, replaced_file
 from timm_jem.model import JEM
 from timm_jem.noise import uniform_noise
 from timm_jem.ood.views import view
@@ -56,6 +56,7 @@ def read(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"there is no file {path}: give one that a detector's save wrote")
     if path.stat().st_size > _MOST_BYTES:
         raise InputError(f"{path} is larger than {_MOST_BYTES >> 30} GiB: no detector's file is")
+    check_header(path)
     try:
         with safe_open(path, framework="pt") as tensors:
             about = json.loads((tensors.metadata() or {}).get(_KEY, "null"))

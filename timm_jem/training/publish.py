@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
+from timm.models import split_model_name_tag
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -105,7 +106,7 @@ def _base_model(model: ModelConfig) -> str | None:
         return None
     if model.has_source:
         return model.name.partition(":")[2].partition("@")[0]  # a revision is no part of the id
-    name = model.name if told is None else f"{model.name.partition('.')[0]}.{told}"
+    name = model.name if told is None else f"{split_model_name_tag(model.name)[0]}.{told}"
     return timm.get_pretrained_cfg(name).hf_hub_id
 
 
