@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
         command += ["--train.mixed_precision", settings.train.mixed_precision]
     first = None if goes_on else classifier_settings(settings)
     if first is not None:
-        plan = planned(first, splits, accelerator)
+        plan = planned(replace(first, resume="auto"), splits, accelerator)
         if folder.config_file.is_file() and folder.classifier.finished(plan.train.steps) is not None:
             refuse_changes(settings_of(folder).sections(), settings, section="classifier")
         built = None  # its memory is the classifier's meanwhile
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
     with folder.claimed(accelerator):
         record = Record(folder, accelerator, settings, command, data_identity(splits))
         if first is not None:
-            train_classifier(first, splits, built, record)
+            train_classifier(first, plan, splits, built, record)
             built = None  # before the next
             before = folder.classifier
             built = build(settings, splits, accelerator, kept=before.backbone, classifier=before.model)
@@ -118,11 +118,10 @@ def build(settings: Settings, splits: Splits, accelerator: Accelerator, **source
     return learner, build_stream(settings, splits, learner)
 
 
-def train_classifier(told: Settings, splits: Splits, built: tuple[Learner, Batches], joint: Record) -> None:
+def train_classifier(told: Settings, settings: Settings, splits: Splits, built: tuple[Learner, Batches], joint: Record) -> None:
     """Cross-entropy alone, a run of its own inside of the joint one's folder; what is done of it is not done again."""
     folder, accelerator = joint.folder.classifier, joint.accelerator
     goes_on = has_checkpoint(folder, accelerator)
-    settings = planned(replace(told, resume="auto"), splits, accelerator)
     if not joint.folder.config_file.is_file():  # without it, a folder that holds another is none of a run
         joint.write_settings()
     with folder.claimed(accelerator):
