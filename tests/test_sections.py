@@ -450,6 +450,28 @@ def test_chains_without_noise_have_no_curve_against_their_length(model, loaded, 
     assert "Distance to the nearest training image" in {result.table for result in found.results}
 
 
+def test_chains_alone_are_of_the_precision_asked_for(model, loaded, tmp_path, monkeypatch):
+    whole, tables = replace(loaded, model=load_model(str(model))), []
+    whole.extractors = load_extractors(["pixels"], input_size=(1, 8, 8))
+    energy, extract = whole.model.pixel_energy, generation_section.extract
+
+    def spied(call, in_bf16):
+        return lambda *given, **more: in_bf16.add(torch.is_autocast_enabled("cpu")) or call(*given, **more)
+
+    for precision, said in (("no", False), ("bf16", True)):
+        of_chains, of_features, found = set(), set(), Measured("Generation")
+        monkeypatch.setattr(whole.model, "pixel_energy", spied(energy, of_chains))
+        monkeypatch.setattr(generation_section, "extract", spied(extract, of_features))
+        config = EvaluationConfig(samples=20, curve_samples=10, longest_chain=21, chain_precision=precision)
+        generation_section.generation_section(whole, config, Section(found, tmp_path))
+        assert (of_chains, of_features) == ({said}, {False})
+        for told in (" SGLD steps in bf16 from uniform noise", " chains in bf16 from uniform noise seen"):
+            assert any(told in result.protocol for result in found.results) == said
+        tables.append([(result.table, result.row, result.column) for result in found.results])
+    assert tables[0] == tables[1]
+    assert "chain_precision" in config.of_section("generation")
+
+
 @pytest.mark.parametrize("ran_away", [False, True])
 def test_chains_are_seen_to_be_near_legible_diverse_and_level(model, loaded, tmp_path, monkeypatch, ran_away):
     splits, judges, found = load_splits(DataConfig()), [], Measured("Generation")

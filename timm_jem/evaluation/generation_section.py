@@ -1,7 +1,7 @@
 """How close drawn images are to real ones, as a section of a report."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +89,8 @@ def _fresh(subject: Subject, config: EvaluationConfig) -> SampleSet:
     seeds = torch.tensor(draw_seeds(config.samples, subject.generator()))
     drawn, broken = [], 0
     for y, of_part in zip(classes.split(config.batch_size), seeds.split(config.batch_size), strict=True):
-        u = jem.denormalize(jem.sample(y=y, seeds=of_part, batch_size=config.batch_size))
+        with _precision(jem, config):
+            u = jem.denormalize(jem.sample(y=y, seeds=of_part, batch_size=config.batch_size))
         broken += int((~u.flatten(1).isfinite()).any(1).sum())
         drawn += [] if broken else [eight_bit(u).cpu()]
     if broken:
@@ -97,8 +98,17 @@ def _fresh(subject: Subject, config: EvaluationConfig) -> SampleSet:
             f"{broken} of {config.samples} fresh chains are not finite after {steps} steps, so there is nothing to measure: "
             "take smaller or fewer SGLD steps"
         )
-    how = f"class-conditional chains of {steps} SGLD steps from {_origin(jem)}, classes in turn, none left out"
+    how = f"class-conditional chains of {steps} SGLD steps{_told(config)} from {_origin(jem)}, classes in turn, none left out"
     return SampleSet(f"fresh chains, {steps} steps", torch.cat(drawn), classes, how, config.seed, fresh=True)
+
+
+def _precision(jem: JEM, config: EvaluationConfig) -> torch.autocast:
+    """What chains are drawn in: neither features nor a judge are of that precision."""
+    return torch.autocast(jem.mean.device.type, torch.bfloat16, enabled=config.chain_precision == "bf16")
+
+
+def _told(config: EvaluationConfig) -> str:
+    return "" if config.chain_precision == "no" else f" in {config.chain_precision}"
 
 
 def _starts(subject: Subject, config: EvaluationConfig) -> SampleSet:
@@ -212,7 +222,7 @@ def _lengths(
         return frechet_distance(features, real), read(images) == asked, apart
 
     real_frechet, real_right, real_apart = seen(subject.test[:count], subject.test_y[:count])
-    how = f"the same class-conditional chains from {_origin(jem)} seen at each length"
+    how = f"the same class-conditional chains{_told(config)} from {_origin(jem)} seen at each length"
     told = {
         f"Fréchet distance against chain length, in {extractor.name}": (f"{how}, against training images", "train"),
         "Read as asked against chain length": (f"{how}; by {name}", subject.split),
@@ -221,7 +231,8 @@ def _lengths(
     ways = {table: {"protocol": way, "seed": config.seed, "split": split} for table, (way, split) in told.items()}
     nearness, legibility, variety = ways
     curves: list[list[float]] = [[], [], []]
-    for n, u in chains_by_length(jem, steps, y=classes, generator=subject.generator(1), batch_size=config.batch_size):
+    views = chains_by_length(jem, steps, y=classes, generator=subject.generator(1), batch_size=config.batch_size)
+    for n, u in _each(views, _precision(jem, config)):
         row = f"{n} steps"
         if u.isfinite().all():
             frechet, right, apart = seen(eight_bit(u), classes)
@@ -243,6 +254,16 @@ def _lengths(
     picture = quality_curves(panels, features=extractor.name, floors=floors, marks={"fresh chains": own})
     caption = f"{count} chains seen at growing lengths; the ring is the length that the model uses ({own} steps)."
     section.picture("chain_length.png", picture, caption)
+
+
+def _each(views: Iterator[tuple[int, Tensor]], precision: torch.autocast) -> Iterator[tuple[int, Tensor]]:
+    """The views, each of them made in that precision and looked at outside of it."""
+    while True:
+        with precision:
+            view = next(views, None)
+        if view is None:
+            return
+        yield view
 
 
 def _neighbours(subject: Subject, config: EvaluationConfig, section: Section, fresh: Tensor) -> None:

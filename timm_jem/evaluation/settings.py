@@ -67,7 +67,7 @@ _OF_SECTION: dict[SectionName, tuple[str, ...]] = {
         "refinement_chains",
         "eot",
     ),
-    "generation": ("judge", "extractors", "samples", "curve_samples", "longest_chain", "real_images"),
+    "generation": ("judge", "extractors", "samples", "curve_samples", "longest_chain", "chain_precision", "real_images"),
     "pictures": ("baseline",),
 }
 
@@ -113,6 +113,7 @@ class EvaluationConfig:
         samples: how many fresh chains.
         curve_samples: how many chains for the curve of quality against SGLD steps.
         longest_chain: where that curve ends, in SGLD steps.
+        chain_precision: no: chains of float32; bf16: bfloat16 autocast, faster on GPUs and on CPUs that compute in it.
         real_images: how many training images to compare samples with, at most.
 
     Raises:
@@ -145,6 +146,7 @@ class EvaluationConfig:
     samples: int | None = None
     curve_samples: int | None = None
     longest_chain: int | None = None
+    chain_precision: Literal["no", "bf16"] = "no"
     real_images: int | None = None
 
     def __post_init__(self) -> None:
