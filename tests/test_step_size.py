@@ -74,9 +74,21 @@ def test_pixels_at_the_clamp_do_not_count():
     assert 0.01 * float(step_size.scale) == pytest.approx(1.0, rel=0.08)
 
 
+@pytest.mark.parametrize(
+    ("slope", "start"), [(0.0, 0.5), (1e-25, 0.5), (1e25, 0.5), (-1.0, 1.0)], ids=["flat", "slight", "steep", "barred"]
+)
+def test_such_chains_do_not_change_the_steps_of_others(slope, start):
+    """Squares of slopes beyond about 1e±19 have no place in single precision."""
+    config = SGLDConfig(num_steps=3, step_size=0.01, noise_std=0.0, normalize_grad=True, pixel_clamp=1.0)
+    slopes, u = torch.tensor([slope] * 6 + [1.0] * 2), torch.full((8, 1, 2, 2), 0.5)
+    u[:6] = start
+    step_size, _ = adapted(lambda u: slopes * u.square().sum((1, 2, 3)), u, cosine=0.4, config=config, iterations=20)
+    assert float(step_size.scale) == pytest.approx(math.exp(0.05 * 0.6 * 20), rel=1e-3)  # the cosine of all others is 1
+
+
 def test_chains_without_a_slope_and_single_steps_leave_it_finite():
     step_size, _ = adapted(lambda u: 0 * u.sum((1, 2, 3)), torch.ones(4, 1, 2, 2), cosine=0.5, config=SGLDConfig(num_steps=2))
-    assert float(step_size.scale) == pytest.approx(1e-3, rel=1e-3)  # nothing goes on as it was
+    assert float(step_size.scale) == 1  # nothing has no direction
     step_size, _ = adapted(lambda u: u.sum((1, 2, 3)), torch.ones(4, 1, 2, 2), cosine=0.5, config=SGLDConfig(num_steps=2))
     assert float(step_size.scale) == pytest.approx(1e3, rel=1e-3)
     step_size, _ = adapted(lambda u: u.sum((1, 2, 3)), torch.ones(4, 1, 2, 2), cosine=0.5, config=SGLDConfig(num_steps=1))

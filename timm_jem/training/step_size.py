@@ -22,7 +22,7 @@ class StepSize:
     longer one ends higher than it began. So after each iteration the logarithm of the factor grows by 0.05 times what the
     mean cosine, over its chains and steps, is above ``cosine``. (Hypergradient descent, Baydin et al., arXiv 1703.04782,
     section 2, adapts a learning rate by the same product of gradients.) Pixels whose way is barred by ``pixel_clamp`` don't
-    count. All processes have the same factor, and nothing waits for the device.
+    count, nor do chains that have no slope left. All processes have the same factor, and nothing waits for the device.
 
     Args:
         cosine: above −1 and below 1, or None: nothing adapts, and a factor that was loaded stays.
@@ -49,17 +49,20 @@ class StepSize:
         u, grad = u.flatten(1), grad.flatten(1).float()
         if self._last is not None:
             before, free = self._last
-            self._cosines.append(cosine_similarity(grad * free, before, eps=torch.finfo(grad.dtype).tiny))
+            self._cosines.append(cosine_similarity(_scaled(grad * free), before, eps=0))
         free = ~((u <= -self._clamp) & (grad > 0) | (u >= self._clamp) & (grad < 0))
-        self._last = grad * free, free
+        self._last = _scaled(grad * free), free
 
     def adapt(self) -> Tensor:
         """The factor of the next iteration, by what was seen in this one; a single step tells nothing."""
         if self.scale is None:
             self.scale = torch.ones((), device=self._last[0].device)
         if self._cosines:
-            mean = reduce(torch.cat(self._cosines).mean(), "mean")
-            self.scale = (self.scale.log() + self._rate * (mean - self.cosine)).clamp(-_FARTHEST, _FARTHEST).exp()
+            cosines = torch.cat(self._cosines)
+            known = ~cosines.isnan()  # zeros have no direction
+            total, count = reduce(torch.stack([cosines.where(known, 0).sum(), known.float().sum()]), "sum")
+            scale = (self.scale.log() + self._rate * (total / count - self.cosine)).clamp(-_FARTHEST, _FARTHEST).exp()
+            self.scale = scale.where(count > 0, self.scale)
         self._last = None
         self._cosines.clear()
         return self.scale
@@ -71,3 +74,8 @@ class StepSize:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on with the factor of ``state``, on the chains' device."""
         self.scale = state["scale"].to(device) if "scale" in state else None
+
+
+def _scaled(grad: Tensor) -> Tensor:
+    """Each row by the power of two, which rounds nothing, that keeps its squares from overflow and from vanishing."""
+    return grad.ldexp(-grad.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126))
