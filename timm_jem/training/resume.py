@@ -7,7 +7,7 @@ from typing import Any
 from timm_jem.errors import InputError
 from timm_jem.training.settings import OF_WEIGHTS, Settings
 
-__all__ = ["AT_RESUME", "Refused", "differences", "refuse_changes"]
+__all__ = ["REFUSED", "Refused", "differences", "refuse_changes"]
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,15 @@ _CLASSES = Refused("every chain has a class, or none, for good")
 _CLASSIFIER = Refused("joint training has started from what it gave")
 _LABELS = Refused("the run has learned from those labels")
 
-# None: it takes effect. That data are the same wherever they are read from is seen from the images; timm_jem.data.identity.
-AT_RESUME: dict[str, Refused | None] = {
-    "data.dataset": None,
-    "data.config_name": None,
-    "data.train_split": None,
-    "data.test_split": None,
+# All others take effect. That data are the same wherever they are read from is seen from the images; timm_jem.data.identity.
+REFUSED: dict[str, Refused] = {
     "data.test_fraction": _HELD_OUT,
     "data.val_fraction": _HELD_OUT,
     "data.split_seed": _HELD_OUT,
-    "data.image_column": None,
-    "data.label_column": None,
     "data.channels": _PIXELS,
     "data.image_size": _PIXELS,
-    "data.crop_padding": None,
-    "data.flip": None,
-    "data.cache_gib": None,
-    "data.skip_broken": None,
     "data.labels_per_class": _LABELS,
     "data.unlabeled_rows": _LABELS,
-    "data.unlabeled": None,
-    "data.unlabeled_split": None,
     "data.starts": Refused("chains that may show such images are published, or not, for good", _one_is_none),
     "data.streaming": Refused("its place in the data is one of that way of reading them"),
     "data.stream_held_out": _HELD_OUT,
@@ -71,8 +59,6 @@ AT_RESUME: dict[str, Refused | None] = {
     "model.name": _NETWORK,
     "model.pretrained": Refused("the weights have started already"),
     "model.num_classes": _NETWORK,
-    "model.drop_rate": None,
-    "model.drop_path_rate": None,
     "model.kwargs": Refused(_NETWORK.why, _other_networks),
     "classifier.steps": _CLASSIFIER,
     "classifier.epochs": _CLASSIFIER,
@@ -83,94 +69,13 @@ AT_RESUME: dict[str, Refused | None] = {
     "classifier.opt_kwargs": _CLASSIFIER,
     "classifier.ema_decay": _CLASSIFIER,
     "classifier.noise": _CLASSIFIER,
-    "sgld.num_steps": None,
-    "sgld.step_size": None,
-    "sgld.noise_std": None,
-    "sgld.normalize_grad": None,
-    "sgld.grad_clamp": None,
-    "sgld.pixel_clamp": None,
-    "sgld.sample_steps": None,
-    "sgld.denoise_steps": None,
-    "sgld.step_decay": None,
-    "sgld.jitter": None,
-    "sgld.rest": None,
-    "train.steps": None,
-    "train.epochs": None,
-    "train.batch_size": None,
-    "train.grad_accum": None,
-    "train.ce_batch_size": None,
-    "train.px_augment": None,
-    "train.ce_auto_augment": None,
     "train.opt": Refused("its moments are that optimiser's"),
-    "train.lr": None,
-    "train.weight_decay": None,
-    "train.opt_kwargs": None,
     "train.freeze": Refused("the optimiser's moments are of the parts that were trained; start a new run from its model/"),
-    "train.sched": None,
-    "train.warmup_steps": None,
-    "train.milestones": None,
-    "train.decay_rate": None,
-    "train.sched_kwargs": None,
-    "train.grad_clip": None,
-    "train.sam_rho": None,
-    "train.sam_adaptive": None,
     "train.ema_decay": Refused("the moving average is one from the first step on, or none", _one_is_zero),
-    "train.data_noise": None,
-    "train.ce_noise": None,
-    "train.attack_norm": None,
-    "train.attack_eps": None,
-    "train.attack_steps": None,
-    "train.attack_step_size": None,
-    "train.buffer_size": None,
-    "train.restart_prob": None,
-    "train.restart_least": None,
-    "train.init": None,
     "train.conditional_chains": _CLASSES,
-    "train.ramp_from": None,
-    "train.ramp_steps": None,
-    "train.ramp_auc": None,
-    "train.step_cosine": None,
-    "train.batch_norm": None,
-    "train.balance": None,
-    "train.objective.w_ce": None,
-    "train.objective.w_x": None,
     "train.objective.w_xy": Refused(_CLASSES.why, _one_is_zero),
-    "train.objective.contrast": None,
-    "train.objective.energy_l2": None,
-    "train.objective.label_smoothing": None,
     "train.seed": Refused("weights, order and chains came of that one"),
-    "train.mixed_precision": None,
-    "train.channels_last": None,
-    "train.compile": None,
-    "train.capture": None,
-    "train.threads": None,
-    "train.workers": None,
-    "train.log_every": None,
-    "train.sample_every": None,
-    "train.eval_every": None,
-    "train.checkpoint_every": None,
-    "train.keep_checkpoints": None,
-    "train.best_k": None,
-    "train.trackers": None,
-    "train.sample_steps": None,
-    "train.sample_count": None,
-    "guard.check_every": None,
-    "guard.snapshot_every": None,
-    "guard.max_rollbacks": None,
-    "guard.runaway_factor": None,
-    "guard.runaway_floor": None,
-    "guard.max_energy": None,
-    "guard.max_chain_rms": None,
-    "guard.min_chain_spread": None,
-    "guard.min_chain_moved": None,
-    "guard.max_saturated": None,
-    "guard.ladder": None,
-    "hub.push_to": None,
-    "hub.private": None,
-    "hub.every": None,
-    "hub.replay_buffer": None,
     "output_dir": Refused("a run goes on in its own folder"),
-    "resume": None,
 }
 
 
@@ -189,14 +94,14 @@ def refuse_changes(
         InputError: with the first setting that is refused, and the reason.
     """
     now = settings.sections()
-    for name, rule in AT_RESUME.items():
+    for name, rule in REFUSED.items():
         if not name.startswith(section):
             continue
         try:
             old, new = _value(saved, name), _value(now, name)
         except KeyError:  # none of a checkpoint's sections, or none that it knew
             continue
-        if rule is not None and old != new and rule.where(old, new):
+        if old != new and rule.where(old, new):
             raise InputError(
                 f"{(called or {}).get(name, name)} is {new!r} now and was {old!r}, and a run that goes on can't change it "
                 f"({rule.why}): leave it out, or start another run"
