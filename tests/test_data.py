@@ -273,7 +273,7 @@ def test_some_labels_of_each_class(tmp_path):
     assert few.labeled.labels.bincount(minlength=3).tolist() == [5, 5, 0]
 
 
-@pytest.mark.parametrize("name", ["{}", "{}?image_column=image"])
+@pytest.mark.parametrize("name", ["{}?split={}", "{}?image_column=image&split={}"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, split):
     rows = marked([i % 3 for i in range(60)])
@@ -281,12 +281,14 @@ def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, s
     DatasetDict({"train": rows, "test": rows, "more": others}).save_to_disk(str(tmp_path / "saved"))
     rows.to_parquet(tmp_path / "rows.parquet")
     for data in (str(tmp_path / "saved"), str(tmp_path / "rows.parquet")):
-        with pytest.raises(InputError, match=r"unlabeled is (split|the train split)"):
-            load_splits(DataConfig(data, unlabeled=name.format(data), unlabeled_split=split))
+        with pytest.raises(InputError, match=f"unlabeled is split {split} of"):
+            load_splits(DataConfig(data, unlabeled=name.format(data, split)))
+    with pytest.raises(InputError, match="unlabeled is split train of digits"):
+        load_splits(DataConfig(unlabeled="digits"))
     (tmp_path / "link").symlink_to(tmp_path / "saved")
     with pytest.raises(InputError, match="unlabeled is split"):
-        load_splits(DataConfig(str(tmp_path / "saved"), unlabeled=str(tmp_path / "link"), unlabeled_split=split))
-    more = load_splits(DataConfig(str(tmp_path / "saved"), unlabeled=name.format(tmp_path / "saved"), unlabeled_split="more"))
+        load_splits(DataConfig(str(tmp_path / "saved"), unlabeled=name.format(tmp_path / "link", split)))
+    more = load_splits(DataConfig(str(tmp_path / "saved"), unlabeled=name.format(tmp_path / "saved", "more")))
     assert (more.train.labels == -1).sum() == 60
     # Whatever they are called: a folder and the file in it, and a copy of either split alone.
     (tmp_path / "folder").mkdir()
@@ -295,11 +297,11 @@ def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, s
     others.to_parquet(tmp_path / "others.parquet")
     for data, unlabeled in ((tmp_path / "folder", file), (file, tmp_path / "folder")):
         with pytest.raises(InputError, match=r"unlabeled is .*, in which 100% of the validation images are"):
-            load_splits(DataConfig(str(data), unlabeled=name.format(unlabeled)))
+            load_splits(DataConfig(str(data), unlabeled=name.format(unlabeled, "train")))
     others.to_parquet(tmp_path / "folder" / "test.parquet")
     for unlabeled, of in ((tmp_path / "rows.parquet", "validation"), (tmp_path / "others.parquet", "test")):
         with pytest.raises(InputError, match=rf"unlabeled is .*, in which 100% of the {of} images are"):
-            load_splits(DataConfig(str(tmp_path / "folder"), unlabeled=name.format(unlabeled)))
+            load_splits(DataConfig(str(tmp_path / "folder"), unlabeled=name.format(unlabeled, "train")))
 
 
 @pytest.mark.parametrize(("size", "padding"), [((128, 16), 2), ((16, 128), 2), ((64, 15), 0), ((32, 24), 3)])
@@ -340,13 +342,10 @@ def test_a_second_set_without_labels(tmp_path):
     grey = Dataset.from_dict({"picture": [PILImage.new("L", (30, 20), i) for i in range(7)]}, Features({"picture": Image()}))
     DatasetDict({"extra": grey}).save_to_disk(str(tmp_path / "more"))
     alone = load_splits(DataConfig(path))
-    settings = {"unlabeled": str(tmp_path / "more"), "unlabeled_split": "extra"}
-    splits = load_splits(DataConfig(path, **settings))
+    splits = load_splits(DataConfig(path, unlabeled=f"{tmp_path / 'more'}?split=extra"))
     assert splits.train.labels.tolist() == alone.train.labels.tolist() + [-1] * 7
     assert torch.equal(splits.train.images[:-7], alone.train.images)
     assert torch.equal(splits.train.images[-7:], torch.arange(7).byte().view(-1, 1, 1, 1).expand(-1, 3, 10, 10))
-    named = load_splits(DataConfig(path, unlabeled=f"{tmp_path / 'more'}?split=extra"))
-    assert torch.equal(named.train.images, splits.train.images)
     assert torch.equal(splits.labeled.images, alone.train.images)
     assert torch.equal(splits.class_frequencies, alone.class_frequencies)
     assert torch.equal(splits.test.images, alone.test.images)
@@ -354,7 +353,7 @@ def test_a_second_set_without_labels(tmp_path):
     splits = load_splits(DataConfig(path, unlabeled=str(tmp_path / "marked.parquet")))
     assert splits.train.labels[-4:].tolist() == [alone.train.labels[-1], -1, -1, -1]
     assert splits.train.images[-3:, :, 0, 0].tolist() == [[0] * 3, [1] * 3, [2] * 3]
-    with pytest.raises(InputError, match=r"no split 'train': choose unlabeled_split from extra"):
+    with pytest.raises(InputError, match=r"no split 'train': choose split from extra, as .*more\?split=NAME"):
         load_splits(DataConfig(path, unlabeled=str(tmp_path / "more")))
     both = Dataset.from_dict({"a": pictures(2), "b": pictures(2)}, Features({"a": Image(), "b": Image()}))
     both.to_parquet(tmp_path / "two.parquet")

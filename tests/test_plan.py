@@ -38,7 +38,6 @@ def settings(flags=""):
     [
         ("--train.batch_size 5000", 1, "is 5000 with 1295 training images: lower it"),
         ("--train.batch_size 650", 2, "is 1300 with 1295 training images: lower it"),
-        ("--model.num_classes 7", 1, "digits has 10 classes: leave it out"),
         ("--train.buffer_size 100", 1, "a batch may need 64 chains of one class: raise it to 640"),
         ("--train.buffer_size 60 --train.objective.w_xy 0 --train.objective.w_x 1", 1, "64 chains: raise it to 64"),
         ("--train.attack_norm linf --train.attack_eps 8", 1, "further apart than 1 (linf, pixels in [0, 1]): grey levels"),
@@ -64,7 +63,6 @@ def test_what_fits(splits):
     most = 2 * int(splits.train.labels.bincount().max())
     for flags, world in (
         ("--train.batch_size 647 --train.buffer_size 2640", 2),
-        ("--model.num_classes 10", 1),
         (f"--train.batch_size 1000 --train.buffer_size {most * 10}", 1),
         ("--train.buffer_size 64 --train.objective.w_xy 0 --train.objective.w_x 1", 1),
         ("--train.buffer_size 1 --train.objective.w_xy 0", 1),  # cross-entropy alone

@@ -38,8 +38,7 @@ class DataConfig:
         unlabeled_rows: keep the train split's rows without a label (none, or −1) as unlabelled images. They are never
             held out.
         unlabeled: a second data set, as ``dataset``, whose images join the unlabelled ones; its labels are ignored.
-            ?split=NAME, ?image_column=NAME and ?config_name=NAME may follow, joined by &.
-        unlabeled_split: its split, where ``unlabeled`` names none.
+            ?split=NAME (if not train), ?image_column=NAME and ?config_name=NAME may follow, joined by &.
         starts: another data set, as ``dataset``, at whose images chains start in training (DAT); its labels are ignored.
             ?split=NAME (if not train), ?image_column=NAME and ?config_name=NAME may follow, joined by &. The model then draws
             from the one Gaussian of these images; neither they nor the chains, which may show them, are published.
@@ -70,7 +69,6 @@ class DataConfig:
     labels_per_class: int | None = None
     unlabeled_rows: bool = False
     unlabeled: str | None = None
-    unlabeled_split: str = "train"
     starts: str | None = None
     skip_broken: bool = False
     streaming: bool = False
@@ -104,5 +102,3 @@ class DataConfig:
         for name in ("labels_per_class", "unlabeled"):
             if self.streaming and getattr(self, name) is not None:
                 raise InputError(f"data {name} is {getattr(self, name)!r}, which excludes data.streaming: drop one")
-        if (self.unlabeled, self.unlabeled_split) == (self.dataset, self.train_split):
-            raise InputError("data unlabeled is the train split itself: give other images, or labels_per_class")

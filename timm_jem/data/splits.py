@@ -227,7 +227,7 @@ def _split_stored(
         sets["test"] = ImageSet(test, image_column, classes, channels, size, f"split {test_split}", range(len(test)))
     if config.unlabeled is not None:
         asked = read_name(config.unlabeled)
-        split = asked.split or config.unlabeled_split
+        split = asked.split or "train"
         named = ((asked.name, asked.config_name), (config.dataset, config.config_name))
         of_this = len({(os.path.realpath(name), which or "default") for name, which in named}) == 1
         if of_this and (split in (config.train_split, test_split) or Path(asked.name).is_file()):
@@ -237,7 +237,9 @@ def _split_stored(
             )
         more = with_images(load(asked.name, asked.config_name, split, streaming=False), asked.image_column)
         if split not in more:
-            raise InputError(f"{asked.name} has no split {split!r}: choose unlabeled_split from {', '.join(more)}")
+            raise InputError(
+                f"{asked.name} has no split {split!r}: choose split from {', '.join(more)}, as {asked.name}?split=NAME"
+            )
         more = more[split]
         remedy = f"choose one, as {asked.name}?image_column=NAME"
         column = find_image_column(more.features, asked.name, asked.image_column, remedy)

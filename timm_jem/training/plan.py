@@ -29,11 +29,6 @@ def check_plan(settings: Settings, splits: Splits, world: int, *, sharded: bool 
         InputError: what would fail, or mislead, later on.
     """
     data, train = settings.data, settings.train
-    num_classes, together = len(splits.class_names), train.batch_size * world
-    if settings.model.num_classes not in (None, num_classes):
-        raise InputError(
-            f"model.num_classes is {settings.model.num_classes} and {data.dataset} has {num_classes} classes: leave it out"
-        )
     for section in ("train", "classifier") if settings.trains_classifier else ("train",):
         of_all = getattr(settings, section).batch_size * world
         if not data.streaming and len(splits.train) < of_all:
@@ -56,7 +51,8 @@ def check_plan(settings: Settings, splits: Splits, world: int, *, sharded: bool 
     if train.balance and sharded:
         raise InputError("train.balance compares gradients of whole weights, and FSDP shards them: leave it out")
     if train.epochs is not None:
-        steps = max(1, round(train.epochs * images_of_an_epoch(settings, splits) / (together * train.grad_accum)))
+        of_a_step = train.batch_size * world * train.grad_accum
+        steps = max(1, round(train.epochs * images_of_an_epoch(settings, splits) / of_a_step))
         train = replace(train, steps=steps, epochs=None)
     if train.warmup_steps is None:
         train = replace(train, warmup_steps=min(_WARMUP_STEPS, train.steps // 10))

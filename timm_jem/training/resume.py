@@ -58,7 +58,6 @@ REFUSED: dict[str, Refused] = {
     "data.shuffle_buffer": _HELD_OUT,
     "model.name": _NETWORK,
     "model.pretrained": Refused("the weights have started already"),
-    "model.num_classes": _NETWORK,
     "model.kwargs": Refused(_NETWORK.why, _other_networks),
     "classifier.steps": _CLASSIFIER,
     "classifier.epochs": _CLASSIFIER,

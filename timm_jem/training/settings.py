@@ -31,7 +31,6 @@ class ModelConfig:
         name: any timm name, or one of this package's wrn_*; a folder with a saved model or a run, or timm's "local-dir:" and
             "hf-hub:".
         pretrained: start from pretrained weights; None: for folders and the Hub, whose names mean a model that is trained.
-        num_classes: None: as many as the data has.
         drop_rate: timm's dropout, for the loss only: chains move without.
         drop_path_rate: timm's stochastic depth, likewise.
         kwargs: more arguments for timm.create_model, e.g. {act_layer: silu}. Those of a config are for its own model:
@@ -40,7 +39,6 @@ class ModelConfig:
 
     name: str = "wrn_28_10"
     pretrained: bool | None = None
-    num_classes: int | None = None
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     kwargs: Arguments = field(default_factory=dict)
@@ -336,7 +334,7 @@ class Settings:
         self.model = replace(self.model, name=_named(self.model.name), kwargs=_from_anywhere(self.model.kwargs))
         reserved = {"num_classes", "input_size", "class_names", "sgld", "drop_rate", "drop_path_rate"}
         if taken := reserved & set(self.model.kwargs):
-            raise InputError(f"model.kwargs has {', '.join(sorted(taken))}, which other settings give: leave it out")
+            raise InputError(f"model.kwargs has {', '.join(sorted(taken))}, which other settings or data give: leave it out")
         if "checkpoint_path" in self.model.kwargs:
             raise InputError(
                 "model.kwargs has checkpoint_path, whose head must fit the data: give --model.pretrained true --model.kwargs "
