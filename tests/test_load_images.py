@@ -63,12 +63,12 @@ def test_images_are_made_alike(tmp_path):
     features = Features({"photo": Image(), "mask": Image()})
     cells = [PILImage.fromarray(left), PILImage.new("L", (3, 3), 7)]
     Dataset.from_dict({"photo": cells, "mask": cells[::-1]}, features).to_parquet(tmp_path / "rows.parquet")
-    images = asked(tmp_path / "rows.parquet", channels=3, size=(6, 6), image_column="photo")
+    images = asked(f"{tmp_path / 'rows.parquet'}?image_column=photo", channels=3, size=(6, 6))
     assert images.shape == (2, 3, 6, 6)
     assert torch.equal(images[0, :, 3, 3], torch.tensor([200, 100, 50], dtype=torch.uint8))
     assert images[0, 0].max() == 200
     assert (images[1] == 7).all()
-    grey = asked(tmp_path / "rows.parquet", size=(2, 3), image_column="mask")
+    grey = asked(f"{tmp_path / 'rows.parquet'}?image_column=mask", size=(2, 3))
     assert grey.shape == (2, 1, 2, 3)
     with pytest.raises(InputError, match=r"image columns photo, mask: choose one, as .*image_column=NAME"):
         asked(tmp_path / "rows.parquet")
@@ -79,7 +79,7 @@ def test_images_are_made_alike(tmp_path):
     [
         (lambda t: t / "nothing.parquet", {}, "no data set at"),
         (lambda t: "digits", {"split": "test"}, "digits has no split 'test': choose split from train"),
-        (save, {"image_column": "photo"}, "no image column 'photo'.*image"),
+        (lambda t: f"{save(t)}?image_column=photo", {}, "no image column 'photo'.*image"),
         (broken, {}, "row 5 of .*split test has an image that can't be decoded"),
         (save, {"channels": 4}, "4 channels"),
         (save, {"size": (4, 0)}, "width is 0"),
@@ -113,4 +113,4 @@ def test_a_configuration_of_a_set_on_the_hub(monkeypatch):
         return DatasetDict({"train": marked([0] * 3), "test": marked([0] * 2, start=9)})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert asked("user/numbers", config_name="cropped")[:, 0, 0, 0].tolist() == [9, 10]
+    assert asked("user/numbers?config_name=cropped")[:, 0, 0, 0].tolist() == [9, 10]

@@ -24,7 +24,7 @@ from timm_jem.data.columns import (
 from timm_jem.data.config import DataConfig
 from timm_jem.data.headers import Headers, read_headers
 from timm_jem.data.images import ImageSet, cache_small, evenly
-from timm_jem.data.sources import load, read_name
+from timm_jem.data.sources import Asked, load, read_name
 from timm_jem.data.stream_splits import split_stream
 from timm_jem.data.streamed import StreamedSet
 from timm_jem.errors import InputError, check_whole
@@ -152,21 +152,16 @@ def load_images(
     count: int,
     seed: int = 0,
     split: str | None = None,
-    image_column: str | None = None,
-    config_name: str | None = None,
 ) -> Tensor:
     """Images of any data set, without labels: what a model of other images is tried on.
 
     Args:
-        name: as ``DataConfig.dataset``; ?split=NAME, ?image_column=NAME and ?config_name=NAME may follow, joined by &, where
-            they aren't given as arguments.
+        name: as ``DataConfig.dataset``; ?split=NAME, ?image_column=NAME and ?config_name=NAME may follow, joined by &.
         channels: 1 (grey) or 3 (RGB); images are converted.
         size: (H, W); images of another size are resized to cover it, and centre-cropped.
         count: at most so many, chosen by ``seed`` where there are more; in the rows' order.
         seed: see ``count``.
-        split: None: the first of test, validation, valid, val and train that is there, or else the first.
-        image_column: None: the only image column.
-        config_name: the Hub data set's configuration, where it has several.
+        split: None: that of the name, or the first of test, validation, valid, val and train that is there, or else the first.
 
     Returns:
         8-bit images, shape (n, C, H, W).
@@ -179,20 +174,26 @@ def load_images(
     for what, value, least in (("height", size[0], 1), ("width", size[1], 1), ("count", count, 1), ("seed", seed, 0)):
         check_whole(what, value, least)
     asked = read_name(name)
-    name, split, image_column = asked.name, split or asked.split, image_column or asked.image_column
-    loaded = with_images(load(name, config_name or asked.config_name, split or "test", streaming=False), image_column)
+    data, column, split = _images_of(asked, split or asked.split)
+    rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:count])
+    images = ImageSet(data.select(rows), column, np.full(len(rows), -1), channels, tuple(size), split, rows)
+    cache_small({name: images}, math.inf, skip_broken=None)
+    return images.images
+
+
+def _images_of(asked: Asked, split: str | None) -> tuple[Dataset, str, str]:
+    """The rows of a set whose labels don't matter, their image column, and what they are, for messages; split as
+    :func:`load_images` takes it."""
+    name = asked.name
+    loaded = with_images(load(name, asked.config_name, split or "test", streaming=False), asked.image_column)
     split = split or next((s for s in (*TEST_SPLITS, "train") if s in loaded), next(iter(loaded), None))
     if split not in loaded:
         raise InputError(f"{name} has no split {split!r}: choose split from {', '.join(loaded)}, as {name}?split=NAME")
-    data = loaded[split]
-    column = find_image_column(data.features, name, image_column, f"choose one, as {name}?image_column=NAME")
-    if len(data) == 0:
+    rows = loaded[split]
+    column = find_image_column(rows.features, name, asked.image_column, f"choose one, as {name}?image_column=NAME")
+    if len(rows) == 0:
         raise InputError(f"split {split} of {name} is empty: choose another")
-    rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:count])
-    unknown = np.full(len(rows), -1)
-    images = ImageSet(data.select(rows), column, unknown, channels, tuple(size), f"{name}, split {split}", rows)
-    cache_small({name: images}, math.inf, skip_broken=None)
-    return images.images
+    return rows, column, f"{name}, split {split}"
 
 
 def _split_stored(
@@ -235,17 +236,9 @@ def _split_stored(
                 f"data unlabeled is split {split} of {config.dataset}, whose validation or test images would "
                 "be trained on: give other images, or labels_per_class"
             )
-        more = with_images(load(asked.name, asked.config_name, split, streaming=False), asked.image_column)
-        if split not in more:
-            raise InputError(
-                f"{asked.name} has no split {split!r}: choose split from {', '.join(more)}, as {asked.name}?split=NAME"
-            )
-        more = more[split]
-        remedy = f"choose one, as {asked.name}?image_column=NAME"
-        column = find_image_column(more.features, asked.name, asked.image_column, remedy)
-        name = f"{asked.name}, split {split}"
-        nothing = np.full(len(more), -1)
-        sets["train"] = sets["train"].joined(ImageSet(more, column, nothing, channels, size, name, range(len(more))))
+        more, column, name = _images_of(asked, split)
+        unknown = np.full(len(more), -1)
+        sets["train"] = sets["train"].joined(ImageSet(more, column, unknown, channels, size, name, range(len(more))))
     sets, left_out = cache_small(sets, config.cache_gib, skip_broken=config.skip_broken)
     if config.unlabeled is not None:
         for name, share in _trained_on(sets).items():
