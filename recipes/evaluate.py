@@ -31,7 +31,7 @@ from timm_jem import JEM, InputError
 from timm_jem.backbone import architecture
 from timm_jem.command_line import make_parser, parse_flags, read_flags, told_of, with_contents
 from timm_jem.data import DataConfig
-from timm_jem.errors import one_line, quoted
+from timm_jem.errors import need, one_line, quoted
 from timm_jem.evaluation.classification_section import classification_section
 from timm_jem.evaluation.comparison import read_reports, write_comparison
 from timm_jem.evaluation.generation_section import generation_section
@@ -41,7 +41,7 @@ from timm_jem.evaluation.report import Measured, Report, fingerprint
 from timm_jem.evaluation.report_folder import check_comparison_dir, claimed, earlier_report, write_report
 from timm_jem.evaluation.robustness_section import robustness_section
 from timm_jem.evaluation.section import Section
-from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig, need
+from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
 from timm_jem.evaluation.subject import Subject, data_config, display_name, function_of, load_model, load_subject, sampling_of
 from timm_jem.files import folder_aside, left_aside
 from timm_jem.training.shell import check_one_process, one_line_errors

@@ -455,6 +455,6 @@ def test_a_port_that_is_taken_is_one_line():
 )
 def test_mistakes_are_one_line(argv, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("timm_jem.evaluation.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("timm_jem.errors.find_spec", lambda name: None)
     with pytest.raises(InputError, match=words):
         demo.main(argv)

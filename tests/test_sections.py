@@ -24,7 +24,7 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.data.identity import data_identity
-from timm_jem.evaluation import classification_section, generation_section, pictures_section, settings, subject
+from timm_jem.evaluation import classification_section, generation_section, pictures_section, subject
 from timm_jem.evaluation.comparison import overlays
 from timm_jem.evaluation.extractors import load_extractors
 from timm_jem.evaluation.generation import frechet_distance, within_class_distance
@@ -548,7 +548,7 @@ def test_pairs_of_classes_where_one_image_alone_is_of_another():
 
 @pytest.mark.parametrize(("missing", "extra"), [("matplotlib", "eval"), ("pyautoattack", "robust"), ("torch_fidelity", "eval")])
 def test_a_missing_library_is_named_after_the_model_is_found(model, tmp_path, monkeypatch, missing, extra):
-    monkeypatch.setattr(settings, "find_spec", lambda name: None if name == missing else True)
+    monkeypatch.setattr("timm_jem.errors.find_spec", lambda name: None if name == missing else True)
     out = f"--output_dir {tmp_path / 'out'}"
     with pytest.raises(InputError) as error:
         evaluate.main(shlex.split(f"{model} {out}"))

@@ -2,8 +2,11 @@
 
 import math
 import numbers
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 
-__all__ = ["InputError", "check_number", "check_whole", "how_to_install", "one_line", "quoted"]
+__all__ = ["InputError", "check_number", "check_whole", "how_to_install", "importing", "need", "one_line", "quoted"]
 
 
 class InputError(ValueError):
@@ -57,3 +60,18 @@ def one_line(error: BaseException) -> str:
 def how_to_install(extra: str) -> str:
     """The command that installs one of this package's extras, for messages about a missing library."""
     return f"pip install 'timm_jem[{extra}]' (from a clone: pip install -e '.[{extra}]')"
+
+
+def need(library: str, what: str, extra: str, otherwise: str = "") -> None:
+    """Raise an InputError that says how to install ``library``, which ``what`` needs, where it is missing."""
+    if find_spec(library) is None:
+        raise InputError(f"{what} needs {library.replace('_', '-')}: {how_to_install(extra)}{otherwise}")
+
+
+@contextmanager
+def importing(library: str, what: str, extra: str) -> Iterator[None]:
+    """Imports of a library that may be missing: the InputError of :func:`need` takes the place of an ImportError."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{what} needs {library}: {how_to_install(extra)}") from error

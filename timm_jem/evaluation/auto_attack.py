@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from timm_jem.errors import InputError, check_number, check_whole, how_to_install, quoted
+from timm_jem.errors import InputError, check_number, check_whole, importing, quoted
 from timm_jem.evaluation.attacks import Classifier, check_attackable, check_logits, check_norm, first_logits
 from timm_jem.modes import frozen
 from timm_jem.progress import tqdm
@@ -67,10 +67,8 @@ def auto_attack(
         InputError: pyautoattack is missing, an attack that doesn't exist for so few classes or pixels; or as
             :func:`timm_jem.evaluation.attacks.pgd`.
     """
-    try:
+    with importing("pyautoattack", "AutoAttack", "robust"):
         from pyautoattack import AutoAttack
-    except ImportError as error:
-        raise InputError(f"AutoAttack needs pyautoattack: {how_to_install('robust')}") from error
     check_norm(norm)
     if version not in ("standard", "rand"):
         raise InputError(f"version of AutoAttack is {quoted(version)}: give standard or rand")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from timm_jem.errors import InputError, check_whole, how_to_install, one_line, quoted
+from timm_jem.errors import InputError, check_whole, importing, one_line, quoted
 from timm_jem.evaluation.generation import pyramid, thumbnails
 from timm_jem.evaluation.labelled import eight_bit_images
 from timm_jem.model import JEM
@@ -161,10 +161,8 @@ def extract(extractor: Extractor, images: Tensor, *, batch_size: int = 256, desc
 
 def _inception(file: Path | None) -> tuple[nn.Module, str]:
     """FID's Inception and its name. Its library would unpickle the file; here it gets only tensors that were read safely."""
-    try:
+    with importing("torch-fidelity", "FID's Inception", "eval"):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise InputError(f"FID's Inception needs torch-fidelity: {how_to_install('eval')}") from error
     published = URL_INCEPTION_V3.rsplit("/", 1)[1]
     sha256 = Path(published).stem.rsplit("-", 1)[1]  # its first digits
     if file is None:

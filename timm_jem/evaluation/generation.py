@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_whole, how_to_install
+from timm_jem.errors import InputError, check_whole, importing
 from timm_jem.evaluation.labelled import eight_bit_images, labels, numbers
 from timm_jem.progress import tqdm
 
@@ -123,11 +123,9 @@ def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, fl
     fake, real = _features(fake, real, 5, "the quality of samples against real images")
     if not (fake.isfinite().all() and real.isfinite().all()):
         raise InputError("features are not finite, so they have no precision or recall: check the extractor and its input")
-    try:
+    with importing("torch-fidelity", "the quality of samples", "eval"):
         from torch_fidelity.metric_kid import kid_features_to_metric
         from torch_fidelity.metric_prc import prc_features_to_metric
-    except ImportError as error:
-        raise InputError(f"KID, precision and recall need torch-fidelity: {how_to_install('eval')}") from error
     size = min(1000, len(fake), len(real))
     kid = kid_features_to_metric(
         fake, real, kid_subsets=100, kid_subset_size=size, kid_kernel="poly", rng_seed=seed, verbose=False
@@ -166,10 +164,8 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float]:
         raise InputError(f"logits have shape {tuple(logits.shape)}: give (N, num_classes)")
     if len(logits) < 10:
         raise InputError(f"an Inception score of {len(logits)} samples in ten parts: give at least ten")
-    try:
+    with importing("torch-fidelity", "the Inception score", "eval"):
         from torch_fidelity.metric_isc import isc_features_to_metric
-    except ImportError as error:
-        raise InputError(f"the Inception score needs torch-fidelity: {how_to_install('eval')}") from error
     # A probability that underflows in all images would be 0 · log 0 there: NaN.
     log_p = logits.double().log_softmax(1).clamp(min=-700)
     found = isc_features_to_metric(log_p, splits=10, shuffle=True, rng_seed=seed)

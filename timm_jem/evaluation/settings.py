@@ -1,13 +1,12 @@
 """What an evaluation measures, and how much of it."""
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
-from timm_jem.errors import InputError, check_number, check_whole, how_to_install, quoted
+from timm_jem.errors import InputError, check_number, check_whole, need, quoted
 from timm_jem.ood import METHODS
 
-__all__ = ["DEFAULT_DETECTORS", "PRESETS", "SECTIONS", "EvaluationConfig", "check_libraries", "need"]
+__all__ = ["DEFAULT_DETECTORS", "PRESETS", "SECTIONS", "EvaluationConfig", "check_libraries"]
 
 SectionName = Literal["classification", "ood", "robustness", "generation", "pictures"]
 SECTIONS: tuple[SectionName, ...] = get_args(SectionName)
@@ -193,12 +192,6 @@ def _detectors(names: list[str]) -> list[str]:
     if not names:
         raise InputError(f"detectors is empty: give all, or some of {', '.join(METHODS)}; or leave the section ood out")
     return list(dict.fromkeys(n for n in (*DEFAULT_DETECTORS, *METHODS) if "all" in names or n in names))
-
-
-def need(module: str, what: str, extra: str, otherwise: str = "") -> None:
-    """Raise an InputError that says how to install ``module`` where it is missing."""
-    if find_spec(module) is None:
-        raise InputError(f"{what} needs {module.replace('_', '-')}: {how_to_install(extra)}{otherwise}")
 
 
 def check_libraries(config: EvaluationConfig) -> None:

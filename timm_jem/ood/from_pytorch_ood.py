@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from timm_jem.errors import InputError, how_to_install
+from timm_jem.errors import InputError, importing
 from timm_jem.ood.final_layer import FinalLayer
 from timm_jem.ood.views import Survey, View
 
@@ -43,10 +43,8 @@ _MOST_VOTES = 2**24
 
 def library(name: str) -> ModuleType:
     """``pytorch_ood.detector``, or an InputError that says how to get it."""
-    try:
+    with importing("pytorch-ood", f"the detector {name}", "ood"):
         from pytorch_ood import detector
-    except ImportError as error:
-        raise InputError(f"the detector {name} needs pytorch-ood: {how_to_install('ood')}") from error
     return detector
 
 

@@ -1,13 +1,11 @@
 """Plot of where the time of an iteration goes."""
 
-from timm_jem.errors import InputError, how_to_install
+from timm_jem.errors import importing
 from timm_jem.speed.profile import KINDS, Profile
 
-try:
+with importing("matplotlib", "the picture of a profile", "plots"):
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-except ImportError as error:
-    raise InputError(f"the picture of a profile needs matplotlib: {how_to_install('plots')}") from error
 
 __all__ = ["draw_profile"]
 

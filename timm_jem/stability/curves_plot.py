@@ -7,16 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from timm_jem.errors import InputError, how_to_install
+from timm_jem.errors import InputError, importing
 from timm_jem.stability.curves import Curve, Curves
 
-try:
+with importing("matplotlib", "the picture of the curves", "plots"):
     from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-except ImportError as error:
-    raise InputError(f"the curves need matplotlib: {how_to_install('plots')}") from error
 
 __all__ = ["Trace", "draw_curves"]
 
