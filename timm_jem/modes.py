@@ -39,7 +39,7 @@ def frozen(model: nn.Module, batch_norm: str = "eval") -> Iterator[nn.Module]:
         raise InputError(f"batch_norm of frozen is {quoted(batch_norm)}: give 'eval' or 'train'")
     mixing = batch_norms(model) if batch_norm == "train" else []
     calm = set(model.modules()) - set(mixing)
-    with _evaluating(calm), _set(model.parameters(), "requires_grad", False), statistics_kept(mixing):
+    with in_eval_mode(calm), _set(model.parameters(), "requires_grad", False), statistics_kept(mixing):
         yield model
 
 
@@ -53,17 +53,19 @@ def checkpointed(model: nn.Module) -> bool:
     return any(getattr(module, "grad_checkpointing", False) for module in model.modules())
 
 
-@contextlib.contextmanager
-def statistics_kept(layers: list[nn.Module]) -> Iterator[None]:
+def statistics_kept(layers: list[nn.Module]) -> contextlib.AbstractContextManager[None]:
     """Within the context BatchNorm ``layers`` in train mode normalise batches as ever, but running statistics stay."""
-    with _set(layers, "track_running_stats", False):
-        yield
+    return _set(layers, "track_running_stats", False)
 
 
 @contextlib.contextmanager
-def in_eval_mode(layers: list[nn.Module]) -> Iterator[None]:
+def in_eval_mode(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Within the context ``layers`` are in eval mode; each is then as it was."""
-    with _evaluating(layers):
+    layers = list(layers)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_set(layers, "training", False))
+        for layer in _keeping_biases(layers):
+            stack.enter_context(_set([layer], "attention_bias_cache", _Forgetting()))
         yield
 
 
@@ -112,16 +114,6 @@ def _keeping_biases(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """
     caches = ((module, vars(module).get("attention_bias_cache")) for module in modules)
     return [module for module, cache in caches if cache is not None and not isinstance(cache, _Forgetting)]
-
-
-@contextlib.contextmanager
-def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    modules = list(modules)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_set(modules, "training", False))
-        for module in _keeping_biases(modules):
-            stack.enter_context(_set([module], "attention_bias_cache", _Forgetting()))
-        yield
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def measured_precision(jem: JEM, train: TrainConfig) -> tuple[str, str]:
     u = uniform_noise((train.batch_size, *jem.input_size), generator=torch.Generator().manual_seed(0))
     x = jem.normalize(u).requires_grad_()
     chains = train.objective.needs_chains
-    with frozen(jem) if chains else in_eval_mode(list(jem.modules())):
+    with frozen(jem) if chains else in_eval_mode(jem.modules()):
         _seconds(jem, x[:1], bf16=False)  # warms up
         alone = _seconds(jem, x[:1], bf16=False, clock=time.thread_time)  # whatever else this machine does
         images = max(1, min(len(x), int(PASS_SECONDS / max(alone, 1e-6))))  # some clocks are coarse
