@@ -8,6 +8,9 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from timm_jem.errors import InputError, one_line, quoted
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "folder_there",
     "left_aside",
     "move_in",
+    "read_tensors",
     "replaced_file",
 ]
 
@@ -49,6 +53,24 @@ def check_header(file: Path, most: int = 2**16) -> None:
         raise InputError(
             f"{file.name} has a header of {length >> 10:,} KiB: above {most >> 10:,} it is no such file, get it again"
         )
+
+
+def read_tensors(file: Path, most: int, writer: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file of at most ``most`` bytes and the texts of its header, all still unchecked.
+
+    Raises:
+        InputError: a file that is missing, larger, or broken; ``writer`` is what writes such files, for the message.
+    """
+    if not file.is_file():
+        raise InputError(f"there is no file {file}: give one that {writer} wrote")
+    if file.stat().st_size > most:
+        raise InputError(f"{file.name} is larger than {most >> 20:,} MiB: {writer} wrote no such file, get it again")
+    try:
+        check_header(file)
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file.name} is not a complete safetensors file ({one_line(error)}): get it again") from error
 
 
 @contextlib.contextmanager

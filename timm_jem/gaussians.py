@@ -7,13 +7,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from timm_jem.errors import InputError, check_number, check_whole, one_line, quoted
-from timm_jem.files import check_header
+from timm_jem.errors import InputError, check_number, check_whole, quoted
+from timm_jem.files import read_tensors
 from timm_jem.inputs import FAR_FROM_PIXELS, check_label_values, is_floats, is_labels, kind
 from timm_jem.noise import Generators, draw_classes, randn
 from timm_jem.sampling import filled
@@ -102,13 +101,8 @@ class ClassGaussians:
             InputError: a file that is missing, broken, too large, or of other images or classes, or that holds NaN.
         """
         file = Path(file)
-        if not file.is_file():
-            raise InputError(f"there is no file {file}: give one that ClassGaussians.save wrote")
-        if file.stat().st_size > MAX_STARTS_BYTES:
-            raise InputError(f"{file.name} is larger than {_MAX_BYTES >> 20} MiB: remove it, and chains start from noise")
-        check_header(file)
+        tensors, _ = read_tensors(file, MAX_STARTS_BYTES, "ClassGaussians.save")
         try:
-            tensors = load_file(file)
             if (keys := set(tensors)) != {field.name for field in fields(cls)}:
                 raise InputError(f"it holds {quoted(sorted(keys)) if keys else 'nothing'}")
             found = cls(**{name: tensor.float() if is_floats(tensor) else tensor for name, tensor in tensors.items()})
@@ -120,8 +114,8 @@ class ClassGaussians:
             if not found.weights.sum() > 0:
                 raise InputError("none of its classes has a weight above 0")
             found.check_fit(image_shape, num_classes)
-        except (InputError, SafetensorError) as error:
-            raise InputError(f"{file.name} has no class Gaussians of this model: {one_line(error)}") from error
+        except InputError as error:
+            raise InputError(f"{file.name} has no class Gaussians of this model: {error}") from error
         return found
 
     @classmethod

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_whole, one_line, quoted
-from timm_jem.files import check_header
+from timm_jem.errors import InputError, check_whole, quoted
+from timm_jem.files import read_tensors
 from timm_jem.inputs import is_floats, is_labels, kind
 from timm_jem.pixels import eight_bit, to_pixels
 
@@ -144,24 +143,12 @@ class PublishedChains:
             InputError: a file that is missing, broken, too large, or of other images or classes.
         """
         file = Path(file)
-        if not file.is_file():
-            raise InputError(f"there is no file {file}: give one that PublishedChains.save wrote")
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{file.name} is larger than {MAX_FILE_BYTES >> 20} MiB: load the model with replay_buffer=False")
-        check_header(file)
+        tensors, _ = read_tensors(file, MAX_FILE_BYTES, "PublishedChains.save")
+        if not {"images"} <= tensors.keys() <= {"images", "labels"}:
+            held = quoted(sorted(tensors)) if tensors else "nothing"
+            raise InputError(f"{file.name} holds {held}: published chains are images and labels")
         try:
-            with safe_open(file, framework="pt") as tensors:
-                keys = set(tensors.keys())
-                if not {"images"} <= keys <= {"images", "labels"}:
-                    raise InputError(
-                        f"{file.name} holds {quoted(sorted(keys)) if keys else 'nothing'}: published chains are images and "
-                        "labels"
-                    )
-                images, labels = tensors.get_tensor("images"), tensors.get_tensor("labels") if "labels" in keys else None
-        except SafetensorError as error:
-            raise InputError(f"{file.name} is not a complete safetensors file ({one_line(error)}): get it again") from error
-        try:
-            chains = cls(images, labels)
+            chains = cls(**tensors)
             chains.check_fit(image_shape, num_classes)
         except InputError as error:
             raise InputError(f"{file.name}: {error}") from error

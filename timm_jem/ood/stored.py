@@ -1,17 +1,18 @@
 """What was fitted, as one safetensors file with JSON in its header."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, one_line, quoted
-from timm_jem.files import as_path, check_header, replaced_file
+from timm_jem.files import as_path, read_tensors, replaced_file
 from timm_jem.model import JEM
 from timm_jem.noise import uniform_noise
 from timm_jem.ood.views import view
@@ -51,18 +52,10 @@ def read(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InputError: a file that is missing, broken, too large or no detector's.
     """
-    path = as_path(file)
-    if not path.is_file():
-        raise InputError(f"there is no file {path}: give one that a detector's save wrote")
-    if path.stat().st_size > _MOST_BYTES:
-        raise InputError(f"{path} is larger than {_MOST_BYTES >> 30} GiB: no detector's file is")
-    check_header(path)
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            about = json.loads((tensors.metadata() or {}).get(_KEY, "null"))
-            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    except (OSError, RecursionError, SafetensorError, ValueError) as error:
-        raise InputError(f"{path} is not a complete safetensors file ({one_line(error)}): save the detector again") from error
+    path, about = as_path(file), None
+    state, header = read_tensors(path, _MOST_BYTES, "a detector's save")
+    with contextlib.suppress(RecursionError, ValueError):
+        about = json.loads(header.get(_KEY, "null"))
     known = isinstance(about, dict) and isinstance(about.get("options"), dict)
     if not known or about.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{path} is not a detector's file of this version: fit and save the detector again")
