@@ -22,13 +22,11 @@ def chains_by_length(
     jem: JEM,
     lengths: Sequence[int],
     *,
-    y: Tensor | None = None,
-    n: int | None = None,
+    y: Tensor,
     generator: torch.Generator,
     batch_size: int = 256,
-    init: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """One set of chains, fresh ones unless ``init`` says otherwise, seen at several lengths.
+    """One set of fresh chains of E(x, y) seen at several lengths.
 
     Each time the last ``jem.sgld.denoise_steps`` steps are noise-free, as in ``jem.sample``, and belong to the view:
     the chains themselves go on with noise. With ``jem.sgld.step_decay`` shorter chains are no part of longer ones, and each
@@ -37,44 +35,30 @@ def chains_by_length(
     Args:
         jem: the model; its flags are as they were between two views, too.
         lengths: numbers of steps, each above ``denoise_steps``.
-        y: classes of chains of E(x, y), int64, shape (N,); None: chains of E(x).
-        n: how many chains; may be left out where ``y`` or ``init`` tells.
+        y: classes of the chains, int64, shape (N,).
         generator: the only source of randomness. It draws the seeds that ``jem.sample`` would draw: the same chains.
         batch_size: chains on the model's device at once, though never fewer than four are.
-        init: where chains start, pixels in [-1, 1], shape (N, C, H, W); None: where ``jem.sample`` starts them.
 
     Yields:
         A length, in increasing order, and pixels, shape (N, C, H, W), on the CPU.
 
     Raises:
-        InputError: a length that the noise-free steps use up, or ``n``, ``y`` and ``init`` that disagree or don't tell.
+        InputError: a length that the noise-free steps use up, or classes that are none.
     """
     for steps in lengths:
         check_whole("length of chains", steps, jem.sgld.denoise_steps + 1)
     check_whole("batch_size", batch_size, 1)
-    y = None if y is None else labels(y, num_classes=jem.num_classes, what="classes of chains")
-    counts = {len(told) for told in (y, init) if told is not None} | ({n} if n is not None else set())
-    if len(counts) != 1:
-        raise InputError(f"numbers of chains by n, y and init are {sorted(counts) or 'none'}: give one, or make them agree")
-    check_whole("n", *counts, 1)
-    if init is not None and (init.shape[1:] != jem.input_size or not init.is_floating_point()):
-        raise InputError(f"init has the shape {tuple(init.shape)}: give pixels, (N, {', '.join(map(str, jem.input_size))})")
-    return _views(jem, sorted(lengths), y, *counts, generator, batch_size, init)
+    y = labels(y, num_classes=jem.num_classes, what="classes of chains")
+    return _views(jem, sorted(lengths), y, generator, batch_size)
 
 
 def _views(
-    jem: JEM,
-    lengths: list[int],
-    y: Tensor | None,
-    n: int,
-    generator: torch.Generator,
-    batch_size: int,
-    init: Tensor | None,
+    jem: JEM, lengths: list[int], y: Tensor, generator: torch.Generator, batch_size: int
 ) -> Iterator[tuple[int, Tensor]]:
-    config, device, done = jem.sgld, jem.mean.device, 0
-    rest_at = jem.rest_at(n, config, y=y) if init is None else None
+    config, n, done = jem.sgld, len(y), 0
+    rest_at = jem.rest_at(n, config, y=y)
     generators = chain_generators(draw_seeds(n, generator))  # as in jem.sample
-    u = jem.fresh(n, y=y, generator=generators) if init is None else init.cpu()
+    u = jem.fresh(n, y=y, generator=generators)
     last, size = config.denoise_steps, max(batch_size, FEWEST)  # as many as sgld takes at once, so that they round alike
     parts = [(slice(start, start + size), generators[start : start + size]) for start in range(0, n, size)]
     total = sum(lengths) if config.step_decay else len(lengths) * last + max(lengths, default=last) - last
@@ -83,10 +67,9 @@ def _views(
             chains, views = [], []
             with frozen(jem):
                 for rows, own in parts:
-                    own_y = None if y is None else y[rows].to(device)
-                    options = {"y": own_y, "batch_size": batch_size, "on_step": lambda *_: bar.update()}
+                    options = {"y": y[rows].to(jem.device), "batch_size": batch_size, "on_step": lambda *_: bar.update()}
                     options["rest_at"] = None if rest_at is None else rest_at[rows]
-                    now = u[rows].to(device)
+                    now = u[rows].to(jem.device)
                     if config.step_decay:
                         options["generator"] = [each.clone_state() for each in own]
                         view = sgld(jem.pixel_energy, now, config, num_steps=steps, denoise_steps=last, **options)
