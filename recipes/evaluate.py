@@ -173,7 +173,7 @@ def measured(name: str, subject: Subject, config: EvaluationConfig, command: str
     versions = f"timm_jem {timm_jem.__version__}, timm {timm.__version__}, torch {torch.__version__}"
     beside = {key: getattr(subject, key) for key in ("baseline", "judge") if key in config.of_section(name)}
     others = {f"{key}_model": identity_of(other) for key, other in beside.items() if other is not None}
-    found = Measured(title, asdict(config) | others, command, f"{versions}, {subject.model.mean.device.type}")
+    found = Measured(title, asdict(config) | others, command, f"{versions}, {subject.model.device.type}")
     found.warnings += subject.of_test
     start = time.perf_counter()
     try:

@@ -52,7 +52,7 @@ def pixel_classifier(jem: JEM) -> Classifier:
         if jem.fixed_input_size and tuple(images.shape[1:]) != jem.input_size:
             raise InputError(f"images have shape {tuple(images.shape)}: this model takes {('N', *jem.input_size)} only")
         with frozen(jem):
-            logits = jem(jem.normalize(from_unit(images.to(jem.mean.device))))
+            logits = jem(jem.normalize(from_unit(images.to(jem.device))))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     return classify

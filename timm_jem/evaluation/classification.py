@@ -36,12 +36,11 @@ def predict(jem: JEM, batches: Iterable[tuple[Tensor, Tensor]], *, desc: str = "
     Raises:
         InputError: images that are not 8-bit, other numbers of labels, or no images.
     """
-    device = jem.mean.device
     logits, ys = [], []
     with frozen(jem):
         for images, y in tqdm(batches, desc=desc, leave=False):
             eight_bit_images(images, channels=jem.input_size[0])
-            logits.append(jem(jem.normalize(to_pixels(images.to(device)))).float().cpu())
+            logits.append(jem(jem.normalize(to_pixels(images.to(jem.device)))).float().cpu())
             ys.append(labels(y, len(images)))
     if not logits:
         raise InputError("there are no images to predict: give at least one batch")

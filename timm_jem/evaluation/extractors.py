@@ -138,11 +138,11 @@ def classifier_extractor(jem: JEM, name: str) -> Extractor:
     check_features(jem)
 
     def features(images: Tensor) -> Tensor:
-        return view(jem, jem.normalize(to_pixels(images.to(jem.mean.device))), features=True).features
+        return view(jem, jem.normalize(to_pixels(images.to(jem.device))), features=True).features
 
     def logits(images: Tensor) -> Tensor:
         with frozen(jem):
-            return jem(jem.normalize(to_pixels(images.to(jem.mean.device))))
+            return jem(jem.normalize(to_pixels(images.to(jem.device))))
 
     return Extractor(name, features, logits)
 

@@ -104,7 +104,7 @@ def _fresh(subject: Subject, config: EvaluationConfig) -> SampleSet:
 
 def _precision(jem: JEM, config: EvaluationConfig) -> torch.autocast:
     """What chains are drawn in: neither features nor a judge are of that precision."""
-    return torch.autocast(jem.mean.device.type, torch.bfloat16, enabled=config.chain_precision == "bf16")
+    return torch.autocast(jem.device.type, torch.bfloat16, enabled=config.chain_precision == "bf16")
 
 
 def _told(config: EvaluationConfig) -> str:

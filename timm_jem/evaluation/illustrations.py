@@ -57,7 +57,6 @@ def distal_adversarials(
     size = 0.01 * math.sqrt(math.prod(jem.input_size)) if step_size is None else step_size
     check_number("step_size of distal adversarials", size, above=0)
     y = class_labels(y, num_classes=jem.num_classes, what="classes")
-    device = jem.mean.device
     generators = chain_generators(draw_seeds(len(y), generator))
     noise = uniform_noise((len(y), *jem.input_size), generator=generators, dtype=torch.float32)
     images, probabilities = [], []
@@ -65,7 +64,7 @@ def distal_adversarials(
         batches = list(zip(noise.split(batch_size), y.split(batch_size), strict=True))
         for u, labels in tqdm(batches, desc="distal adversarials", leave=False):
             count, u, labels = len(u), filled(u), filled(labels)
-            u, own = u.clone().to(device), labels.clone().to(device)[:, None]
+            u, own = u.clone().to(jem.device), labels.clone().to(jem.device)[:, None]
             for step in range(steps + 1):
                 u = u.detach().requires_grad_(True)
                 log_p = jem(jem.normalize(u)).float().log_softmax(1).gather(1, own).squeeze(1)
@@ -108,7 +107,7 @@ def interpolation_paths(jem: JEM, a: Tensor, b: Tensor, num: int = 7, *, batch_s
     paths = (1 - t) * a.cpu()[:, None] + t * b.cpu()[:, None]
     with frozen(jem):
         batches = tqdm(paths.flatten(0, 1).split(batch_size), desc="lines between images", leave=False)
-        energies = torch.cat([jem.pixel_energy(part.to(jem.mean.device)).float().cpu() for part in batches])
+        energies = torch.cat([jem.pixel_energy(part.to(jem.device)).float().cpu() for part in batches])
     return paths, energies.view(len(a), num)
 
 

@@ -47,7 +47,7 @@ def _distal(subject: Subject, config: EvaluationConfig, section: Section) -> Non
             u, p = distal_adversarials(model, classes, generator=subject.generator(), batch_size=config.batch_size)
             with torch.no_grad(), frozen(model):
                 of_u, of_test = (
-                    torch.cat([model.pixel_energy(part.to(model.mean.device)).cpu() for part in v.split(config.batch_size)])
+                    torch.cat([model.pixel_energy(part.to(model.device)).cpu() for part in v.split(config.batch_size)])
                     for v in (u, test)
                 )
             captions = [f"p {a:.2f}  E {b:.1f}" for a, b in zip(p.tolist(), of_u.tolist(), strict=True)]

@@ -83,7 +83,7 @@ def refined_classifier(
     def classify(images: Tensor) -> Tensor:
         attacked = images.requires_grad and torch.is_grad_enabled()
         through = attacked and gradient == "through"
-        start = from_unit(images.to(jem.mean.device))
+        start = from_unit(images.to(jem.device))
         with frozen(jem):
             parts = []
             for _ in range(config.chains):
@@ -105,7 +105,7 @@ def check_second_derivatives(jem: JEM, remedy: str = "call timm.layers.set_fused
         InputError: the backbone has none; the message ends in ``remedy``.
     """
     with frozen(jem), torch.inference_mode(False), torch.enable_grad():
-        u = torch.zeros(1, *jem.input_size, device=jem.mean.device, dtype=jem.mean.dtype, requires_grad=True)
+        u = torch.zeros(1, *jem.input_size, device=jem.device, dtype=jem.mean.dtype, requires_grad=True)
         slope = torch.autograd.grad(jem.pixel_energy(u).sum(), u, create_graph=True)[0]
         if not slope.requires_grad:  # of a piecewise linear energy
             return

@@ -290,7 +290,7 @@ def some(images: ImageSet | StreamedSet, count: int, seed: int, desc: str) -> tu
 @torch.no_grad()
 def _check_finite(jem: JEM, images: Tensor, name: str) -> None:
     with frozen(jem):
-        logits = jem(jem.normalize(to_pixels(images.to(jem.mean.device))))
+        logits = jem(jem.normalize(to_pixels(images.to(jem.device))))
     if not logits.isfinite().all():
         broken = int((~logits.isfinite()).any(1).sum())
         raise InputError(

@@ -142,7 +142,7 @@ def _choose_length(settings: Settings, splits: Splits, jem: JEM) -> dict[str, An
         (to_pixels(images) for images, _ in in_batches(splits.val, workers_of(train))),
         torch.arange(train.sample_count) % jem.num_classes,
         settings.lengths(jem.sgld.num_steps) or [jem.sgld.denoise_steps + 1],  # chains that have not grown yet
-        generator=torch.Generator(jem.mean.device).manual_seed(train.seed),
+        generator=torch.Generator(jem.device).manual_seed(train.seed),
         batch_size=train.batch_size,
     )
     jem.sgld = replace(jem.sgld, sample_steps=best_length)

@@ -23,7 +23,7 @@ def unseen_pixels(jem: JEM, image_shape: tuple[int, int, int]) -> torch.Tensor:
                     parameter.copy_(torch.rand(parameter.shape, generator=generator))
             u = torch.rand(2, *image_shape, generator=generator) * 2 - 1
             with frozen(jem):
-                score = jem.score(jem.normalize(u.to(jem.mean.device)))
+                score = jem.score(jem.normalize(u.to(jem.device)))
             unseen &= (score == 0).all(0).all(0).cpu()
             if not unseen.any():
                 break
