@@ -34,10 +34,10 @@ from timm_jem.modes import frozen
 from timm_jem.ood import Detector
 from timm_jem.pixels import to_pixels
 from timm_jem.progress import tqdm
+from timm_jem.shell import one_line_errors
 from timm_jem.speed.iteration import bare_passes, build_run, iteration
 from timm_jem.speed.profile import profile
 from timm_jem.training import Run, Settings, open_accelerator, parse_settings
-from timm_jem.training.shell import one_line_errors
 
 SCORED_AT_ONCE = 256
 

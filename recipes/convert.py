@@ -16,7 +16,7 @@ from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.conversion import METHODS, convert
 from timm_jem.files import as_path
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
-from timm_jem.training.shell import one_line_errors
+from timm_jem.shell import one_line_errors
 
 
 def main(argv: list[str]) -> None:

@@ -21,7 +21,7 @@ from timm_jem.data import DataConfig
 from timm_jem.demo.exhibit import Exhibit, load_exhibit
 from timm_jem.demo.space import write_space
 from timm_jem.errors import check_whole, need, one_line
-from timm_jem.training.shell import check_one_process, one_line_errors
+from timm_jem.shell import check_one_process, one_line_errors
 
 BESIDE = Path(__file__).parent / "model"
 

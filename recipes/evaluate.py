@@ -44,7 +44,7 @@ from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
 from timm_jem.evaluation.subject import Subject, data_config, display_name, function_of, load_model, load_subject, sampling_of
 from timm_jem.files import folder_aside, left_aside
-from timm_jem.training.shell import check_one_process, one_line_errors
+from timm_jem.shell import check_one_process, one_line_errors
 
 MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], None], str]] = {
     # title, what measures it, and what makes it take less memory

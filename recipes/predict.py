@@ -33,7 +33,7 @@ from timm_jem.evaluation.subject import load_model
 from timm_jem.files import cores, replaced_file
 from timm_jem.preprocessing import trained_here
 from timm_jem.progress import tqdm
-from timm_jem.training.shell import check_one_process, one_line_errors
+from timm_jem.shell import check_one_process, one_line_errors
 
 COLUMNS = ("file", "label", "y", "p", "energy", "percentile", "outlier", "error")
 Row = dict[str, Any]

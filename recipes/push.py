@@ -14,8 +14,8 @@ from timm_jem.evaluation.report import REPORT_FILE, fingerprint, read_report
 from timm_jem.evaluation.subject import function_of, sampling_of
 from timm_jem.hub.card import PICTURES
 from timm_jem.hub.provenance import Provenance
+from timm_jem.shell import one_line_errors
 from timm_jem.training.run_folder import RunFolder
-from timm_jem.training.shell import one_line_errors
 
 
 def main(argv: list[str]) -> None:

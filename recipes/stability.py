@@ -25,6 +25,7 @@ from timm_jem import InputError
 from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.errors import check_whole, one_line
 from timm_jem.files import as_path, cores, replaced_file
+from timm_jem.shell import one_line_errors
 from timm_jem.stability.jobs import Job, Pool
 from timm_jem.stability.record import Record, SeedRun, slug
 from timm_jem.stability.results import LAST_LINES
@@ -32,7 +33,6 @@ from timm_jem.stability.table import events, figures_of, table
 from timm_jem.training import parse_settings
 from timm_jem.training.parsing import joined
 from timm_jem.training.run_folder import RunFolder
-from timm_jem.training.shell import one_line_errors
 
 TRAIN = Path(__file__).parent / "train.py"
 DIGITS_CONFIG = TRAIN.parent / "configs" / "digits.yaml"

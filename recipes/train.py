@@ -20,6 +20,7 @@ from timm_jem import InputError
 from timm_jem.data import Splits, load_splits
 from timm_jem.data.identity import data_identity
 from timm_jem.hub.repository import make_repository
+from timm_jem.shell import one_line_errors
 from timm_jem.training import (
     Batches,
     Checkpoints,
@@ -43,7 +44,6 @@ from timm_jem.training.publish import publishable, push
 from timm_jem.training.record import Record
 from timm_jem.training.resume import differences, refuse_changes
 from timm_jem.training.run_folder import RunFolder
-from timm_jem.training.shell import one_line_errors
 from timm_jem.training.start import start_lines
 
 DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"

@@ -15,8 +15,8 @@ from timm_jem.data import DataConfig, load_images, load_splits
 from timm_jem.data.loader import open_stream
 from timm_jem.decoding import BrokenImage, decode
 from timm_jem.evaluation.subject import some
+from timm_jem.shell import one_line_errors
 from timm_jem.training.measure import in_batches
-from timm_jem.training.shell import one_line_errors
 
 
 def folder(tmp_path, n=12):

@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "progress": set(),
     "command_line": {"errors"},
     "files": {"errors"},
+    "shell": {"errors"},
     "lock": {"errors"},
     "energy": {"inputs", "errors"},
     "pixels": {"inputs", "errors"},

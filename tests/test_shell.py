@@ -8,10 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from timm_jem import InputError
+from timm_jem import InputError, shell
 from timm_jem.decoding import BrokenImage
-from timm_jem.training import shell
-from timm_jem.training.shell import one_line_errors
+from timm_jem.shell import one_line_errors
 
 
 def ended(main: Callable[[], None]) -> int:
