@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from timm_jem.data import Splits, load_images
+from timm_jem.data.images import evenly
 from timm_jem.data.sources import read_name
 from timm_jem.errors import InputError, quoted
 from timm_jem.gaussians import FEWEST_IMAGES, ClassGaussians
@@ -74,8 +75,7 @@ def image_starts(settings: Settings, splits: Splits, device: torch.device) -> tu
 
 def class_gaussians(splits: Splits, workers: int) -> ClassGaussians:
     """The Gaussians of the training images of each class: of all of them up to 1 GiB, or else evenly spaced ones."""
-    count = min(_most_images(splits), len(splits.train))
-    rows = torch.linspace(0, len(splits.train) - 1, count, dtype=torch.float64).round().long().tolist()
+    rows = evenly(len(splits.train), _most_images(splits))
     images = torch.cat([images for images, _ in in_batches(Subset(splits.train, rows), workers)])
     return ClassGaussians.fit(images, splits.train.labels[rows], len(splits.class_names))
 
