@@ -117,9 +117,15 @@ def test_broken_and_hostile_folders_are_named(jem, tmp_path, damage, message):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 500_000  # KiB
 
 
-def test_a_runs_folder_names_its_model(jem, tmp_path):
+def test_a_run_is_its_model(jem, tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(InputError, match=rf"^{tmp_path}: a run without a model: wait for it to end"):
+        timm_jem.from_pretrained(tmp_path)
     jem.save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match=rf"^{tmp_path}: a run's folder: its model is {tmp_path / 'model'}$"):
+    x = torch.rand(2, *jem.input_size)
+    assert timm_jem.from_pretrained(tmp_path)(x).equal(jem(x))
+    (tmp_path / "model" / "config.json").write_text("{")
+    with pytest.raises(InputError, match=rf"^{tmp_path / 'model'}: config.json is not JSON"):
         timm_jem.from_pretrained(tmp_path)
 
 

@@ -184,7 +184,8 @@ def from_pretrained(
     trusted.
 
     Args:
-        name: folder written by :meth:`JEM.save_pretrained`, a model of the package, or a Hub repository "user/name".
+        name: folder written by :meth:`JEM.save_pretrained`, or of a run, which has one in ``model/``; a model of the package;
+            or a Hub repository "user/name".
         revision, token, cache_dir, local_files_only, force_download: as in ``huggingface_hub.hf_hub_download``.
         replay_buffer: with published chains, where there are some.
 
@@ -205,6 +206,8 @@ def from_pretrained(
             force_download=force_download,
             replay_buffer=replay_buffer,
         )
+    elif not (folder / CONFIG_FILE).is_file() and (folder / "model" / CONFIG_FILE).is_file():
+        name = folder = folder / "model"
     try:
         backbone, ours = read_folder(folder)
         jem = wrap(backbone, sgld=_sgld_config(ours.get("sgld", {})), provenance=ours.get("provenance"))

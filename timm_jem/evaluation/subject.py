@@ -22,7 +22,6 @@ from timm_jem.evaluation.ood_sets import outlier_sets
 from timm_jem.evaluation.refinement import check_second_derivatives
 from timm_jem.evaluation.report import fingerprint
 from timm_jem.evaluation.settings import EvaluationConfig, check_libraries
-from timm_jem.files import as_path
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
@@ -209,12 +208,7 @@ def load_model(name: str, *, second_derivatives: bool = False) -> JEM:
     with _unfused_attention() if second_derivatives else contextlib.nullcontext():
         if name.startswith("timm:"):
             return create_model(name.removeprefix("timm:"), pretrained=True)
-        path = as_path(name)
-        if path.is_dir() and (path / "model").is_dir():
-            path = path / "model"
-        elif path.is_dir() and (path / "config.yaml").is_file() and not (path / "config.json").is_file():
-            raise InputError(f"{name} is a run without a model: wait for it to end, or give one of its best/ models")
-        return from_pretrained(path if path.is_dir() else name)
+        return from_pretrained(name)
 
 
 @contextlib.contextmanager

@@ -104,10 +104,9 @@ def check_nesting(data: Any, what: str) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            inside = folder / "model"
             raise InputError(
-                f"a run's folder: its model is {inside}"
-                if (inside / file).is_file()
+                "a run without a model: wait for it to end, or give one of its best/ models"
+                if file == CONFIG_FILE and (folder / "config.yaml").is_file()
                 else f"no {file}: a model saved by save_pretrained, or by timm as safetensors, has one; no pickle is read"
             )
     try:
