@@ -209,6 +209,17 @@ def test_energies_of_tensors_without_values():
     torch.testing.assert_close(make_fx(lambda x: jem.energy(x))(X)(X), jem.energy(X))
 
 
+def test_model_input_on_another_device_is_refused_in_a_line():
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            jem = wrn()
+        x = torch.zeros(2, 3, 32, 32)
+        for ask in (jem.energy, jem.score, jem.log_density, jem.pixel_energy):
+            with pytest.raises(InputError, match=r"^x is on cpu and the model on cuda:0: give x.to\(jem.device\)$"):
+                ask(x)
+        assert jem.energy(x.to(jem.device)).device == jem.device
+
+
 def test_torch_func_goes_through_energies():
     jem, y = wrn(), torch.tensor([0, 1, 2, 0])
     torch.testing.assert_close(vmap(lambda x: jem.energy(x[None])[0])(X), jem.energy(X))

@@ -225,11 +225,11 @@ class JEM(nn.Module):
         """E(x) = −logsumexp f(x), or E(x, y) = −f(x)[y]; shape (B,). Lower energy = likelier.
 
         Args:
-            x: model input, floating point, shape (B, C, H, W).
+            x: model input, floating point, shape (B, C, H, W), on the model's device.
             y: class labels, integers, shape (B,).
 
         Raises:
-            InputError: ``x`` of wrong shape, dtype or range, or ``y`` of wrong shape, dtype or range.
+            InputError: ``x`` of wrong shape, dtype, device or range, or ``y`` of wrong shape, dtype or range.
         """
         y = self._checked(x, y)
         if not torch.compiler.is_compiling() and x.is_inference() and torch.is_grad_enabled():
@@ -256,7 +256,7 @@ class JEM(nn.Module):
         """The energy of pixels in [-1, 1], shape (B, C, H, W), whatever their values: what chains descend; shape (B,).
 
         Raises:
-            InputError: pixels of another shape or type, or labels that are not int64, shape (B,).
+            InputError: pixels of another shape, type or device, or labels that are not int64, shape (B,).
         """
         if is_floats(u) and (
             (u.ndim != 4 or u.shape[1] != self.input_size[0] or 0 in u.shape[2:])
@@ -266,6 +266,9 @@ class JEM(nn.Module):
         return energy(self._logits(self.normalize(u)), y)
 
     def _logits(self, x: Tensor) -> Tensor:
+        hooked = (hasattr(part, "_hf_hook") for part in self.modules())  # accelerate's hooks move x themselves
+        if x.device != self.device != torch.device("cpu") and not any(hooked):  # FSDP keeps offloaded weights on the CPU
+            raise InputError(f"x is on {x.device} and the model on {self.device}: give x.to(jem.device)")
         logits = self(x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise InputError(
