@@ -120,7 +120,7 @@ def test_the_state_dict_is_an_ordinary_modules(jem):
 
 
 def test_normalisation_is_timms():
-    jem = timm_jem.create_model("test_resnet", num_classes=2)
+    jem = timm_jem.create_model(model_name="test_resnet", num_classes=2)  # as timm calls it
     images = torch.randint(256, (2, 3, 8, 8)).float()
     mean, std = (torch.tensor(jem.backbone.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     u = images / 127.5 - 1

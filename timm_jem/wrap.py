@@ -71,7 +71,7 @@ def wrap(
 
 
 def create_model(
-    name: str,
+    model_name: str,
     pretrained: bool = False,
     *,
     input_size: tuple[int, int, int] | None = None,
@@ -82,7 +82,7 @@ def create_model(
     """``timm.create_model`` and :func:`wrap` in one: of a saved joint energy model the weights alone.
 
     Args:
-        name: any name of ``timm.list_models()``, this package's ``wrn_*`` included, or timm's "hf-hub:" and "local-dir:".
+        model_name: any of ``timm.list_models()``, this package's ``wrn_*`` included, or timm's "hf-hub:" and "local-dir:".
         pretrained: load pretrained weights; classes of a model without them have no names of ImageNet's.
         input_size: (C, H, W) of the images; sets ``in_chans``, and ``img_size`` where the backbone needs it.
         class_names, sgld: see :func:`wrap`.
@@ -95,27 +95,27 @@ def create_model(
         UserWarning: pretrained weights of a saved joint energy model, which :func:`from_pretrained` reads with all the rest,
             unless they get another number of classes; or as :func:`wrap`.
     """
-    check_name(name)
-    arguments = {"model_name": name, **kwargs}
+    check_name(model_name)
+    arguments = {"model_name": model_name, **kwargs}
     try:
-        with _from_hub(name, pretrained, kwargs):
+        with _from_hub(model_name, pretrained, kwargs):
             if input_size is not None:
-                arguments = resolve_model_input_args(name, {"input_size": input_size}, **kwargs)
+                arguments = resolve_model_input_args(model_name, {"input_size": input_size}, **kwargs)
             backbone = timm.create_model(pretrained=pretrained, **arguments)
     except InputError:
         raise
     except BUILD_ERRORS as error:
         of_size = "" if input_size is None else f" for images of {quoted(input_size)}"
-        raise InputError(f"{quoted(name)} can't be built with these arguments{of_size} ({one_line(error)})") from error
+        raise InputError(f"{quoted(model_name)} can't be built with these arguments{of_size} ({one_line(error)})") from error
     if not (pretrained or kwargs.get("checkpoint_path")):  # what timm says of its weights holds for no others
         backbone.pretrained_cfg = {key: value for key, value in backbone.pretrained_cfg.items() if key != "tag"}
-    if pretrained and (saved := _saved_jem(name, kwargs)) is not None:
+    if pretrained and (saved := _saved_jem(model_name, kwargs)) is not None:
         arguments, config = saved
         backbone.pretrained_cfg = {**backbone.pretrained_cfg, "license": _stated_license(config)}  # not the architecture's
         if config.get("num_classes") == backbone.num_classes:
             warnings.warn(
-                f"{name} is a joint energy model and these are its weights alone: timm_jem.from_pretrained({arguments}) reads "
-                "its settings of chains, held-out reference, provenance, starts and published chains, too",
+                f"{model_name} is a joint energy model and these are its weights alone: timm_jem.from_pretrained({arguments}) "
+                "reads its settings of chains, held-out reference, provenance, starts and published chains, too",
                 stacklevel=2,
             )
     return wrap(backbone, input_size=input_size, class_names=class_names, sgld=sgld)
