@@ -2,7 +2,7 @@
 
     python recipes/benchmark.py
     python recipes/benchmark.py --mixed_precision auto
-    python recipes/benchmark.py --preset recipes/configs/fashion_mnist.yaml --image_size 28 --channels 1 --profile profile.png
+    python recipes/benchmark.py --preset fashion_mnist --image_size 28 --channels 1 --profile profile.png
     python recipes/benchmark.py --model wrn_28_10 --batch_size 64 --mixed_precision bf16 --compile reduce-overhead
 
 The iteration is the training recipe's on images of noise: all of it, with augmentation, moving average and the guard's whole
@@ -47,7 +47,7 @@ class BenchmarkConfig:
     """What to time.
 
     Attributes:
-        preset: a YAML file of recipes/train.py, whose iteration is timed; None: JEM's, of a smaller network and batch.
+        preset: what recipes/train.py takes as --config, whose iteration is timed; None: JEM's, of a smaller network and batch.
         model: timm name of the network; None: the preset's, or wrn_16_2.
         image_size: side of its images.
         channels: 1 or 3.
@@ -94,7 +94,7 @@ class BenchmarkConfig:
             smaller = {"data.dataset": "digits", "model.name": "wrn_16_2", "train.batch_size": 32}
             words, told = [], {**smaller, "train.mixed_precision": "no", **told}
         words += [f"--{name}={value}" for name, value in told.items()]
-        return parse_settings(words)[0]
+        return parse_settings(words, Path(__file__).parent / "configs" / "digits.yaml")[0]
 
 
 class CopiedBytes(TorchDispatchMode):

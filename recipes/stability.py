@@ -1,8 +1,8 @@
 """How often training breaks: N seeds of a configuration of recipes/train.py, with their divergences, results and curves.
 
     python recipes/stability.py --seeds 20                                     # handwritten digits
-    python recipes/stability.py --seeds 3 --jobs 2 --variants recipes/variants/digits_hostile.yaml
-    python recipes/stability.py --seeds 5 --output_dir runs/stab -- --config recipes/configs/cifar10_jem.yaml
+    python recipes/stability.py --seeds 3 --jobs 2 --variants digits_hostile
+    python recipes/stability.py --seeds 5 --output_dir runs/stab -- --config cifar10_jem
 
 Everything after -- is passed to recipes/train.py. Run the same command again to continue after an interruption. The
 output folder holds stability.md (the table), stability.json (all figures), stability.png (the curves), and for each
@@ -48,8 +48,9 @@ class StabilityConfig:
         seeds: number of seeds, counting up from first_seed.
         first_seed: the first seed.
         jobs: how many runs to have going at a time; they share this machine's cores.
-        variants: YAML file that maps names to further flags for recipes/train.py, written as in a shell; the flags
-            under "common" go to every variant. What follows -- overrides "common", and a variant overrides both.
+        variants: YAML file, or the name of one in recipes/variants, that maps names to further flags for recipes/train.py,
+            written as in a shell; the flags under "common" go to every variant. What follows -- overrides "common", and a
+            variant overrides both.
         output_dir: folder for the table, the curves and the runs.
         launch: command that starts recipes/train.py, e.g. "accelerate launch -q"; None: this Python.
     """
@@ -89,7 +90,9 @@ def read_variants(path: str | None, flags: list[str]) -> dict[str, list[str]]:
     if path is None:
         return {"default": flags}
     try:
-        texts = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        shipped = TRAIN.parent / "variants" / f"{path}.yaml"
+        file = shipped if shipped.is_file() and not Path(path).is_file() else Path(path)
+        texts = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"variants {path} can't be read ({one_line(error)}): give a YAML file of names and flags") from error
     if not isinstance(texts, dict) or not set(texts) - {"common"}:

@@ -2,7 +2,7 @@
 
     accelerate launch recipes/train.py                                     # handwritten digits, nothing to download
     accelerate launch recipes/train.py --data.dataset cifar10 --model.name wrn_28_10
-    accelerate launch recipes/train.py --config recipes/configs/cifar10_jem.yaml --output_dir runs/a
+    accelerate launch recipes/train.py --config cifar10_jem --output_dir runs/a
     accelerate launch recipes/train.py --resume runs/a                     # go on from the newest checkpoint
 
 Without a data set and a config, recipes/configs/digits.yaml is used; otherwise the defaults are the paper's.

@@ -55,6 +55,20 @@ def test_a_runs_config_is_its_settings(flags):
     assert elsewhere.output_dir == "b"
 
 
+def test_presets_have_names():
+    of_file, _ = parse_settings(["--config", str(CONFIGS / "cifar10_jempp.yaml"), "--train.lr", "3"], DIGITS)
+    Path("cifar10_jempp").mkdir()  # a folder is no file of settings
+    settings, command = parse_settings(["--config=cifar10_jempp", "--train.lr", "3"], DIGITS)
+    assert settings == of_file
+    assert command == ["--config=cifar10_jempp", "--train.lr", "3"]
+    Path("digits").write_text("train: {lr: 5}")
+    assert parse_settings(["--config", "digits"], DIGITS)[0] == Settings(train=TrainConfig(lr=5))
+    with pytest.raises(
+        InputError, match=r"^--config is 'cifar10_gem', which is no file: give one, or a preset, cifar10, .*jem"
+    ):
+        parse_settings(["--config", "cifar10_gem"], DIGITS)
+
+
 def test_what_is_not_set_needs_no_word_in_a_config():
     """as_yaml leaves out what is None, which must then be the default."""
     for section in fields(Settings):

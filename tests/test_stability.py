@@ -314,7 +314,8 @@ def test_without_matplotlib_nothing_starts(fake_train, tmp_path, monkeypatch):
 
 
 def test_the_hostile_settings_are_settings():
-    variants = stability.read_variants(str(HOSTILE), ["--train.steps", "3"])
+    variants = stability.read_variants("digits_hostile", ["--train.steps", "3"])
+    assert variants == stability.read_variants(str(HOSTILE), ["--train.steps", "3"])
     assert len(variants) >= 12
     runs, _ = stability.plan(stability.StabilityConfig(seeds=2), variants)
     assert len(runs) == 2 * len(variants)

@@ -1,5 +1,6 @@
 """How the settings of a run are told: YAML files and flags."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from timm_jem.command_line import Flag, make_parser, names_of, parse_flags, read_flags, with_contents
+from timm_jem.errors import InputError, quoted
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.settings import Settings
 
@@ -20,7 +22,7 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
 
     Args:
         argv: flags, later ones overriding earlier ones.
-        default_config: taken where neither a file nor a data set is named.
+        default_config: taken where neither a file nor a data set is named; ``--config NAME`` is NAME.yaml beside it.
 
     Returns:
         The settings, and the flags that repeat the run: ``argv`` without ``--output_dir`` and ``--resume``.
@@ -31,6 +33,8 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
     """
     parser = _parser()
     flags = read_flags(parser, argv)
+    if default_config is not None:
+        flags = [_found(flag, default_config.parent) if flag.name == "--config" else flag for flag in flags]
     told = {flag.name: flag.value for flag in flags}
     repeated = [word for flag in flags if flag.name not in ("--output_dir", "--resume") for word in flag.words]
     if "--config" not in told:
@@ -66,6 +70,16 @@ def settings_of(run: RunFolder) -> Settings:
         InputError: it can't be read, or holds what is no setting of this version.
     """
     return _parsed(_parser(), [Flag("--config", str(run.config_file))])
+
+
+def _found(flag: Flag, presets: Path) -> Flag:
+    """``--config`` with its file: where there is none of that name, the one in the folder ``presets``."""
+    names = sorted(file.stem for file in presets.glob("*.yaml"))
+    if flag.value in names and not os.path.isfile(flag.value):
+        return flag._replace(value=str(presets / f"{flag.value}.yaml"))
+    if not os.path.exists(flag.value):
+        raise InputError(f"--config is {quoted(flag.value)}, which is no file: give one, or a preset, {', '.join(names)}")
+    return flag
 
 
 def _parser() -> ArgumentParser:
