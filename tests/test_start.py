@@ -6,8 +6,8 @@ import pytest
 
 from timm_jem import ObjectiveConfig, SGLDConfig
 from timm_jem.data import DataConfig
-from timm_jem.training import Settings, TrainConfig
-from timm_jem.training.start import method_in_words, without_effect
+from timm_jem.training import ModelConfig, Settings, TrainConfig
+from timm_jem.training.start import _notes, method_in_words, without_effect
 
 ALONE, BCE = ObjectiveConfig(w_x=0.0), ObjectiveConfig(contrast="bce")
 
@@ -72,3 +72,15 @@ def test_what_does_nothing_is_said(told, notes):
 def test_what_chains_alone_have_does_nothing_without_them():
     told = Settings(DataConfig(starts="digits"), train=TrainConfig(objective=ALONE), sgld=SGLDConfig(step_decay=True))
     assert without_effect(told) == [f"data.starts, sgld.step_decay do {NO_CHAINS}"]
+
+
+def test_the_papers_length_is_announced():
+    planned = TrainConfig(warmup_steps=1000, buffer_size=10_000)
+    for model, train, said in (
+        (ModelConfig(), planned, 1),
+        (ModelConfig("wrn_10_1"), planned, 0),
+        (ModelConfig(), replace(planned, steps=5000), 0),
+    ):
+        notes = _notes(Settings(model=model), Settings(model=model, train=train), 1)
+        assert len(notes) == said
+        assert all("wrn_28_10 and 117,000 steps are the paper's" in note and "--config own_data" in note for note in notes)

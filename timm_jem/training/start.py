@@ -114,7 +114,12 @@ def _precision(name: str) -> str:
 
 
 def _notes(told: Settings, settings: Settings, world: int) -> list[str]:
-    train, notes = settings.train, []
+    train, notes, usual = settings.train, [], Settings()
+    if (told.model.name, train.steps) == (usual.model.name, usual.train.steps):
+        notes.append(
+            f"{usual.model.name} and {usual.train.steps:,} steps are the paper's for CIFAR-10, days on a GPU; "
+            "--config own_data is for small sets and folders"
+        )
     if told.train.warmup_steps not in (None, train.warmup_steps):
         asked = told.train.warmup_steps
         notes.append(f"train.warmup_steps {asked} would be the whole run of {train.steps} steps: it is {train.warmup_steps}")
