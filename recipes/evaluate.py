@@ -58,6 +58,7 @@ MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], No
 
 def parse(argv: list[str]) -> tuple[Any, EvaluationConfig, dict[str, Any]]:
     parser = make_parser("recipes/evaluate.py", __doc__.splitlines()[0])
+    parser.usage = "%(prog)s [MODEL] [--data.dataset NAME] [--SETTING VALUE ...]"  # all of them take twenty-five lines
     parser.add_argument("model", type=str | None, nargs="?", help="a run, a saved folder, a Hub name, or timm:NAME")
     parser.add_argument("--output_dir", type=str | None, default=None, help="default: evaluation in the run's folder")
     parser.add_argument("--overwrite", type=bool, default=False, help="measure anew what output_dir has already")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 
@@ -39,6 +40,15 @@ def test_every_setting_is_explained(recipe, monkeypatch):
             f"{action.option_strings or action.dest} is not explained"
         )
     assert len(parsers[-1].format_usage().splitlines()) < 25
+    assert not re.search(r"``|:[a-z]+:`|\bNone\b", parsers[-1].format_help())  # as docstrings have it
+
+
+def test_names_of_classes_are_short(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "or of images, see ImageFiles), or" in said
+    assert "split that is only reported; null: the first of test" in said
 
 
 WITHOUT_EXTRAS = """

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, get_loader
 
 from timm_jem.errors import InputError, one_line, quoted
 
@@ -35,9 +35,18 @@ class Flag(NamedTuple):
     content: dict[str, Any] | None = None
 
 
+class _Help(DefaultHelpFormatter):
+    """Docstrings as a command line has them: without marks, names of classes by their last part, and null for None."""
+
+    def format_help(self) -> str:
+        text = re.sub(r":[a-z]+:`[^`]*?(\w+)`", r"\1", super().format_help())
+        return re.sub(r"\bNone\b", "null", text.replace("``", ""))
+
+
 def make_parser(prog: str, description: str) -> ArgumentParser:
     """A parser for :func:`read_flags` and :func:`parse_flags`, with ``--config``; a setting has one name."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    how = {"exit_on_error": False, "allow_abbrev": False, "formatter_class": _Help}
+    parser = ArgumentParser(prog=prog, description=description, **how)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
     return parser
 

@@ -83,9 +83,11 @@ def _found(flag: Flag, presets: Path) -> Flag:
 
 
 def _parser() -> ArgumentParser:
-    parser = make_parser("recipes/train.py", "Train a joint energy model.")
+    sections = ("data", "model", "classifier", "sgld", "train", "guard", "hub")
+    about = f"Train a joint energy model. Sections of settings, in this order: {', '.join(sections)}."
+    parser = make_parser("recipes/train.py", about)
     parser.usage = "%(prog)s [--config FILE] [--SECTION.SETTING VALUE ...]"  # all of them take a hundred lines
-    for name in ("data", "model", "classifier", "sgld", "train", "guard", "hub"):
+    for name in sections:
         kind = Settings.__dataclass_fields__[name].type
         parser.add_argument(f"--{name}", type=kind, default=kind())
     parser.add_argument("--output_dir", type=str | None, default=None, help="default: runs/<data set>, numbered")
