@@ -172,7 +172,7 @@ def plain_run(settings: Settings, shape: tuple[int, int, int], run: Run) -> Run:
 
 
 def main(argv: list[str]) -> None:
-    parser = make_parser("recipes/benchmark.py", __doc__.splitlines()[0])
+    parser = make_parser("benchmark", __doc__.splitlines()[0])
     parser.add_class_arguments(BenchmarkConfig)
     given = parse_flags(parser, read_flags(parser, argv))
     config = BenchmarkConfig(**{field.name: given[field.name] for field in fields(BenchmarkConfig)})

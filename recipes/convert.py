@@ -14,13 +14,14 @@ from pathlib import Path
 from timm_jem import InputError
 from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.conversion import METHODS, convert
+from timm_jem.errors import program
 from timm_jem.files import as_path
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
 from timm_jem.shell import one_line_errors
 
 
 def main(argv: list[str]) -> None:
-    parser = make_parser("recipes/convert.py", __doc__.splitlines()[0])
+    parser = make_parser("convert", __doc__.splitlines()[0])
     parser.add_argument("file", type=str, help="the authors' checkpoint")
     parser.add_argument("output", type=str, help="folder for the model")
     parser.add_argument(
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     print(f"{output}: {METHODS[found.method].title}")
     print(*(f"  {line}" for line in found.lines), sep="\n")
     data = {10: "cifar10", 100: "cifar100"}.get(found.jem.num_classes, "DATA")  # what the authors trained on
-    print(f"next: python recipes/evaluate.py {output} --data.dataset {data}")
+    print(f"next: {program('evaluate')} {output} --data.dataset {data}")
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -27,7 +27,7 @@ BESIDE = Path(__file__).parent / "model"
 
 
 def parse(argv: list[str]) -> tuple[Any, dict[str, Any]]:
-    parser = make_parser("recipes/demo.py", __doc__.splitlines()[0])
+    parser = make_parser("demo", __doc__.splitlines()[0])
     parser.add_argument("model", type=str | None, nargs="?", help="a run, a saved folder, a Hub name, or timm:NAME")
     parser.add_argument("--data", type=DataConfig | None, default=None, help="pictures; else as in the model's training")
     parser.add_argument("--host", type=str | None, default=None, help="0.0.0.0: for all machines; default: for this one alone")

@@ -31,7 +31,7 @@ from timm_jem import JEM, InputError
 from timm_jem.backbone import architecture
 from timm_jem.command_line import make_parser, parse_flags, read_flags, told_of, with_contents
 from timm_jem.data import DataConfig
-from timm_jem.errors import need, one_line, quoted
+from timm_jem.errors import need, one_line, program, quoted
 from timm_jem.evaluation.classification_section import classification_section
 from timm_jem.evaluation.comparison import read_reports, write_comparison
 from timm_jem.evaluation.generation_section import generation_section
@@ -57,7 +57,7 @@ MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], No
 
 
 def parse(argv: list[str]) -> tuple[Any, EvaluationConfig, dict[str, Any]]:
-    parser = make_parser("recipes/evaluate.py", __doc__.splitlines()[0])
+    parser = make_parser("evaluate", __doc__.splitlines()[0])
     parser.usage = "%(prog)s [MODEL] [--data.dataset NAME] [--SETTING VALUE ...]"  # all of them take twenty-five lines
     parser.add_argument("model", type=str | None, nargs="?", help="a run, a saved folder, a Hub name, or timm:NAME")
     parser.add_argument("--output_dir", type=str | None, default=None, help="default: evaluation in the run's folder")
@@ -247,7 +247,7 @@ def measure_all(subject: Subject, config: EvaluationConfig, report: Report, fold
     """Measure section after section, each of which is on disk before the next begins; returns the exit message."""
     images = f"{len(subject.test):,} of {subject.test_total:,} test images, {len(subject.val):,} {subject.held_out}"
     report.subject["headline"]["Data"] = f"{subject.data.dataset}: {images}"
-    command = shlex.join(["python", "recipes/evaluate.py", *argv])
+    command = f"{program('evaluate')} {shlex.join(argv)}"
     left_out: dict[str, str] = {}
     for leftover in left_aside(folder):
         shutil.rmtree(leftover, ignore_errors=True)

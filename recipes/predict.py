@@ -139,7 +139,7 @@ def about(jem: JEM, name: str) -> str:
 
 
 def parse(argv: list[str]) -> Any:
-    parser = make_parser("recipes/predict.py", __doc__.splitlines()[0])
+    parser = make_parser("predict", __doc__.splitlines()[0])
     parser.add_argument("model", type=str, help="a run, a saved folder, a Hub name, or timm:NAME")
     parser.add_argument("images", type=str, help="a folder of images, with all folders in it, or one image")
     parser.add_argument("--output", type=str, default="predictions.csv", help="a file that ends in .csv, .json or .jsonl")

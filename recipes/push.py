@@ -19,7 +19,7 @@ from timm_jem.training.run_folder import RunFolder
 
 
 def main(argv: list[str]) -> None:
-    parser = make_parser("recipes/push.py", __doc__.splitlines()[0])
+    parser = make_parser("push", __doc__.splitlines()[0])
     parser.add_argument("run", type=str, help="a run's folder")
     parser.add_argument("repo_id", type=str, help="user/name; made if it is not there")
     parser.add_argument("--private", type=bool, default=False, help="make it private if it is not there yet")

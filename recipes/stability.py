@@ -23,7 +23,7 @@ import yaml
 
 from timm_jem import InputError
 from timm_jem.command_line import make_parser, parse_flags, read_flags
-from timm_jem.errors import check_whole, one_line
+from timm_jem.errors import check_whole, one_line, program
 from timm_jem.files import as_path, cores, replaced_file
 from timm_jem.shell import one_line_errors
 from timm_jem.stability.jobs import Job, Pool
@@ -36,7 +36,6 @@ from timm_jem.training.run_folder import RunFolder
 
 TRAIN = Path(__file__).parent / "train.py"
 DIGITS_CONFIG = TRAIN.parent / "configs" / "digits.yaml"
-COMMAND = f"python -m {__package__}.stability" if __package__ else "python recipes/stability.py"
 OWN_FLAGS = ("--output_dir", "--resume", "--train.seed")
 
 
@@ -76,7 +75,7 @@ class StabilityConfig:
 def parse(argv: list[str]) -> tuple[StabilityConfig, list[str]]:
     """This recipe's own settings, and the flags for recipes/train.py that follow --."""
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = make_parser(COMMAND, __doc__.splitlines()[0])
+    parser = make_parser("stability", __doc__.splitlines()[0])
     parser.add_class_arguments(StabilityConfig)
     try:
         given = parse_flags(parser, read_flags(parser, own))
@@ -185,7 +184,7 @@ def main(argv: list[str], script: Path = TRAIN) -> int:
 
     results = [record.data["runs"][run.key] for run in runs]
     rows = {name: figures_of([result for result in results if result["variant"] == name]) for name in variants}
-    command = record.data["command"] = f"{COMMAND} {shlex.join(argv)}".strip()
+    command = record.data["command"] = f"{program('stability')} {shlex.join(argv)}".strip()
     for name, row in rows.items():
         record.data["variants"][name] |= {"seeds": [run.seed for run in runs if run.variant == name], **row}
     record.save()

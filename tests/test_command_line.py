@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_jem import InputError
+from timm_jem import InputError, errors
 from timm_jem.command_line import Arguments, make_parser, parse_flags, read_flags
 
 
@@ -42,7 +42,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 def parsed(*argv):
-    parser = make_parser("recipes/some.py", "Some recipe.")
+    parser = make_parser("some", "Some recipe.")
     parser.add_argument("model", type=str | None, nargs="?")
     parser.add_argument("--train", type=Training, default=Training())
     parser.add_argument("--data", type=Images | None, default=None)
@@ -147,6 +147,13 @@ def test_an_unknown_flag_names_those_it_may_mean(flag, meant):
     key = flag.removeprefix("--").replace(".", ": {")
     said = refused(*config(f"{key}: 3{'}' * key.count('{')}"))
     assert said.startswith(f"some.yaml: {flag.removeprefix('--')} is no setting")
+
+
+def test_an_installed_package_names_its_modules(tmp_path, monkeypatch):
+    assert "; python recipes/some.py --help lists" in refused("--train.lr", "fast")
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "errors.py"))
+    assert "; python -m timm_jem.recipes.some --help lists" in refused("--train.lr", "fast")
 
 
 @pytest.mark.parametrize(

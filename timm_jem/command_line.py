@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, get_loader
 
-from timm_jem.errors import InputError, one_line, quoted
+from timm_jem.errors import InputError, one_line, program, quoted
 
 __all__ = ["Arguments", "Flag", "make_parser", "names_of", "parse_flags", "read_flags", "told_of", "with_contents"]
 
@@ -43,10 +43,10 @@ class _Help(DefaultHelpFormatter):
         return re.sub(r"\bNone\b", "null", text.replace("``", ""))
 
 
-def make_parser(prog: str, description: str) -> ArgumentParser:
-    """A parser for :func:`read_flags` and :func:`parse_flags`, with ``--config``; a setting has one name."""
+def make_parser(recipe: str, description: str) -> ArgumentParser:
+    """A recipe's parser for :func:`read_flags` and :func:`parse_flags`, with ``--config``; a setting has one name."""
     how = {"exit_on_error": False, "allow_abbrev": False, "formatter_class": _Help}
-    parser = ArgumentParser(prog=prog, description=description, **how)
+    parser = ArgumentParser(prog=program(recipe), description=description, **how)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
     return parser
 

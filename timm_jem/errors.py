@@ -5,8 +5,19 @@ import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
-__all__ = ["InputError", "check_number", "check_whole", "how_to_install", "importing", "need", "one_line", "quoted"]
+__all__ = [
+    "InputError",
+    "check_number",
+    "check_whole",
+    "how_to_install",
+    "importing",
+    "need",
+    "one_line",
+    "program",
+    "quoted",
+]
 
 
 class InputError(ValueError):
@@ -75,3 +86,9 @@ def importing(library: str, what: str, extra: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise InputError(f"{what} needs {library}: {how_to_install(extra)}") from error
+
+
+def program(recipe: str) -> str:
+    """The command that starts a recipe, such as "push": its file in a checkout, else the module of the installed package."""
+    installed = (Path(__file__).parent / "recipes").is_dir()
+    return f"python -m timm_jem.recipes.{recipe}" if installed else f"python recipes/{recipe}.py"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from timm_jem.decoding import BrokenImage, open_image, upright
 from timm_jem.energy import energy
-from timm_jem.errors import InputError, check_whole, quoted
+from timm_jem.errors import InputError, check_whole, program, quoted
 from timm_jem.inputs import is_floats, kind
 from timm_jem.preprocessing import Preprocessing
 from timm_jem.reference import Reference
@@ -236,7 +236,7 @@ def _path(item: Any) -> str | None:
 
 def _read(path: str) -> PILImage.Image:
     if os.path.isdir(path):
-        raise BrokenImage(f"{path} is a folder: give the names of its files, or run recipes/predict.py", path)
+        raise BrokenImage(f"{path} is a folder: give the names of its files, or run {program('predict')}", path)
     if not os.path.lexists(path):
         raise BrokenImage(f"there is no file {quoted(path)}: give the name of an image", path)
     # From the root it is no address of anything elsewhere, whatever the name is.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_jem.errors import InputError, one_line
+from timm_jem.errors import InputError, one_line, program
 from timm_jem.evaluation.strict_json import built, dumps, fits, restored
 
 __all__ = ["REPORT_FILE", "Measured", "Report", "Result", "cell", "fingerprint", "in_order", "number", "read_report"]
@@ -253,7 +253,7 @@ def read_report(path: str | os.PathLike) -> Report:
     file = Path(path)
     file = file / REPORT_FILE if file.is_dir() else file
     if not file.is_file():
-        raise InputError(f"{path} has no {REPORT_FILE}: give folders that recipes/evaluate.py wrote")
+        raise InputError(f"{path} has no {REPORT_FILE}: give folders that {program('evaluate')} wrote")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         version = data["format_version"]

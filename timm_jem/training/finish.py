@@ -8,7 +8,7 @@ import torch
 
 from timm_jem.data import Splits
 from timm_jem.data.sources import public_name
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, program
 from timm_jem.evaluation import best_num_steps
 from timm_jem.model import JEM
 from timm_jem.pixels import to_pixels
@@ -86,7 +86,7 @@ def finish(settings: Settings, splits: Splits, run: Run, record: Record, broke: 
             message = f"{model} after {run.step} steps on {public_name(settings.data.dataset)}"
             push(jem, settings, record, message, folder.pictures())
         except InputError as error:
-            raise InputError(f"{error}; the run is whole: python recipes/push.py {folder} {settings.hub.push_to}") from error
+            raise InputError(f"{error}; the run is whole: {program('push')} {folder} {settings.hub.push_to}") from error
 
 
 def _keep(run: Run, record: Record, write: Callable[[], Any]) -> None:

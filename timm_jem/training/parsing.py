@@ -85,7 +85,7 @@ def _found(flag: Flag, presets: Path) -> Flag:
 def _parser() -> ArgumentParser:
     sections = ("data", "model", "classifier", "sgld", "train", "guard", "hub")
     about = f"Train a joint energy model. Sections of settings, in this order: {', '.join(sections)}."
-    parser = make_parser("recipes/train.py", about)
+    parser = make_parser("train", about)
     parser.usage = "%(prog)s [--config FILE] [--SECTION.SETTING VALUE ...]"  # all of them take a hundred lines
     for name in sections:
         kind = Settings.__dataclass_fields__[name].type

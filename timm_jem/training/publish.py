@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from timm_jem.data import Splits
 from timm_jem.data.sources import hub_id, public_name
+from timm_jem.errors import program
 from timm_jem.hub.published_chains import PublishedChains
 from timm_jem.model import JEM
 from timm_jem.training.build import build_model
@@ -69,7 +70,7 @@ def publishable(
         "dataset_id": hub_id(data.dataset),
         "datasets": [name for source in (data.dataset, data.unlabeled, data.starts) if source and (name := hub_id(source))],
         "base_model": _base_model(model),
-        "command": shlex.join([*_launcher(accelerator), "recipes/train.py", *record.command]),
+        "command": shlex.join([*_launcher(accelerator), *program("train").split()[1:], *record.command]),
         "config": settings.sections(),
         "steps": run.step,
         "seed": settings.train.seed,
