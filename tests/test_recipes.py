@@ -25,6 +25,7 @@ from PIL import Image as PILImage
 from recipe_processes import ROOT, exit_status, launch, start_recipe
 from safetensors.torch import load_file
 from sklearn.svm import SVC
+from timm.data import create_transform, resolve_model_data_config
 
 import timm_jem
 from timm_jem import InputError
@@ -100,6 +101,16 @@ def test_what_is_reported_is_what_is_saved(run):
     assert jem.sgld.num_steps == 5
     assert jem.class_names == [str(i) for i in range(10)]
     assert jem.provenance["dataset"] == "digits"
+
+
+def test_timms_own_transform_sees_what_training_saw(run):
+    jem, plain = timm_jem.from_pretrained(run / "model"), timm.create_model(f"local-dir:{run / 'model'}")
+    transform = create_transform(**resolve_model_data_config(plain))
+    noise = torch.randint(256, (24, 17), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for size in ((17, 24), (8, 8), (30, 8)):
+        photo = PILImage.fromarray(noise.numpy()).resize(size)
+        apart = (transform(photo) - jem.model_input(photo)[0]).abs().max() * 127.5
+        assert apart < 1.5  # grey levels: PIL and PyTorch round apart
 
 
 def test_a_run_repeats_from_its_own_config(run, tmp_path, monkeypatch):

@@ -103,7 +103,8 @@ def build_model(
             ) from error
     foreign = _OF_WEIGHTS if model.starts_pretrained else _OF_WEIGHTS | _INHERITED
     jem.backbone.pretrained_cfg = {key: value for key, value in jem.backbone.pretrained_cfg.items() if key not in foreign}
-    jem.data_config["crop_pct"] = 1.0  # trained on whole images
+    # What training does to images of another size, for whoever makes timm's transform of it.
+    jem.data_config |= {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear"}
     jem = jem.to(memory_format=torch.channels_last) if settings.train.channels_last else jem
     try:
         unseen = unseen_pixels(jem, splits.image_shape)
