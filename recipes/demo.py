@@ -29,7 +29,12 @@ BESIDE = Path(__file__).parent / "model"
 def parse(argv: list[str]) -> tuple[Any, dict[str, Any]]:
     parser = make_parser("demo", __doc__.splitlines()[0])
     parser.add_argument("model", type=str | None, nargs="?", help="a run, a saved folder, a Hub name, or timm:NAME")
-    parser.add_argument("--data", type=DataConfig | None, default=None, help="pictures; else as in the model's training")
+    parser.add_argument(
+        "--data",
+        type=DataConfig | None,
+        default=None,
+        help="pictures, by --data.dataset NAME and others (--data.help lists them); default: as in the model's training",
+    )
     parser.add_argument("--host", type=str | None, default=None, help="0.0.0.0: for all machines; default: for this one alone")
     parser.add_argument("--port", type=int | None, default=None, help="default: the first free one from 7860 on")
     parser.add_argument("--share", type=bool, default=False, help="also a public link, by Gradio's tunnel and servers")

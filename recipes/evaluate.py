@@ -63,7 +63,12 @@ def parse(argv: list[str]) -> tuple[Any, EvaluationConfig, dict[str, Any]]:
     parser.add_argument("--output_dir", type=str | None, default=None, help="default: evaluation in the run's folder")
     parser.add_argument("--overwrite", type=bool, default=False, help="measure anew what output_dir has already")
     parser.add_argument("--compare", type=list[str], default=[], help="reports to put side by side, as name=FOLDER or FOLDER")
-    parser.add_argument("--data", type=DataConfig | None, default=None, help="images; else as in the model's training")
+    parser.add_argument(
+        "--data",
+        type=DataConfig | None,
+        default=None,
+        help="images, by --data.dataset NAME and others (--data.help lists them); default: as in the model's training",
+    )
     parser.add_class_arguments(EvaluationConfig, as_group=False)
     flags = with_contents(parser, read_flags(parser, argv))
     given = parse_flags(parser, flags)
