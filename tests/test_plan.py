@@ -328,10 +328,9 @@ METHODS = stability.read_variants(CONFIGS.parent / "variants" / "fashion_mnist_m
 
 @pytest.mark.filterwarnings("ignore:train.batch_norm is 'train'")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_of_each_method(splits, monkeypatch, method):
-    monkeypatch.chdir(CONFIGS.parent.parent)
+def test_a_step_of_each_method(splits, method):
     small = "--model.name wrn_10_1 --train.batch_size 4 --train.mixed_precision no --sgld.num_steps 2"
-    told, _ = parse_settings([*METHODS[method], *small.split()])
+    told, _ = parse_settings([*METHODS[method], *small.split()], DIGITS)
     assert told.data.dataset == "zalando-datasets/fashion_mnist"
     assert without_effect(told) == []
     planned = check_plan(told, splits, 1)
