@@ -283,7 +283,7 @@ def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, s
     for data in (str(tmp_path / "saved"), str(tmp_path / "rows.parquet")):
         with pytest.raises(InputError, match=f"unlabeled is split {split} of"):
             load_splits(DataConfig(data, unlabeled=name.format(data, split)))
-    with pytest.raises(InputError, match="unlabeled is split train of digits"):
+    with pytest.raises(InputError, match="unlabeled is the train split itself"):
         load_splits(DataConfig(unlabeled="digits"))
     (tmp_path / "link").symlink_to(tmp_path / "saved")
     with pytest.raises(InputError, match="unlabeled is split"):

@@ -89,6 +89,8 @@ class DataConfig:
         check_number("data cache_gib", self.cache_gib, least=0)
         if self.test_split == self.train_split:
             raise InputError(f"data test_split is {self.test_split!r}, the train split: leave it out, and a part is held out")
+        if (self.unlabeled, "train") == (self.dataset, self.train_split):  # where its name tells no split
+            raise InputError("data unlabeled is the train split itself: give other images, or labels_per_class")
         if self.channels not in (None, 1, 3):
             raise InputError(f"data channels is {self.channels}: give 1 (grey) or 3 (RGB)")
         if self.image_size is not None:
