@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from timm_jem import InputError
-from timm_jem.command_line import make_parser, parse_flags, read_flags
+from timm_jem.command_line import make_parser, parse_flags, preset, read_flags
 from timm_jem.errors import check_whole, one_line, program
 from timm_jem.files import as_path, cores, replaced_file
 from timm_jem.shell import one_line_errors
@@ -89,9 +89,7 @@ def read_variants(path: str | None, flags: list[str]) -> dict[str, list[str]]:
     if path is None:
         return {"default": flags}
     try:
-        shipped = TRAIN.parent / "variants" / f"{path}.yaml"
-        file = shipped if shipped.is_file() and not Path(path).is_file() else Path(path)
-        texts = yaml.safe_load(file.read_text(encoding="utf-8"))
+        texts = yaml.safe_load(Path(preset(path, TRAIN.parent / "variants")).read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"variants {path} can't be read ({one_line(error)}): give a YAML file of names and flags") from error
     if not isinstance(texts, dict) or not set(texts) - {"common"}:

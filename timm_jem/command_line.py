@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 
 from timm_jem.errors import InputError, one_line, program, quoted
 
-__all__ = ["Arguments", "Flag", "make_parser", "names_of", "parse_flags", "read_flags", "told_of", "with_contents"]
+__all__ = ["Arguments", "Flag", "make_parser", "names_of", "parse_flags", "preset", "read_flags", "told_of", "with_contents"]
 
 # Of another library's function. Text comes first: what is quoted in YAML stays text.
 Arguments = dict[str, str | int | float | bool | list | dict | None]
@@ -33,6 +33,12 @@ class Flag(NamedTuple):
     value: str | None
     words: tuple[str, ...] = ()
     content: dict[str, Any] | None = None
+
+
+def preset(name: str, folder: Path) -> str:
+    """The YAML file that ``name`` means: that of this name in ``folder``, where it is no file itself."""
+    inside = f"{folder / name}.yaml"
+    return inside if os.path.isfile(inside) and not os.path.isfile(name) else name
 
 
 class _Help(DefaultHelpFormatter):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from timm_jem.command_line import Flag, make_parser, names_of, parse_flags, read_flags, with_contents
+from timm_jem.command_line import Flag, make_parser, names_of, parse_flags, preset, read_flags, with_contents
 from timm_jem.errors import InputError, quoted
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.settings import Settings
@@ -73,13 +73,12 @@ def settings_of(run: RunFolder) -> Settings:
 
 
 def _found(flag: Flag, presets: Path) -> Flag:
-    """``--config`` with its file: where there is none of that name, the one in the folder ``presets``."""
-    names = sorted(file.stem for file in presets.glob("*.yaml"))
-    if flag.value in names and not os.path.isfile(flag.value):
-        return flag._replace(value=str(presets / f"{flag.value}.yaml"))
-    if not os.path.exists(flag.value):
-        raise InputError(f"--config is {quoted(flag.value)}, which is no file: give one, or a preset, {', '.join(names)}")
-    return flag
+    """``--config`` with its file, which may be one of ``presets``."""
+    file = preset(flag.value, presets)
+    if not os.path.exists(file):
+        names = ", ".join(sorted(file.stem for file in presets.glob("*.yaml")))
+        raise InputError(f"--config is {quoted(flag.value)}, which is no file: give one, or a preset, {names}")
+    return flag._replace(value=file)
 
 
 def _parser() -> ArgumentParser:
