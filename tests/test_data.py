@@ -283,6 +283,9 @@ def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, s
     for data in (str(tmp_path / "saved"), str(tmp_path / "rows.parquet")):
         with pytest.raises(InputError, match=f"unlabeled is split {split} of"):
             load_splits(DataConfig(data, unlabeled=name.format(data, split)))
+        for told in (data, f"{data}?image_column=image"):  # without a split, train
+            with pytest.raises(InputError, match=r"unlabeled is (split train of|the train split itself)"):
+                load_splits(DataConfig(data, unlabeled=told))
     with pytest.raises(InputError, match="unlabeled is the train split itself"):
         load_splits(DataConfig(unlabeled="digits"))
     (tmp_path / "link").symlink_to(tmp_path / "saved")
@@ -296,8 +299,9 @@ def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, s
     rows.to_parquet(file)
     others.to_parquet(tmp_path / "others.parquet")
     for data, unlabeled in ((tmp_path / "folder", file), (file, tmp_path / "folder")):
-        with pytest.raises(InputError, match=r"unlabeled is .*, in which 100% of the validation images are"):
-            load_splits(DataConfig(str(data), unlabeled=name.format(unlabeled, "train")))
+        for told in (name.format(unlabeled, "train"), str(unlabeled)):
+            with pytest.raises(InputError, match=r"unlabeled is .*, in which 100% of the validation images are"):
+                load_splits(DataConfig(str(data), unlabeled=told))
     others.to_parquet(tmp_path / "folder" / "test.parquet")
     for unlabeled, of in ((tmp_path / "rows.parquet", "validation"), (tmp_path / "others.parquet", "test")):
         with pytest.raises(InputError, match=rf"unlabeled is .*, in which 100% of the {of} images are"):

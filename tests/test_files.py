@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from timm_jem import InputError
+from timm_jem import ClassGaussians, InputError, PublishedChains
 from timm_jem.files import as_path, files_left_aside, folder_aside, move_in, replaced_file
+from timm_jem.gaussians import MAX_STARTS_BYTES
+from timm_jem.hub.published_chains import MAX_FILE_BYTES
+from timm_jem.ood import stored
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -130,3 +133,19 @@ def test_a_folder_in_the_way_is_not_moved_out(tmp_path):
 
 def test_an_error_is_one_line_whatever_it_quotes():
     assert str(InputError("a\nb \x1b[2J \ud800: give another")) == "a b  [2J  : give another"
+
+
+@pytest.mark.parametrize(
+    ("load", "most", "otherwise"),
+    [
+        (lambda file: ClassGaussians.load(file, (1, 8, 8), 3), MAX_STARTS_BYTES, "remove it, and chains start from noise"),
+        (lambda file: PublishedChains.load(file, (1, 8, 8), 3), MAX_FILE_BYTES, "load the model with replay_buffer=False"),
+        (stored.read, stored._MOST_BYTES, "no detector's file is"),
+    ],
+)
+def test_a_file_that_is_too_large_is_not_read(tmp_path, load, most, otherwise):
+    file = tmp_path / "large.safetensors"
+    file.touch()
+    os.truncate(file, most + 1)
+    with pytest.raises(InputError, match=rf"^large.safetensors is larger than [\d,]+ MiB: {otherwise}$"):
+        load(file)

@@ -55,16 +55,17 @@ def check_header(file: Path, most: int = 2**16) -> None:
         )
 
 
-def read_tensors(file: Path, most: int, writer: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(file: Path, most: int, writer: str, otherwise: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file of at most ``most`` bytes and the texts of its header, all still unchecked.
 
     Raises:
-        InputError: a file that is missing, larger, or broken; ``writer`` is what writes such files, for the message.
+        InputError: a file that is missing, larger, or broken; ``writer`` is what writes such files and ``otherwise`` what to do
+            without one that is too large, for the message.
     """
     if not file.is_file():
         raise InputError(f"there is no file {file}: give one that {writer} wrote")
     if file.stat().st_size > most:
-        raise InputError(f"{file.name} is larger than {most >> 20:,} MiB: {writer} wrote no such file, get it again")
+        raise InputError(f"{file.name} is larger than {most >> 20:,} MiB: {otherwise}")
     try:
         check_header(file)
         with safe_open(file, framework="pt") as opened:

@@ -101,7 +101,7 @@ class ClassGaussians:
             InputError: a file that is missing, broken, too large, or of other images or classes, or that holds NaN.
         """
         file = Path(file)
-        tensors, _ = read_tensors(file, MAX_STARTS_BYTES, "ClassGaussians.save")
+        tensors, _ = read_tensors(file, MAX_STARTS_BYTES, "ClassGaussians.save", "remove it, and chains start from noise")
         try:
             if (keys := set(tensors)) != {field.name for field in fields(cls)}:
                 raise InputError(f"it holds {quoted(sorted(keys)) if keys else 'nothing'}")

@@ -174,9 +174,9 @@ def load_images(
     for what, value, least in (("height", size[0], 1), ("width", size[1], 1), ("count", count, 1), ("seed", seed, 0)):
         check_whole(what, value, least)
     asked = read_name(name)
-    data, column, split = _images_of(asked, split or asked.split)
+    data, column, what = _images_of(asked, split or asked.split)
     rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:count])
-    images = ImageSet(data.select(rows), column, np.full(len(rows), -1), channels, tuple(size), split, rows)
+    images = ImageSet(data.select(rows), column, np.full(len(rows), -1), channels, tuple(size), what, rows)
     cache_small({name: images}, math.inf, skip_broken=None)
     return images.images
 

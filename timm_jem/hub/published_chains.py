@@ -143,7 +143,7 @@ class PublishedChains:
             InputError: a file that is missing, broken, too large, or of other images or classes.
         """
         file = Path(file)
-        tensors, _ = read_tensors(file, MAX_FILE_BYTES, "PublishedChains.save")
+        tensors, _ = read_tensors(file, MAX_FILE_BYTES, "PublishedChains.save", "load the model with replay_buffer=False")
         if not {"images"} <= tensors.keys() <= {"images", "labels"}:
             held = quoted(sorted(tensors)) if tensors else "nothing"
             raise InputError(f"{file.name} holds {held}: published chains are images and labels")

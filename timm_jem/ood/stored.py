@@ -53,7 +53,7 @@ def read(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
         InputError: a file that is missing, broken, too large or no detector's.
     """
     path, about = as_path(file), None
-    state, header = read_tensors(path, _MOST_BYTES, "a detector's save")
+    state, header = read_tensors(path, _MOST_BYTES, "a detector's save", "no detector's file is")
     with contextlib.suppress(RecursionError, ValueError):
         about = json.loads(header.get(_KEY, "null"))
     known = isinstance(about, dict) and isinstance(about.get("options"), dict)
