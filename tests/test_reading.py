@@ -17,6 +17,7 @@ from torch import nn
 import timm_jem
 from timm_jem import InputError
 from timm_jem.hub import reading
+from timm_jem.training import ModelConfig, Settings
 
 
 @pytest.fixture
@@ -127,6 +128,9 @@ def test_a_run_is_its_model(jem, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{")
     with pytest.raises(InputError, match=rf"^{tmp_path / 'model'}: config.json is not JSON"):
         timm_jem.from_pretrained(tmp_path)
+    jem.save_pretrained(tmp_path)  # a model that has another beside it
+    assert timm_jem.from_pretrained(tmp_path)(x).equal(jem(x))
+    assert Settings(model=ModelConfig(str(tmp_path))).model.name == f"local-dir:{tmp_path}"
 
 
 def test_weights_come_from_the_folder_whatever_its_config_says(jem, tmp_path):

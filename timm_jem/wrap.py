@@ -19,7 +19,7 @@ from timm_jem.files import as_path
 from timm_jem.gaussians import STARTS_FILE, ClassGaussians
 from timm_jem.hub.provenance import license_id
 from timm_jem.hub.published_chains import CHAINS_FILE, PublishedChains
-from timm_jem.hub.reading import CONFIG_FILE, KEY, WEIGHTS_FILE, read_folder
+from timm_jem.hub.reading import CONFIG_FILE, KEY, WEIGHTS_FILE, model_folder, read_folder
 from timm_jem.hub.repository import check_reach, explained, fetch
 from timm_jem.hub.shipped import shipped
 from timm_jem.model import JEM
@@ -206,8 +206,8 @@ def from_pretrained(
             force_download=force_download,
             replay_buffer=replay_buffer,
         )
-    elif not (folder / CONFIG_FILE).is_file() and (folder / "model" / CONFIG_FILE).is_file():
-        name = folder = folder / "model"
+    elif (inside := model_folder(folder)) != folder:
+        name = folder = inside
     try:
         backbone, ours = read_folder(folder)
         jem = wrap(backbone, sgld=_sgld_config(ours.get("sgld", {})), provenance=ours.get("provenance"))

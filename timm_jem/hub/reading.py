@@ -24,6 +24,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "check_finite",
     "check_nesting",
+    "model_folder",
     "read_folder",
 ]
 
@@ -99,6 +100,12 @@ def check_nesting(data: Any, what: str) -> None:
         level = [inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)]
     if level:
         raise InputError(f"{what} is nested too deep: {_DEEPEST} levels are the most")
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder itself where a model is saved in it, else, as of a run's folder, ``model`` in it if there is one."""
+    inside = folder / "model"
+    return inside if (inside / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file() else folder
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

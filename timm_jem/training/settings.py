@@ -13,6 +13,7 @@ from timm_jem.command_line import Arguments
 from timm_jem.data import DataConfig
 from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.evaluation.attacks import PGDConfig
+from timm_jem.hub.reading import model_folder
 from timm_jem.models.names import check_name
 from timm_jem.objectives import ObjectiveConfig
 from timm_jem.sampling import MOST_STEPS, SGLDConfig
@@ -410,8 +411,7 @@ def _named(name: str) -> str:
     """A backbone's name as timm takes it: a folder that is no name of a model's is "local-dir:", a run's folder its model."""
     folder = Path(name.removeprefix("local-dir:")).expanduser()
     if name.startswith("local-dir:") or (":" not in name and folder.is_dir() and not timm.is_model(name)):
-        inside = folder / "model"
-        return f"local-dir:{(inside if (inside / 'config.json').is_file() else folder).absolute()}"
+        return f"local-dir:{model_folder(folder).absolute()}"
     if "/" in name and ":" not in name:
         remedy = "give one with a saved model" if name[0] in "./~" else f"a Hub repository is hf-hub:{name}"
         raise InputError(f"model.name is {name!r}, and there is no such folder: {remedy}")
