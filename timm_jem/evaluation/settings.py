@@ -112,7 +112,7 @@ class EvaluationConfig:
         samples: how many fresh chains.
         curve_samples: how many chains for the curve of quality against SGLD steps.
         longest_chain: where that curve ends, in SGLD steps.
-        chain_precision: no: chains of float32; bf16: bfloat16 autocast, faster on GPUs and on CPUs that compute in it.
+        chain_precision: no: chains of float32; bf16: bfloat16 autocast, faster on processors that compute in it.
         real_images: how many training images to compare samples with, at most.
 
     Raises:
