@@ -42,7 +42,7 @@ from timm_jem.training.measure import measure
 from timm_jem.training.processes import is_sharded
 from timm_jem.training.publish import publishable, push
 from timm_jem.training.record import Record
-from timm_jem.training.resume import differences, refuse_changes
+from timm_jem.training.resume import differences, refuse_changes, what_terms_are_of
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.start import start_lines
 
@@ -143,11 +143,11 @@ def perform(
 ) -> None:
     """A run, from its newest checkpoint or its beginning to its end; ``joint`` is that of the run it is the first part of."""
     learner, stream = built
-    folder, accelerator = record.folder, record.accelerator
+    folder, accelerator, of = record.folder, record.accelerator, what_terms_are_of(settings)
     run = Run(
         learner,
         stream,
-        DivergenceGuard(settings.guard, accelerator, len(splits.class_names), learner.method.watched),
+        DivergenceGuard(settings.guard, accelerator, len(splits.class_names), learner.method.watched, of=of),
         Checkpoints(folder.checkpoints, accelerator, keep=settings.train.keep_checkpoints),
         grad_accum=settings.train.grad_accum,
         seed=settings.train.seed,

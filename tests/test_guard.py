@@ -1,5 +1,6 @@
 """Known signals, each for real: a NaN is not above any limit."""
 
+import copy
 import math
 
 import pytest
@@ -184,6 +185,20 @@ def test_its_state_goes_on_bit_for_bit():
     for g in (guard, other):
         g.close()
     assert other.scales == guard.scales
+
+
+def test_terms_of_another_loss_have_no_past():
+    """A classifier whose images are attacked from here on has a cross-entropy that a lost one would have."""
+    past, (config, accelerator, watched) = healthy(), (GuardConfig(), Accelerator(cpu=True), MaximumLikelihood.watched)
+    past.keep(20, {})
+    observe(past, 4)
+    for of, reason in ((None, "the classifier is lost"), ({"attack": "linf"}, None)):
+        guard = DivergenceGuard(config, accelerator, 10, watched, of=of)
+        guard.load_state_dict(past.state_dict(), copy.deepcopy(past.snapshots))
+        observe(guard, ce=2.2)
+        assert (guard.problem() or "").split(":")[0] == (reason or "")
+        guard.last_good()
+        assert guard.scales == (past.scales if reason else {})
 
 
 def test_a_remedy_is_what_reaches_the_method():

@@ -12,7 +12,7 @@ from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.training import Checkpoints, DivergenceGuard, Run, Settings, parse_settings
 from timm_jem.training.build import build_learner, build_stream
-from timm_jem.training.resume import REFUSED, refuse_changes
+from timm_jem.training.resume import REFUSED, refuse_changes, what_terms_are_of
 
 pytestmark = pytest.mark.usefixtures("precision_of_its_own")
 
@@ -214,7 +214,7 @@ def run_of(settings: Settings, splits, folder) -> Run:
     return Run(
         learner,
         build_stream(settings, splits, learner),
-        DivergenceGuard(settings.guard, learner.accelerator, 10, learner.method.watched),
+        DivergenceGuard(settings.guard, learner.accelerator, 10, learner.method.watched, of=what_terms_are_of(settings)),
         Checkpoints(folder, learner.accelerator),
         grad_accum=settings.train.grad_accum,
     )
@@ -251,6 +251,22 @@ def test_what_takes_effect_does(name, splits, saved):
     now = goes_on(other(name), splits, folder)
     assert not all(map(torch.equal, now, weights))
     assert all(weight.isfinite().all() for weight in now)
+
+
+def test_a_run_whose_loss_becomes_harder_is_not_judged_by_the_old_one(splits, tmp_path):
+    run = run_of(told(), splits, tmp_path)
+    run.advance()
+    run.guard.close()
+    run.save({})
+    for flags, kept in (
+        ("--train.lr 1", True),
+        ("--train.attack_norm linf", False),
+        ("--train.objective.label_smoothing 0.9", False),
+    ):
+        resumed = run_of(told(*flags.split()), splits, tmp_path)
+        resumed.resume()
+        assert ("best_ce" in resumed.guard.scales) is kept
+        resumed.stream.close()
 
 
 @pytest.mark.parametrize(

@@ -102,10 +102,13 @@ class DivergenceGuard:
         accelerator: its processes are judged together.
         num_classes: for what the cross-entropy of a lost classifier is.
         watched: names of the terms that must not run away from their own recent scale.
+        of: what makes up the terms, as JSON data: scales of a run with other ones are no past of these.
     """
 
-    def __init__(self, config: GuardConfig, accelerator: Accelerator, num_classes: int, watched: Sequence[str]) -> None:
-        self.config, self.accelerator, self.watched = config, accelerator, watched
+    def __init__(
+        self, config: GuardConfig, accelerator: Accelerator, num_classes: int, watched: Sequence[str], *, of: Any = None
+    ) -> None:
+        self.config, self.accelerator, self.watched, self.of = config, accelerator, watched, of
         self.chance = math.log(num_classes)
         self.window: list[tuple[tuple[str, ...], Tensor]] = []
         self.scales: dict[str, float] = {}
@@ -195,13 +198,21 @@ class DivergenceGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """What a bit-exact resume needs, but for the snapshots, which are whole states of a run."""
-        return {"window": list(self.window), "scales": self.scales}
+        return {"window": list(self.window), "scales": self.scales, "of": self.of}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict``; snapshots of what was trained before are forgotten."""
-        self.snapshots = []
+    def load_state_dict(self, state: dict[str, Any], snapshots: Sequence[Snapshot] = ()) -> None:
+        """Restore ``state_dict`` and its snapshots; those of what was trained before are forgotten.
+
+        Where the terms are made up of something else now, what is known of their past is forgotten as well: a loss that has
+        become a harder one is not lost.
+        """
+        self.snapshots = list(snapshots)
         self.scales = dict(state["scales"])
         self.window = [(tuple(names), values.to(self.accelerator.device)) for names, values in state["window"]]
+        if state.get("of") != self.of:
+            self.scales, self.window = {}, []
+            for snapshot in self.snapshots:
+                snapshot.scales = {}
 
     def _tables(self) -> list[tuple[tuple[str, ...], np.ndarray]]:
         """Names of terms, and their values on the host, shape (iterations · processes, terms): a table for each set of terms

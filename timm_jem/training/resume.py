@@ -7,7 +7,7 @@ from typing import Any
 from timm_jem.errors import InputError
 from timm_jem.training.settings import OF_WEIGHTS, Settings
 
-__all__ = ["REFUSED", "Refused", "differences", "refuse_changes"]
+__all__ = ["REFUSED", "Refused", "differences", "refuse_changes", "what_terms_are_of"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,17 @@ REFUSED: dict[str, Refused] = {
     "train.seed": Refused("weights, order and chains came of that one"),
     "output_dir": Refused("a run goes on in its own folder"),
 }
+
+# What the terms of the loss are made up of, besides weights and chains: one that becomes harder is not lost.
+_OF_TERMS = ["data.crop_padding", "data.flip", "model.drop_rate", "model.drop_path_rate"]
+_OF_TERMS += [f"train.{name}" for name in ("objective", "balance", "px_augment", "ce_auto_augment", "data_noise", "ce_noise")]
+_OF_TERMS += [f"train.attack_{name}" for name in ("norm", "eps", "steps", "step_size")] + ["train.batch_norm"]
+
+
+def what_terms_are_of(settings: Settings) -> dict[str, Any]:
+    """The settings that the guard's past values of the loss are of; see :class:`timm_jem.training.DivergenceGuard`."""
+    sections = settings.sections()
+    return {name: _value(sections, name) for name in _OF_TERMS}
 
 
 def refuse_changes(

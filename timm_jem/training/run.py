@@ -173,8 +173,7 @@ class Run:
                     f"{checkpoint} was written {before}: chains are dealt out anew, their randomness starts afresh, and a "
                     "streamed data set goes on about where it was"
                 )
-            self.guard.load_state_dict(saved["guard"])
-            self.guard.snapshots = _snapshots(saved)
+            self.guard.load_state_dict(saved["guard"], _snapshots(saved))
             self.rollbacks = list(saved["rollbacks"])
         self.checkpoints.forget_after(self.step)
         accelerator.print(f"goes on from {checkpoint}, step {self.step}")
@@ -215,8 +214,7 @@ class Run:
         if not self._of_this_device(saved):
             return
         step = saved["state"]["learner"]["step"]
-        self.guard.load_state_dict(saved["guard"])
-        self.guard.snapshots = _snapshots(saved)
+        self.guard.load_state_dict(saved["guard"], _snapshots(saved))
         self.checkpoints.forget_after(step)  # where training breaks
 
     def _state(self) -> dict[str, Any]:
