@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_images, load_splits
+from timm_jem.data.identity import data_identity
 from timm_jem.data.loader import open_stream
 from timm_jem.decoding import BrokenImage, decode
 from timm_jem.evaluation.subject import some
@@ -66,6 +67,18 @@ def test_they_are_left_out_when_asked(tmp_path, cache_gib):
     rest = load_splits(DataConfig(path))
     everything = {tuple(image.flatten().tolist()) for part in sets for image in part.__getitems__(range(len(part)))[0]}
     assert everything == {tuple(i.flatten().tolist()) for part in (rest.train, rest.val, rest.test) for i in part.images}
+
+
+@pytest.mark.parametrize("cache_gib", [2.0, 0.0])
+def test_a_run_that_met_one_goes_on_without_them(tmp_path, cache_gib):
+    """As its message says: the data are the same, but for those that can't be seen."""
+    path = folder(tmp_path)
+    met = data_identity(load_splits(DataConfig(path, cache_gib=0)))
+    without = load_splits(DataConfig(path, skip_broken=True, cache_gib=cache_gib))
+    assert data_identity(without) == met
+    assert sum(len(part) for part in (without.train, without.val, without.test)) == 24 - 3
+    (tmp_path / "bee" / "03.png").unlink()
+    assert data_identity(load_splits(DataConfig(path, skip_broken=True, cache_gib=cache_gib))) != met
 
 
 def test_the_others_stay_in_their_splits(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ def data_identity(splits: Splits) -> dict[str, Any]:
     """What tells these splits from others, as JSON data: shape and names of classes, and for each split how many images it
     has, and digests of their labels, of their rows' numbers and of 64 images evenly spaced.
 
-    Where the data lie, and how they are kept, doesn't count. Of a stream only the held-out images can be known.
+    Where the data lie, and how they are kept, doesn't count, nor whether broken images are left out. Of a stream only the
+    held-out images can be known.
     """
     found: dict[str, Any] = {"image_shape": list(splits.image_shape), "classes": len(splits.class_names)}
     found["class_names"] = _digest("\0".join(splits.class_names).encode())
@@ -59,6 +61,7 @@ def same_held_out(saved: Mapping[str, Any], now: Mapping[str, Any], splits: Sequ
 
 
 def _of_images(images: ImageSet) -> dict[str, Any]:
+    images = images if images.whole is None else images.whole
     rows = evenly(len(images), _SAMPLE)
     numbers = np.concatenate([np.asarray(numbers, dtype="<i8") for _, numbers in images.parts])
     return {
@@ -74,10 +77,10 @@ def _content(stored: Mapping[str, Any] | None) -> bytes:
     Pillow there is. Other files count by their bytes, since pixels depend on their decoder."""
     data, path = (stored or {}).get("bytes"), (stored or {}).get("path")
     if data is None and path is not None and "://" not in path:
-        with open(path, "rb") as file:
-            data = file.read()
+        with contextlib.suppress(UNREADABLE):  # as below: a file that isn't there is broken
+            data = Path(path).read_bytes()
     if data is None:
-        data = str(path).encode()  # a file on the Hub
+        data = str(path).encode()  # a file on the Hub, or none
     elif data.startswith(b"\x89PNG") and len(data) <= _SMALL:
         with contextlib.suppress(UNREADABLE), PILImage.open(io.BytesIO(data)) as image:  # broken ones are named when decoded
             data = f"{image.mode} {image.size} ".encode() + image.tobytes() + _beside_pixels(image)

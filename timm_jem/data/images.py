@@ -1,5 +1,6 @@
 """Images of a data set as 8-bit pixels."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,6 +33,9 @@ class ImageSet(torch.utils.data.Dataset):
         size: (H, W).
         name: of the split they come from, for messages.
         numbers: the rows' numbers in that split, for messages.
+
+    Attributes:
+        whole: these with the images that were left out of them, none decoded; None: none were.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.parts = [(name, numbers)]
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.images: Tensor | None = None
+        self.whole: ImageSet | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,6 +107,8 @@ class ImageSet(torch.utils.data.Dataset):
         kept = np.setdiff1d(np.arange(len(self)), list(rows))
         others = ImageSet(self.data.select(kept), self.image_column, self.labels[kept], self.channels, self.size, "", ())
         others.images = None if self.images is None else self.images[kept]
+        others.whole = copy.copy(self) if self.whole is None else self.whole
+        others.whole.images = None
         ends = np.cumsum([0, *(len(numbers) for _, numbers in self.parts)])
         others.parts = [
             (name, np.asarray(numbers)[kept[(kept >= start) & (kept < end)] - start])
