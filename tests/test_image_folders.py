@@ -135,6 +135,70 @@ def test_metadata(tmp_path, capsys):
         told("file_name,label\ngone.png,a\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(12)))
 
 
+def rows(*files: str, header="file_name,label") -> str:
+    return f"{header}\n" + "".join(f"{file},{'ab'[int(file[-5]) % 2]}\n" for file in files)
+
+
+def test_metadata_lose_no_image_whatever_its_name(tmp_path):
+    files = [f"{word}_{i}.png" for word in ("train", "test", "x") for i in range(4)]
+    for name, inside in (("flat", ""), ("images", "images/")):
+        lay(tmp_path / name, *(inside + file for file in files))
+        (tmp_path / name / "metadata.csv").write_text(rows(*(inside + file for file in files)))
+        splits = load_splits(DataConfig(str(tmp_path / name)))
+        assert len(splits.train) + len(splits.val) + len(splits.test) == 12
+        assert splits.class_names == ["a", "b"]
+
+
+@pytest.mark.parametrize("where", ["root", "each", "[1]"])
+def test_metadata_of_folders_that_are_splits(tmp_path, where):
+    tmp_path /= where
+    files = {split: [f"{i}.png" for i in range(8 - 4 * (split == "test"))] for split in ("train", "test")}
+    lay(tmp_path, *(f"{split}/{file}" for split, names in files.items() for file in names))
+    for split, names in files.items():
+        (tmp_path / split / "metadata.csv").write_text(rows(*names))
+    if where == "root":
+        for split in files:
+            (tmp_path / split / "metadata.csv").unlink()
+        (tmp_path / "metadata.csv").write_text(rows(*(f"{split}/{file}" for split, names in files.items() for file in names)))
+    splits = load_splits(DataConfig(str(tmp_path)))
+    assert (len(splits.train) + len(splits.val), splits.test.labels.tolist()) == (8, [0, 1, 0, 1])
+    again = load_splits(DataConfig(str(tmp_path)))
+    assert torch.equal(again.train.images, splits.train.images)
+
+
+def test_metadata_of_one_split_are_those_images(tmp_path, capsys):
+    lay(tmp_path, *(f"{split}/{i}.png" for split in ("train", "test") for i in range(8)))
+    (tmp_path / "train" / "metadata.csv").write_text(rows(*(f"{i}.png" for i in range(8))))
+    splits = load_splits(DataConfig(str(tmp_path)))
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 8
+    assert "passed over 8 images that no metadata tells of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name,label\n", "metadata.csv, which tells of no image: fill it in, or remove it"),
+        ("id,label\n1,a\n", "file_name"),
+        ("file_name,label\n../../x.png,a\n", "not allowed"),
+    ],
+)
+def test_metadata_that_tell_nothing(tmp_path, text, message):
+    lay(tmp_path, *classes("bee", "cat"))
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        load_splits(DataConfig(str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "arrow"])
+def test_a_table_beside_class_folders_is_none_of_images(tmp_path, capsys, kind):
+    lay(tmp_path, *classes("bee", "cat"), "bee/test_1.png")
+    (tmp_path / f"features.{kind}").write_bytes(b"x")
+    splits = load_splits(DataConfig(str(tmp_path)))
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 13
+    assert f"passed over 1 .{kind}" in capsys.readouterr().err
+
+
 def test_small_classes(tmp_path):
     """A fraction of each class is none of three images, and of forty such classes it is twelve."""
     splits = load_splits(DataConfig(lay(tmp_path / "many", *classes(*(f"c{i:02}" for i in range(40)), n=3)), test_fraction=0.1))

@@ -1,5 +1,6 @@
 """Folders of image files: which split and which class each file is of, by where it lies."""
 
+import glob
 import os
 import unicodedata
 from collections import Counter
@@ -7,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from timm_jem.errors import InputError
@@ -35,19 +36,28 @@ class ImageFiles:
         splits: files of each split, relative to ``root``, sorted.
         depth: how many folders are above those of the classes: 1 where they are splits, else 0.
         others: how many visible files are no images, by their extension.
-        told: whether other files tell more of them, metadata.csv or tables of rows: then these are for ``datasets`` to read.
+        metadata: files such as metadata.csv, relative to ``root``, sorted: where there are any, they tell which images there
+            are, and of which class.
+        tables: how many files of rows there are, which is what the folder holds where the images are those of a README.
     """
 
     root: Path
     splits: dict[str, list[Path]]
     depth: int
     others: Counter
-    told: bool
+    metadata: list[Path]
+    tables: int
+
+    @property
+    def told(self) -> bool:
+        """Whether it is other files that tell of classes."""
+        return bool(self.metadata or (self.tables and self._why_no_classes()))
 
     def why_no_classes(self) -> str | None:
         """What is wrong with where the files lie, and the remedy; None: each has a class, or other files tell."""
-        if self.told:
-            return None
+        return None if self.told else self._why_no_classes()
+
+    def _why_no_classes(self) -> str | None:
         within = {path: path.parts[self.depth :] for paths in self.splits.values() for path in paths}
         remedy = (
             "put the images of each class in a folder of its own, CLASS/image.jpg, or train/CLASS/image.jpg and "
@@ -64,7 +74,9 @@ class ImageFiles:
         return None
 
     def load(self) -> dict[str, Dataset]:
-        """Rows of each split: images, and labels where each file has a class."""
+        """Rows of each split: images, and labels where each file has a class; or all that metadata tell."""
+        if self.metadata:
+            return self._load_metadata()
         columns = {
             split: {"image": [str(self.root / path) for path in paths], "label": [_class_of(path) for path in paths]}
             for split, paths in self.splits.items()
@@ -77,6 +89,25 @@ class ImageFiles:
             split: Dataset.from_dict({name: of_split[name] for name in features}, features).cast_column("image", Image())
             for split, of_split in columns.items()
         }
+
+    def _load_metadata(self) -> dict[str, Dataset]:
+        # One at a time, since ``datasets`` reads several in any order, and by itself makes splits of words in names.
+        files = {f"part{i}": [glob.escape(str(self.root / file))] for i, file in enumerate(self.metadata)}
+        try:
+            parts = load_dataset("imagefolder", data_files=files)
+        except IndexError as error:
+            raise InputError(
+                f"{self.root} has {self.metadata[0]}, which tells of no image: fill it in, or remove it"
+            ) from error
+        rows = concatenate_datasets([parts[name] for name in files])
+        columns = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+        if not (self.depth and columns):
+            return {"train": rows}
+        splits: dict[str, list[int]] = {}
+        for row, cell in enumerate(rows.select_columns(columns[0]).cast_column(columns[0], Image(decode=False))[columns[0]]):
+            first = Path(os.path.relpath(cell["path"], self.root)).parts[0] if cell else ""
+            splits.setdefault(_SPLITS.get(first.lower(), "train"), []).append(row)
+        return {split: rows.select(numbers) for split, numbers in splits.items()}
 
 
 def visible_files(folder: Path, refused: Callable[[Path, OSError], None] | None = None) -> Iterator[Path]:
@@ -123,22 +154,23 @@ def find_image_files(folder: Path) -> ImageFiles:
     Raises:
         InputError: one whose name can't be read.
     """
-    files, others, told = [], Counter(), False
+    files, others, metadata, tables = [], Counter(), [], 0
     for path in visible_files(folder):
         extension = path.suffix.lower()
-        if path.name in ImageFolder.METADATA_FILENAMES or extension in _TABLES:
-            told = True
+        if path.name in ImageFolder.METADATA_FILENAMES:
+            metadata.append(path)
         elif is_image(path):
             files.append(path)
         else:
             others[extension or path.name] += 1
+            tables += extension in _TABLES
     if odd := next((path for path in files if any("\ud800" <= letter <= "\udfff" for letter in str(path))), None):
         raise InputError(f"{folder} has the file {str(odd)!r}, whose name is not UTF-8: rename it")
     by_split = all(len(path.parts) > 1 and path.parts[0].lower() in _SPLITS for path in files)
     splits: dict[str, list[Path]] = {}
     for path in sorted(files, key=str):
         splits.setdefault(_SPLITS[path.parts[0].lower()] if by_split else "train", []).append(path)
-    return ImageFiles(folder, splits, int(by_split), others, told)
+    return ImageFiles(folder, splits, int(by_split), others, sorted(metadata, key=str), tables)
 
 
 def _class_of(path: Path) -> str:

@@ -81,14 +81,13 @@ def _load_local(path: Path, config_name: str | None, split: str, streaming: bool
         except IndexError as error:  # of a split without a file
             raise ValueError("a split of it holds no rows: save it without that") from error
     files = find_image_files(path)
-    others = dict(files.others)
-    if files.splits and not files.told and config_name is None:
-        loaded = files.load()
+    if config_name is None and (files.metadata or (files.splits and not files.told)):
+        loaded, others = files.load(), dict(files.others)
     else:
-        loaded = datasets.load_dataset(str(path), config_name, streaming=streaming)
-        images = sum(map(len, files.splits.values()))
-        rows = 0 if streaming else sum(map(len, loaded.values()))
-        others = {"images that no metadata tells of": images - rows} if 0 < rows < images else {}
+        loaded, others = datasets.load_dataset(str(path), config_name, streaming=streaming), {}
+    rows, images = 0 if streaming and files.told else sum(map(len, loaded.values())), sum(map(len, files.splits.values()))
+    if 0 < rows < images:
+        others["images that no metadata tells of"] = images - rows
     if others:
         _say(f"{path}: passed over {', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items())[:10])}")
     return loaded
@@ -112,6 +111,8 @@ def _look_for_the_hub(name: str) -> None:
 
 
 def _why_not(name: str, local: bool, error: Exception) -> str:
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # whose own words tell nothing
+        error = error.__cause__ or error
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "onfig name is missing" in lines[0]:
         found = re.search(r"\[.*\]", str(error), re.DOTALL)
