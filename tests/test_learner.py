@@ -1,8 +1,10 @@
 """Training state: one process or two, interrupted or not, is the same training."""
 
 import copy
+import json
 import os
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +20,11 @@ from torch.distributed.tensor import DTensor
 import timm_jem
 from timm_jem import InputError, ObjectiveConfig, ReplayBuffer, SGLDConfig, uniform_noise
 from timm_jem.evaluation import accuracy, predict
-from timm_jem.training import Batch, Checkpoints, Learner, MaximumLikelihood, Remedy, Run, refuse_unsupported
+from timm_jem.training import Batch, Checkpoints, Learner, MaximumLikelihood, Remedy, Run, Settings, refuse_unsupported
 from timm_jem.training.measure import in_batches, measure
 from timm_jem.training.publish import whole_state
+from timm_jem.training.record import Record
+from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.sam import SAM
 from timm_jem.training.state import copy_tree
 
@@ -90,6 +94,10 @@ def half_of_the_training(rank: int, port: int, folder: str, shard: bool) -> None
         learner.accelerator.end_training()
         return
     torch.save(copy_tree(learner.state_dict()), f"{folder}/{rank}.pt")
+    record = Record(RunFolder(Path(folder)), learner.accelerator, Settings(), [])
+    record.open(0)
+    record.log(1, {"ce": torch.tensor(rank + 0.5), "loss": torch.tensor(4.0 * rank), "event": "none"})
+    record.close()
     learner.accelerator.end_training()
 
 
@@ -114,6 +122,8 @@ def test_two_processes_train_as_one_does(tmp_path, shard):
     # The same chains, in another order of slots.
     together = torch.cat([first["buffer"]["chains"], second["buffer"]["chains"]])
     torch.testing.assert_close(together, alone.method.buffer.chains, rtol=0, atol=1e-5)
+    if not shard:
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "ce": 1.0, "loss": 2.0, "event": "none"}
 
 
 class Images(torch.utils.data.Dataset):

@@ -158,6 +158,7 @@ def test_numbers_go_to_trackers_as_well(tmp_path):
     record.accelerator = SimpleNamespace(
         is_main_process=True,
         log=lambda values, step: seen.append((step, values)),
+        reduce=lambda tensor, how: tensor,
         trackers=[
             SimpleNamespace(name="tensorboard", log_images=lambda images, step, **how: pictures.append((images, step, how)))
         ],
@@ -357,7 +358,7 @@ def test_pictures_of_chains(tmp_path):
 
 def test_another_process_writes_nothing(tmp_path):
     record = make(tmp_path / "a")
-    accelerator = SimpleNamespace(is_main_process=False, trackers=[], log=pytest.fail)
+    accelerator = SimpleNamespace(is_main_process=False, trackers=[], log=pytest.fail, reduce=lambda tensor, how: tensor)
     record.accelerator = accelerator
     record.open(0)
     record.log(1, {"loss": torch.tensor(1.0)})

@@ -57,6 +57,15 @@ def test_denoising_a_gaussian_energy_gives_the_posterior(noise):
     torch.testing.assert_close(found.var(0), torch.full((4,), variance), rtol=0.15, atol=1e-9)
 
 
+def test_noisy_pixels_come_back_within_the_clamp():
+    jem = in_pixels(Gaussian(torch.eye(4), torch.zeros(4)), (1, 2, 2), step_size=0.1, noise_std=0.01, pixel_clamp=1.0)
+    x = torch.tensor([1.6, -1.7, 0.2, math.nan]).view(1, 1, 2, 2)
+    mask = torch.tensor([[False, False], [False, True]])
+    found = jem.restore(x, mask, noise=0.01, generator=seeded(), num_steps=3).flatten()
+    assert found.abs().max() <= 1
+    torch.testing.assert_close(found[:3], torch.tensor([1.0, -1.0, 0.2]), atol=0.05, rtol=0)
+
+
 def test_inpainting_and_denoising_at_once():
     """With T = 1, where chains sample exp(−E): precisions add up, those of unknown pixels being zero."""
     jem = in_pixels(Gaussian(PRECISION, MEAN), (1, 2, 2), step_size=0.2, noise_std=0.4**0.5)

@@ -334,8 +334,9 @@ def _scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer) -> Schedule
             updates_per_epoch=1,
             **{
                 "warmup_lr": 0.0,
-                "decay_epochs": max(1, train.steps // 3),
-                "decay_milestones": sorted(round(part * train.steps) for part in train.milestones),
+                **({"decay_epochs": math.ceil(train.steps / 3)} if train.sched == "step" else {}),
+                # timm decays at the update before a milestone.
+                "decay_milestones": sorted(round(part * train.steps) + 1 for part in train.milestones),
                 **train.sched_kwargs,
             },
         )

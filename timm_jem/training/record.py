@@ -104,10 +104,13 @@ class Record:
             self._bar.write(line)
 
     def log(self, step: int, values: Mapping[str, Any], lr: float | None = None) -> None:
-        """A line of metrics.jsonl; its numbers go to the trackers as well."""
+        """A line of metrics.jsonl; its numbers go to the trackers as well. Tensors are each process's own, shape (): all
+        processes have the same names, and the line has their means."""
+        if tensors := {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}:
+            means = self.accelerator.reduce(torch.stack([value.float() for value in tensors.values()]), "mean")
+            values = {**values, **dict(zip(tensors, means.tolist(), strict=True))}
         if not self.main:
             return
-        values = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
         line = {"step": step, **({} if lr is None else {"lr": lr}), **values}
         self._append((json.dumps(line) + "\n").encode())
         numbers = {name: value for name, value in line.items() if isinstance(value, float)}

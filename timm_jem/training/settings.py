@@ -77,7 +77,8 @@ class TrainConfig:
         freeze: parts of the backbone that stay as they are, BatchNorm statistics included: names of its modules, and stem.
         warmup_steps: optimiser steps in which the learning rate rises to lr; None: JEM's 1000, or a tenth of a run that is
             shorter than ten times that.
-        sched: a timm schedule over all steps after warmup_steps; step decays after each third of them.
+        sched: a timm schedule over all steps after warmup_steps; step decays after each third of them, wsd and rsqrt over the
+            last fifth of what follows the warm-up.
         milestones: where a multistep schedule decays, as parts of all steps, in any order.
         decay_rate: the factor of a decay; of sched poly its power.
         sched_kwargs: more for timm.scheduler.create_scheduler_v2, in steps where it says epochs.
