@@ -41,6 +41,15 @@ def test_names_that_are_those_of_splits_lose_no_image(tmp_path):
     assert len(named.train) + len(named.val) + len(named.test) == 15
 
 
+def test_test_images_of_classes_that_training_has_not(tmp_path):
+    """Unsorted ones in a folder of theirs, as competitions give them, would be wrong one and all."""
+    path = lay(tmp_path, *classes("bee", "cat", above="train"), *classes("unsorted", above="test"))
+    with pytest.raises(InputError, match=r"no test image .* 'unsorted': give others .* or remove them"):
+        load_splits(DataConfig(path))
+    lay(tmp_path, *classes("bee", above="test"))
+    assert "1 without training images, such as 'unsorted'" in load_splits(DataConfig(path)).summary()
+
+
 def test_hidden_files_are_no_images_and_others_are_told(tmp_path, capsys):
     lay(tmp_path, *classes("bee", "cat"), ".thumbs/x.png", "__MACOSX/bee/x.png", "cat/._1.png")
     for name in (".DS_Store", "cat/Thumbs.db", "cat/1.HEIC", "bee/2.heic"):

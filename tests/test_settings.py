@@ -93,6 +93,7 @@ def test_auto_without_a_folder_goes_on_with_the_newest_of_the_data_set():
     run_with("runs/photos", "--train.lr", "0.5", "--data.dataset", "my/photos")
     assert parse_settings(["--resume", "auto"], DIGITS)[0].train.lr == 0.125
     assert parse_settings(["--resume", "auto", "--data.dataset", "my/photos"], DIGITS)[0].train.lr == 0.5
+    assert parse_settings(["--resume", "auto", "--data", "{dataset: my/photos}"], DIGITS)[0].train.lr == 0.5
     assert parse_settings(["--resume", "auto", "--data.dataset", "others"], DIGITS)[0].train == TrainConfig()
     assert parse_settings(["--resume", "auto", "--output_dir", "new"], DIGITS)[0] == Settings(
         **{**vars(parse_settings([], DIGITS)[0]), "resume": "auto", "output_dir": "new"}

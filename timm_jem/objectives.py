@@ -24,7 +24,8 @@ class ObjectiveConfig:
         w_xy: likelihood of (x, y) under E(x, y), with class-conditional chains (paper: 0).
         contrast: of mean energies, data's minus chains', in the w_x and w_xy terms: linear (paper), or softplus, which lets
             go of chains that are left behind: 2 · softplus(gap) has the linear one's slope where the gap is 0, 2σ(gap)
-            of it elsewhere, so that a gap far below 0 is pushed no further and the energies part no more; or bce (DAT,
+            of it elsewhere, so that a gap far below 0 is pushed no further and the energies part no more (the gap is that of
+            the logits at hand: of several processes each has its own); or bce (DAT,
             arXiv 2510.13872): the cross-entropy of telling images from chains by −E, each image and chain by itself, so that
             E = 0 is the border and energies have no free constant.
         energy_l2: weight of the mean squared energy of data and chains, against drifting energies (paper: 0;

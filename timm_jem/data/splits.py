@@ -125,6 +125,13 @@ def load_splits(config: DataConfig) -> Splits:
             f"{config.dataset} has too few images{' that can be read' if left_out else ''}, for training on two classes, "
             f"validation and test: {f'repair some of the {left_out} broken ones, or ' if left_out else ''}give more"
         )
+    test = sets["test"].labels
+    if not (frequencies[test] > 0).any():
+        raise InputError(
+            f"no test image of {config.dataset} is of a class that training has, but all of such as "
+            f"{class_names[test[0]]!r}: give others with --data.test_split, or remove them, and a part of the train split is "
+            "held out"
+        )
     channels, size = train.channels, train.size
     flip = not all(len(name) == 1 or name.isdigit() for name in class_names) if config.flip is None else config.flip
     side = min(size)

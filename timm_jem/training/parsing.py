@@ -1,5 +1,6 @@
 """How the settings of a run are told: YAML files and flags."""
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,7 +39,9 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
     told = {flag.name: flag.value for flag in flags}
     repeated = [word for flag in flags if flag.name not in ("--output_dir", "--resume") for word in flag.words]
     if "--config" not in told:
-        own = RunFolder.find(told.get("--output_dir"), told.get("--data.dataset", "digits"), told.get("--resume"))
+        of_data = [flag for flag in flags if flag.name in ("--data", "--data.dataset")]
+        dataset = _parsed(parser, of_data).data.dataset
+        own = RunFolder.find(told.get("--output_dir"), dataset, told.get("--resume"))
         if own is not None and own.config_file.is_file():
             flags.insert(0, Flag("--config", str(own.config_file)))
         elif default_config is not None and not {"--data.dataset", "--data"} & set(told):
@@ -81,6 +84,7 @@ def _found(flag: Flag, presets: Path) -> Flag:
     return flag._replace(value=file)
 
 
+@functools.cache
 def _parser() -> ArgumentParser:
     sections = ("data", "model", "classifier", "sgld", "train", "guard", "hub")
     about = f"Train a joint energy model. Sections of settings, in this order: {', '.join(sections)}."
