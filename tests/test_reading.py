@@ -1,5 +1,6 @@
 """Folders of any origin: what is broken, hostile or half of something else costs little and is refused in one line."""
 
+import contextlib
 import json
 import resource
 import shutil
@@ -286,6 +287,25 @@ def test_threads_load_together_and_leave_others_alone(saved):
     for family, jem in zip(families, loaded, strict=True):
         state = jem.backbone.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in expected[family].items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "fine"),
+    [
+        (torch.Tensor, torch.tensor(-torch.inf), True),  # a bound that is none
+        (torch.Tensor, torch.tensor(torch.nan), False),
+        (torch.Tensor, torch.tensor([1.0, torch.inf]), False),  # as a BatchNorm's statistics that broke
+        (torch.nn.Parameter, torch.tensor(torch.inf), False),
+    ],
+)
+def test_bounds_of_a_clamp_may_be_infinite(kind, value, fine):
+    model = torch.nn.Linear(2, 2)
+    if kind is torch.Tensor:
+        model.register_buffer("least", value)
+    else:
+        model.least = kind(value)
+    with contextlib.nullcontext() if fine else pytest.raises(InputError, match="'least' with values that are not finite"):
+        reading.check_finite(model, "it has")
 
 
 @pytest.mark.slow

@@ -84,11 +84,16 @@ def read_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def check_finite(model: nn.Module, what: str) -> None:
-    """Raise an InputError where a weight or buffer isn't finite, or is on the meta device and nothing at all."""
+    """Raise an InputError where a weight or buffer isn't finite, or is on the meta device and nothing at all.
+
+    A buffer that is a single number may be infinite: the bounds of timm's clippable layers are.
+    """
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise InputError(f"{what} {quoted(name)} on the meta device, without weights: use a real device")
-        if not tensor.isfinite().all():
+        bound = tensor.ndim == 0 and name not in weights
+        if not tensor.isfinite().all() and not (bound and tensor.isinf()):
             raise InputError(f"{what} {quoted(name)} with values that are not finite: these weights are broken")
 
 
