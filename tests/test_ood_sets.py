@@ -105,4 +105,4 @@ def test_parts_of_a_data_set_are_sets_of_their_own(monkeypatch):
     images, labels = uniform_images(4, (1, 2, 2), seeded()), torch.tensor([0, 1, 1, 0])
     sets = ood_sets.outlier_sets(specs, images, labels, count=3, seed=0)
     assert asked == specs
-    assert list(sets) == ["textures?split=test&image_column=left", "textures?split=train", "textures", "./c/textures"]
+    assert list(sets) == ["textures?split=test&image_column=left", "textures?split=train", "textures", "textures (2)"]
