@@ -56,11 +56,11 @@ def test_the_last_step_is_looked_at_logged_and_saved_and_published_once():
 
 
 def test_what_is_kept_has_been_looked_at():
-    cadence = make(checkpoint_every=7, guard={"check_every": 10, "snapshot_every": 20})
+    cadence = make(checkpoint_every=7, eval_every=15, guard={"check_every": 10, "snapshot_every": 20})
     for step in range(1, 200):
         due = cadence.at(step, [])
-        assert due.look or not (due.checkpoint or due.snapshot)
-        assert due.look == (step % 7 == 0 or step % 10 == 0)
+        assert due.look or not (due.checkpoint or due.snapshot or due.validate)
+        assert due.look == (step % 7 == 0 or step % 10 == 0 or step % 15 == 0)
 
 
 def test_a_signal_stops_one_process_at_once():

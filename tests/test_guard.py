@@ -126,6 +126,12 @@ def test_before_the_first_look_the_bound_is_told():
     assert guard.problem() == "|gap| ran away: 3.88e+07, above guard.max_energy 1e+06"
 
 
+def test_the_bound_that_was_passed_is_told():
+    guard = healthy(max_energy=5.0)
+    observe(guard, gap=-6.0)
+    assert guard.problem() == "|gap| ran away: 6, above guard.max_energy 5"
+
+
 def test_limits_are_the_configs():
     guard = healthy(runaway_floor=1.0, runaway_factor=2.0)
     observe(guard, gap=-1.59)

@@ -156,6 +156,9 @@ def test_a_run_of_epochs_goes_on_for_as_many_steps_as_it_is_told(splits, tmp_pat
         ("--train.opt_kwargs.colour 3", "colour"),
         ("--train.opt adahessian", "adahessian needs second derivatives"),
         ("--train.sched_kwargs.colour 3", "colour"),
+        ("--train.opt_kwargs.betas [0.9]", "train.opt is 'adam'"),
+        ("--train.opt fusedadam", "train.opt is 'fusedadam' (CUDA required"),
+        ("--train.sched step --train.sched_kwargs.decay_epochs 0", "step does not fit"),
         ("--train.steps 1 --train.sched wsd", "wsd does not fit"),
         ("--train.ce_auto_augment rnd-m9", "rnd-m9"),
         ("--train.restart_prob 2", "restart_prob"),
@@ -259,6 +262,16 @@ def test_a_folder_is_started_from_with_another_head(splits, source):
     assert all(torch.equal(loaded[name], saved[name]) for name in saved if not name.startswith("fc."))
     afresh = build_model(settings(f"--model.name {source} --model.pretrained false"), colour, device).backbone.state_dict()
     assert not torch.equal(afresh["conv1.0.weight"], saved["conv1.0.weight"])
+
+
+def test_a_head_of_other_classes_is_new_where_there_are_as_many(splits, tmp_path):
+    names, colour = splits.class_names, replace(splits, image_shape=(3, 32, 32))
+    for told, kept in ((names, True), (None, True), (names[::-1], False), ([f"{name}x" for name in names], False)):
+        jem = timm_jem.create_model("resnet10t", num_classes=10, input_size=(3, 32, 32), class_names=told).eval()
+        jem.save_pretrained(tmp_path)
+        state = build_model(settings(f"--model.name {tmp_path}"), colour, torch.device("cpu")).backbone.state_dict()
+        for name, saved in load_file(tmp_path / "model.safetensors").items():
+            assert torch.equal(state[name], saved) is (kept or not name.startswith("fc.")), name
 
 
 def test_weights_that_are_cut_off_or_pickled_are_one_line(splits, source, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from timm_jem import ObjectiveConfig, SGLDConfig
 from timm_jem.data import DataConfig
 from timm_jem.training import ModelConfig, Settings, TrainConfig
+from timm_jem.training.settings import ClassifierConfig
 from timm_jem.training.start import _notes, method_in_words, without_effect
 
 ALONE, BCE = ObjectiveConfig(w_x=0.0), ObjectiveConfig(contrast="bce")
@@ -67,6 +68,13 @@ NO_CHAINS = "nothing: train.objective.w_x and w_xy are 0, and no chain moves"
 )  # fmt: skip
 def test_what_does_nothing_is_said(told, notes):
     assert without_effect(Settings(train=told)) == notes
+
+
+def test_a_classifier_first_does_nothing_for_weights_that_are_trained():
+    first = ClassifierConfig(steps=5)
+    assert without_effect(Settings(model=ModelConfig("resnet18"), classifier=first)) == []
+    (note,) = without_effect(Settings(model=ModelConfig("resnet18", pretrained=True), classifier=first))
+    assert note == "classifier.steps does nothing: the weights are trained already"
 
 
 def test_what_chains_alone_have_does_nothing_without_them():

@@ -207,6 +207,11 @@ def test_bad_arguments_are_named(tmp_path):
     stream.load_state_dict({"epoch": 0, "offset": 3})
     with pytest.raises(InputError, match="ends before image 3 of epoch 0"):
         next(stream)
+    stream.load_state_dict({"epoch": 0, "offset": 3}, about=True)  # of other ranks
+    begun, beginning = StreamedImages(stream.data, 1, seed=0), next(stream)
+    begun.load_state_dict({"epoch": 1, "offset": 0})
+    assert all(map(torch.equal, beginning, next(begun)))
+    assert stream.state_dict() == begun.state_dict()
     with pytest.raises(InputError, match="no training image for this process"):
         next(StreamedImages(stream.data, 1, seed=0, rank=7, world=8))
 

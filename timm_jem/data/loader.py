@@ -160,11 +160,21 @@ class StreamedImages(_Batches):
         auto_augment: str | None = None,
     ) -> None:
         super().__init__(batch_size, seed, rank, world, workers, {"epoch": 0, "offset": 0})
+        self._about = False
         self.data = replace(data, rows=split_dataset_by_node(data.rows, rank=rank, world_size=world))
         self.augment = None if auto_augment is None else AutoAugment(auto_augment, data.size)
 
+    def load_state_dict(self, state: dict[str, int], *, about: bool = False) -> None:
+        """Go to the place ``state``; with ``about`` one of other ranks: where this one's epoch ends before it, the next begins.
+
+        Raises:
+            InputError: no state of such a stream.
+        """
+        super().load_state_dict(state)
+        self._about |= about
+
     def _loader(self) -> DataLoader:
-        read = _Read(self.data, self.seed, self.batch_size, self.augment, **self._place)
+        read = _Read(self.data, self.seed, self.batch_size, self.augment, self._about, **self._place)
         return _data_loader(read, min(self.workers, 1), batch_size=None)
 
 
@@ -265,9 +275,9 @@ class _Read(IterableDataset):
     """Batches of a stream from a place on, in this process or a worker."""
 
     def __init__(
-        self, data: StreamedSet, seed: int, batch_size: int, augment: AutoAugment | None, epoch: int, offset: int
+        self, data: StreamedSet, seed: int, batch_size: int, augment: AutoAugment | None, about: bool, epoch: int, offset: int
     ) -> None:
-        self.data, self.seed, self.batch_size, self.augment = data, seed, batch_size, augment
+        self.data, self.seed, self.batch_size, self.augment, self.about = data, seed, batch_size, augment, about
         self.epoch, self.offset = epoch, offset
         self.decoded = epoch  # the latest epoch of which an image could be
 
@@ -306,6 +316,6 @@ class _Read(IterableDataset):
                     yield image, epoch, seen
             if seen == 0:
                 raise InputError(f"{self.data.name} has no training image for this process: use fewer, or more data")
-            if seen < skip:
+            if seen < skip and not self.about:
                 raise InputError(f"{self.data.name} ends before image {skip} of epoch {epoch}: the place is another stream's")
             skip = 0

@@ -137,7 +137,9 @@ class Batches:
             place = dict(state[name])
             if old_world is not None and "offset" in place:  # each process's own, in its share
                 place["offset"] = place["offset"] * old_world // self.world
-            stream.load_state_dict(place)
+                stream.load_state_dict(place, about=True)
+            else:
+                stream.load_state_dict(place)
 
     def close(self) -> None:
         """End the processes that decode images."""

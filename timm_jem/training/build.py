@@ -18,6 +18,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from timm_jem.backbone import label_names
 from timm_jem.data import Splits
 from timm_jem.data.loader import default_workers
 from timm_jem.errors import InputError, one_line, quoted
@@ -91,9 +92,13 @@ def build_model(
                 num_classes=len(splits.class_names),
                 **{name: rate for name in ("drop_rate", "drop_path_rate") if (rate := getattr(model, name))},
                 **model.kwargs,
-            ).to(device)
+            )
     except SafetensorError as error:
         raise InputError(f"the weights of {name} can't be read ({one_line(error)}): get them again") from error
+    known = label_names(jem.backbone) if pretrained else None
+    if known is not None and known != splits.class_names:  # as many others, or in another order: timm keeps such a head
+        jem.backbone.reset_classifier(jem.num_classes)
+    jem = jem.to(device)
     if classifier is not None:
         try:
             load_checkpoint(jem.backbone, str(classifier / WEIGHTS_FILE))
@@ -160,7 +165,7 @@ def build_learner(
         optimizer = create_optimizer_v2(
             jem.backbone, opt=train.opt, lr=train.lr, weight_decay=train.weight_decay, **train.opt_kwargs
         )
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, ImportError, LookupError, TypeError, ValueError) as error:  # some want CUDA
         raise InputError(
             f"train.opt is {quoted(train.opt)} ({one_line(error)}): give one of timm.optim.list_optimizers() and its own "
             "opt_kwargs"
@@ -340,6 +345,7 @@ def _scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer) -> Schedule
                 **train.sched_kwargs,
             },
         )
-    except (TypeError, ValueError) as error:
+        scheduler.step_update(train.steps)  # some settings show what is wrong with them after the warm-up
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise InputError(f"train.sched {train.sched} does not fit its settings ({one_line(error)}): change them") from error
     return scheduler

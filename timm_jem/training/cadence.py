@@ -52,8 +52,9 @@ class Cadence:
 
         last = step == train.steps
         checkpoint = every(train.checkpoint_every) or last
-        # What is kept on disk, and is then all there is to go back to, has been looked at.
-        look = every(guard.check_every) or checkpoint
+        validate = every(train.eval_every) or (last and train.best_k > 0)
+        # What is kept on disk, and is then all there is to go back to, has been looked at; so has what may be the best.
+        look = every(guard.check_every) or checkpoint or validate
         stop = list(signals[:1])
         if self.accelerator.num_processes > 1:  # all stop at the same step, and agreeing waits for the device
             stop = gather_object(stop)[:1] if look else []
@@ -62,7 +63,7 @@ class Cadence:
             look=look,
             log=every(train.log_every) or last,
             sample=every(train.sample_every) or push,  # a card shows pictures of its own weights
-            validate=every(train.eval_every) or (last and train.best_k > 0),
+            validate=validate,
             push=push,
             checkpoint=checkpoint,
             snapshot=every(guard.snapshot_every),

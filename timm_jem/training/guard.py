@@ -140,12 +140,11 @@ class DivergenceGuard:
         for name in self.watched:
             if name not in medians:
                 continue
-            recent = self.scales.get(name)
-            if recent is None:  # before the first look nothing is known
-                limit, past = config.max_energy, f", above guard.max_energy {config.max_energy:g}"
-            else:
-                limit, past = config.runaway_floor + config.runaway_factor * recent, f" after {recent:.3g}"
-            if medians[name] > min(config.max_energy, limit):
+            limit, past = config.max_energy, f", above guard.max_energy {config.max_energy:g}"
+            recent = self.scales.get(name)  # before the first look nothing is known
+            if recent is not None and (own := config.runaway_floor + config.runaway_factor * recent) < limit:
+                limit, past = own, f" after {recent:.3g}"
+            if medians[name] > limit:
                 return f"|{name}| ran away: {medians[name]:.3g}{past}"
         best = self.scales.get("best_ce", math.inf)
         if "ce" in self.watched and medians.get("ce", 0.0) > 0.9 * self.chance and best < 0.5 * self.chance:

@@ -1,6 +1,5 @@
 """How the settings of a run are told: YAML files and flags."""
 
-import functools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -84,7 +83,6 @@ def _found(flag: Flag, presets: Path) -> Flag:
     return flag._replace(value=file)
 
 
-@functools.cache
 def _parser() -> ArgumentParser:
     sections = ("data", "model", "classifier", "sgld", "train", "guard", "hub")
     about = f"Train a joint energy model. Sections of settings, in this order: {', '.join(sections)}."

@@ -76,7 +76,9 @@ def without_effect(told: Settings) -> list[str]:
     """Settings that are told, and that nothing asks for as the others are: a line for each reason."""
     usual, train = Settings(), told.train
     chains = train.objective.needs_chains
+    first = ("classifier.steps", "classifier.epochs") if told.model.starts_pretrained else ()
     idle = {
+        "the weights are trained already": first,
         "train.objective.w_x and w_xy are 0, and no chain moves": () if chains else _OF_CHAINS,
         "there is no train.attack_norm": _OF_ATTACKS if train.attack_norm is None else (),
         "train.sam_rho is 0": () if train.sam_rho else ("train.sam_adaptive",),
