@@ -128,9 +128,8 @@ def load_splits(config: DataConfig) -> Splits:
     test = sets["test"].labels
     if not (frequencies[test] > 0).any():
         raise InputError(
-            f"no test image of {config.dataset} is of a class that training has, but all of such as "
-            f"{class_names[test[0]]!r}: give others with --data.test_split, or remove them, and a part of the train split is "
-            "held out"
+            f"no test image of {config.dataset} is of a class that training has, the first is of {class_names[test[0]]!r}: "
+            "give others with --data.test_split, or remove them, and a part of the train split is held out"
         )
     channels, size = train.channels, train.size
     flip = not all(len(name) == 1 or name.isdigit() for name in class_names) if config.flip is None else config.flip
