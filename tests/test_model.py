@@ -44,7 +44,7 @@ def check_backbone(name: str) -> None:
     large = max(model.pretrained_cfg["input_size"]) > 512 and not model.pretrained_cfg.get("fixed_input_size")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")  # deepseek_vit_412m would take 22 GB for images of its usual size
-        jem = timm_jem.wrap(model, input_size=model.pretrained_cfg["min_input_size"] if large else None)
+        jem = timm_jem.wrap(model, input_size=model.pretrained_cfg.get("min_input_size") if large else None)
     assert any("all zeros" in str(w.message) for w in caught) == (name in ZERO_HEADS)
     if name in ZERO_HEADS:
         model.reset_classifier(10)
