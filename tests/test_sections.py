@@ -22,7 +22,7 @@ from timm.layers import use_fused_attn
 
 import timm_jem
 from timm_jem import InputError
-from timm_jem.data import DataConfig, load_splits
+from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.data.identity import data_identity
 from timm_jem.evaluation import classification_section, generation_section, pictures_section, subject
 from timm_jem.evaluation.comparison import overlays
@@ -575,6 +575,25 @@ def test_images_held_out_in_training_are_known_by_themselves_wherever_they_lie(m
     assert warned(True, replace(data, split_seed=1)) == (1, 1)
     jem.provenance = {"data": {**trained_on, "val": None}}
     assert warned(True) == (1, 0)  # the test images are those of then
+
+
+def test_a_test_split_that_is_not_known_to_be_trainings_own_is_told_of(tmp_path):
+    for split, rows in (("train", range(300)), ("test", range(300, 400))):
+        digits().select(rows).to_parquet(tmp_path / f"{split}.parquet")
+    data = DataConfig(str(tmp_path), channels=1, image_size=8)
+    config = EvaluationConfig(auto_attack_images=0, test_images=20, sections=["classification"])
+    jem = timm_jem.create_model("test_resnet", num_classes=10, input_size=(1, 8, 8))
+    exchanged = replace(data, train_split="test", test_split="train")
+
+    def told(provenance, alike, of=exchanged):
+        jem.provenance = provenance
+        return load_subject("it", jem, of, config, alike=alike).of_test
+
+    own = {"data": data_identity(load_splits(data))}
+    assert told(own, False, data) == told(ON_DIGITS, True, data) == told({}, False) == []
+    for provenance in (own, ON_DIGITS):
+        (warning,) = told(provenance, False)
+        assert warning.startswith("Test images are split train, which is not known to be")
 
 
 def test_chains_of_the_buffer_are_of_all_classes():

@@ -164,6 +164,11 @@ def load_subject(
     of_test = []
     if splits.test_of_train and not test_alike:
         of_test.append(f"Test images are {seen}: all numbers may look too good.")
+    elif not test_alike and (isinstance(known, dict) or _own_settings(model) is not None):
+        of_test.append(
+            f"Test images are split {splits.tested_on}, which is not known to be that of the model's training: it may have "
+            "been trained on some of them, and all numbers may look too good."
+        )
     return Subject(
         name=display_name(name),
         model=model,
@@ -232,9 +237,8 @@ def data_config(jem: JEM, name: str, told: Mapping[str, Any]) -> tuple[DataConfi
     Raises:
         InputError: no dataset is ``told``, and the model's provenance doesn't say what it was trained on.
     """
-    config = jem.provenance.get("config")
-    trained, own = config.get("data") if isinstance(config, Mapping) else None, None
-    if isinstance(trained, Mapping):
+    trained, own = _own_settings(jem), None
+    if trained is not None:
         known = {f.name for f in fields(DataConfig)}
         try:
             own = DataConfig(**{key: value for key, value in trained.items() if key in known})
@@ -252,6 +256,13 @@ def data_config(jem: JEM, name: str, told: Mapping[str, Any]) -> tuple[DataConfi
     held = ("dataset", "config_name", "train_split", "test_split", "test_fraction", "val_fraction", "split_seed", "streaming")
     alike = own is not None and all(getattr(own, key) == getattr(config, key) for key in held)
     return config, alike
+
+
+def _own_settings(jem: JEM) -> Mapping[str, Any] | None:
+    """The data settings of a model's training; None: it doesn't know them."""
+    config = jem.provenance.get("config")
+    settings = config.get("data") if isinstance(config, Mapping) else None
+    return settings if isinstance(settings, Mapping) else None
 
 
 def check_classes(jem: JEM, splits: Splits, name: str, dataset: str) -> None:
