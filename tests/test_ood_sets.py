@@ -102,7 +102,9 @@ def test_parts_of_a_data_set_are_sets_of_their_own(monkeypatch):
 
     monkeypatch.setattr(ood_sets, "load_images", load)
     specs = ["./a/textures?split=test&image_column=left", "./a/textures?split=train", "./b/textures.parquet", "./c/textures"]
+    specs += ["./textures_v1.0", "./textures_v1.1"]
     images, labels = uniform_images(4, (1, 2, 2), seeded()), torch.tensor([0, 1, 1, 0])
     sets = ood_sets.outlier_sets(specs, images, labels, count=3, seed=0)
     assert asked == specs
-    assert list(sets) == ["textures?split=test&image_column=left", "textures?split=train", "textures", "textures (2)"]
+    names = ["textures?split=test&image_column=left", "textures?split=train", "textures", "textures (2)"]
+    assert list(sets) == [*names, "textures_v1.0", "textures_v1.1"]

@@ -100,7 +100,7 @@ def outlier_sets(specs: Sequence[str], images: Tensor, labels: Tensor, *, count:
             sets["constant colours"] = constant_images(count, shape, generator)
         else:
             dataset, mark, choice = spec.partition("?")  # ?split=NAME and the like stay in the name
-            name = f"{Path(dataset).stem}{mark}{choice}"
+            name = f"{Path(dataset).name.removesuffix('.parquet')}{mark}{choice}"
             alike = sum(other == name or other.startswith(f"{name} (") for other in sets)
             name = f"{name} ({alike + 1})" if alike else name  # its folder is nobody's business
             sets[name] = load_images(spec, channels=shape[0], size=tuple(shape[1:]), count=count, seed=seed)
