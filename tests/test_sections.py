@@ -440,6 +440,21 @@ def test_fewer_images_than_distances_need_are_refused_at_once(name, least):
         EvaluationConfig(**{name: least - 1})
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"linf_epsilons": [0.03, 8]}, "linf_epsilons is 8: give a finite number above 0 and at most 1"),
+        ({"linf_epsilon": 8}, "linf_epsilon is 8: give a finite number above 0 and at most 1"),
+        ({"l2_epsilons": [0.5, 0]}, "l2_epsilons is 0: give a finite number above 0"),
+        ({"linf_epsilons": 8 / 255}, "linf_epsilons is 0.03.*: give a list of sizes"),
+    ],
+)
+def test_settings_outside_their_range_are_one_line(setting, message):
+    with pytest.raises(InputError, match=f"^{message}") as error:
+        EvaluationConfig(**setting)
+    assert "\n" not in str(error.value)
+
+
 def test_chains_without_noise_have_no_curve_against_their_length(model, loaded, tmp_path):
     whole, found = replace(loaded, model=load_model(str(model))), Measured("Generation")
     whole.model.sgld = replace(whole.model.sgld, num_steps=2, sample_steps=2, denoise_steps=3)

@@ -1,5 +1,6 @@
 """What an evaluation measures, and how much of it."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -158,11 +159,12 @@ class EvaluationConfig:
         for name, value in least.items():
             check_whole(name, getattr(self, name), value)
         check_whole("seed", self.seed, 0, 2**31 - 1)
-        for name in ("linf_epsilons", "l2_epsilons"):
-            for epsilon in getattr(self, name):
-                check_number(name, epsilon, above=0)
-        check_number("linf_epsilon", self.linf_epsilon, above=0, most=1)
-        check_number("l2_epsilon", self.l2_epsilon, above=0)
+        for name, most in (("linf_epsilon", 1), ("l2_epsilon", math.inf)):
+            check_number(name, getattr(self, name), above=0, most=most)
+            if not isinstance(epsilons := getattr(self, f"{name}s"), list | tuple):
+                raise InputError(f"{name}s is {quoted(epsilons)}: give a list of sizes, in [0, 1] pixel units")
+            for epsilon in epsilons:
+                check_number(f"{name}s", epsilon, above=0, most=most)
         self.detectors = _detectors(self.detectors)
         if not self.sections:
             raise InputError(f"sections is empty: give some of {', '.join(SECTIONS)}")
