@@ -245,9 +245,11 @@ def test_what_can_not_be_attacked_is_refused(digits, attack):
         (images.half(), "float32"),
         (images[:, 0], "(N, C, H, W)"),
         (images + torch.nan, "[nan, nan]"),
+        (images[..., :0, :], "at least one pixel"),
+        (images[:0], "at least one"),
     ):
         with pytest.raises(InputError) as error:
-            run(bad, y)
+            run(bad, y[: len(bad)])
         assert message in str(error.value)
         assert "\n" not in str(error.value)
     for bad in (y[:-1], y[:, None], y.float(), y - 1, y + 1):

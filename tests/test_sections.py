@@ -446,6 +446,9 @@ def test_fewer_images_than_distances_need_are_refused_at_once(name, least):
         ({"linf_epsilons": [0.03, 8]}, "linf_epsilons is 8: give a finite number above 0 and at most 1"),
         ({"linf_epsilon": 8}, "linf_epsilon is 8: give a finite number above 0 and at most 1"),
         ({"l2_epsilons": [0.5, 0]}, "l2_epsilons is 0: give a finite number above 0"),
+        ({"preset": "fast"}, "preset is 'fast': give quick or full"),
+        ({"sections": ["ood", "clasification"]}, "one of the sections is 'clasification': give classification, ood, "),
+        ({"chain_precision": "fp16"}, "chain_precision is 'fp16': give no or bf16"),
         ({"linf_epsilons": 8 / 255}, "linf_epsilons is 0.03.*: give a list of sizes"),
     ],
 )

@@ -109,6 +109,8 @@ def check_attackable(images: Tensor, y: Tensor) -> Tensor:
         raise InputError(
             f"images to attack are {what}: give float32, (N, C, H, W), in [0, 1], i.e. 8-bit images divided by 255"
         )
+    if not images.numel():
+        raise InputError(f"images to attack have shape {tuple(images.shape)}: give at least one, of at least one pixel")
     y = labels(y, len(images), what="labels of images to attack").to(images.device)
     if y.min() < 0:
         raise InputError(f"the least label of images to attack is {y.min().item()}: give labels of at least 0")

@@ -150,6 +150,13 @@ class EvaluationConfig:
     real_images: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value, known in (
+            ("preset", self.preset, tuple(PRESETS)),
+            ("chain_precision", self.chain_precision, ("no", "bf16")),
+            *(("one of the sections", section, SECTIONS) for section in self.sections),
+        ):
+            if value not in known:
+                raise InputError(f"{name} is {quoted(value)}: give {', '.join(known[:-1])} or {known[-1]}")
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
