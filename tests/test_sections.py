@@ -160,6 +160,13 @@ def test_what_stops_the_evaluation_leaves_what_was_measured(measure, tmp_path, e
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
+def test_a_section_asked_for_twice_is_measured_once(measure, tmp_path, capsys):
+    measure("--sections [ood,ood]")
+    told = capsys.readouterr().out
+    assert "already measured" not in told
+    assert told.count("ood: ") == 1
+
+
 def test_the_same_command_goes_on_with_what_is_missing(measure, tmp_path, capsys):
     def stop(subject, config, section):
         raise KeyboardInterrupt

@@ -173,6 +173,7 @@ class EvaluationConfig:
             for epsilon in epsilons:
                 check_number(f"{name}s", epsilon, above=0, most=most)
         self.detectors = _detectors(self.detectors)
+        self.sections = list(dict.fromkeys(self.sections))
         if not self.sections:
             raise InputError(f"sections is empty: give some of {', '.join(SECTIONS)}")
 
