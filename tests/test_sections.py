@@ -426,6 +426,9 @@ def test_the_network_never_sees_more_than_batch_size_images(model, loaded, tmp_p
     evaluate.MEASURES[name][1](whole, config, Section(found, tmp_path))
     assert found.results or found.pictures
     assert max(seen) <= 5
+    refined = [result.protocol for result in found.results if "refinement" in result.table]
+    assert all(protocol.endswith(", 5 images at once") for protocol in refined)  # others have other noise
+    assert len(refined) == 6 * (name == "robustness")
 
 
 def test_held_out_images_that_are_all_right_tell_no_temperature(model, loaded, tmp_path):

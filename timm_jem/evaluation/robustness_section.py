@@ -44,6 +44,11 @@ def _sizes(config: EvaluationConfig) -> dict[str, tuple[float, str]]:
     return {norm: (epsilon, f"{NORMS[norm]}, {sized(norm, epsilon)}") for norm, epsilon in sizes.items()}
 
 
+def _batches(config: EvaluationConfig, y: Tensor) -> str:
+    """How many images share their noise's generator at a time: of the same seed, others are other numbers."""
+    return f"{min(config.batch_size, len(y))} images at once"
+
+
 def _pgd(
     subject: Subject, config: EvaluationConfig, section: Section, classifier: Classifier, images: Tensor, y: Tensor
 ) -> None:
@@ -64,7 +69,8 @@ def _auto_attack(
 ) -> None:
     images, y = images[: config.auto_attack_images], y[: config.auto_attack_images]
     attacks = ", ".join(auto_attack_names("standard", subject.model.num_classes))
-    way = f"AutoAttack, standard ({attacks}; Croce & Hein 2020), by pyautoattack {version('pyautoattack')}"
+    by = f"pyautoattack {version('pyautoattack')}, {_batches(config, y)}"
+    way = f"AutoAttack, standard ({attacks}; Croce & Hein 2020), by {by}"
     for norm, (epsilon, row) in _sizes(config).items():
         options = {"seed": config.seed, "batch_size": config.batch_size, "desc": f"AutoAttack {NORMS[norm]}"}
         broken = auto_attack(classifier, images, y, norm=norm, eps=epsilon, **options)
@@ -94,7 +100,7 @@ def _refinement(subject: Subject, config: EvaluationConfig, section: Section, im
         correct = robust_correct(classifier, images, y, attack, epsilons, **options)
         way = (
             f"{k} SGLD steps on E(x) before classifying; PGD, {config.attack_steps} steps, {what}, mean of {config.eot} noise "
-            "draws; judged with new noise"
+            f"draws; judged with new noise, {_batches(config, y)}"
         )
         curves[column] = section.curve(table, correct, partial(sized, "linf"), way, column=column, **_more(subject))
     picture = accuracy_curves(curves, "linf", f"SGLD refinement (JEM-{k}) under two attacks", band=WILSON)

@@ -47,7 +47,8 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-# The settings that change a section's numbers; those of all sections are added. batch_size changes none.
+# The settings that tell a section's numbers apart; those of all sections are added. batch_size is none, so that the same
+# command goes on with less where memory ran out: attacks whose noise is drawn batch by batch have it in their protocol.
 _OF_ALL = ("seed", "test_images")
 _OF_SECTION: dict[SectionName, tuple[str, ...]] = {
     "classification": (),
