@@ -468,6 +468,13 @@ def test_settings_outside_their_range_are_one_line(setting, message):
     assert "\n" not in str(error.value)
 
 
+def test_medians_of_an_even_number_are_between_the_middle_ones(tmp_path):
+    levels = torch.tensor([9, 1, 4, 2], dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    whole, found = SimpleNamespace(train=torch.zeros_like(levels), test=levels, seed=0), Measured("Generation")
+    generation_section._neighbours(whole, EvaluationConfig(), Section(found, tmp_path), levels)
+    assert [result.value for result in found.results] == pytest.approx([2 * 3 / 255] * 2)
+
+
 def test_chains_without_noise_have_no_curve_against_their_length(model, loaded, tmp_path):
     whole, found = replace(loaded, model=load_model(str(model))), Measured("Generation")
     whole.model.sgld = replace(whole.model.sgld, num_steps=2, sample_steps=2, denoise_steps=3)
