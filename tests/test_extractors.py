@@ -63,6 +63,15 @@ def test_auto_is_what_it_was(size, name):
     assert extractor.name.startswith(name)
 
 
+def test_an_extractor_asked_for_twice_is_there_once():
+    found = load_extractors(["pyramid", "auto", "pixels", "thumbnails"], input_size=(1, 8, 8))
+    assert [extractor.name.split(" (")[0] for extractor in found] == [
+        "8×8 thumbnails and the strength of finer detail",
+        "raw pixels",
+        "8×8 thumbnails",
+    ]
+
+
 def test_only_8_bit_images_have_features():
     extractor = load_extractor("pixels", input_size=(1, 8, 8))
     with pytest.raises(InputError, match="8-bit"):

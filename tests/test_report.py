@@ -53,6 +53,9 @@ def test_comparison_averages_runs_of_a_name():
     assert "| ε = 8/255, PGD | 0.600 ± 0.141 | 0.100 |" in text
     assert data[0]["values"] == {"ours": [0.5, 0.7], "plain": [0.1]}
     assert "Measured differently" not in text
+    twice = report("a", 0.5)
+    twice.sections[0].results *= 2
+    assert "| ε = 8/255, PGD | 0.500 |" in comparison({"ours": [twice]})[0]
     result = Result("Robustness", "Under attack", "ε = 8/255", "PGD", 0.2, 7, "20 steps")
     other = Report({"name": "d"}, [Measured("Robustness", results=[result])])
     assert "Measured differently** (protocol, n or split): Under attack" in comparison({"a": [report()], "d": [other]})[0]

@@ -68,8 +68,8 @@ def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str
     values: dict[tuple, dict[str, list[float]]] = {key: {} for key in keys}
     for name, group in reports.items():
         for report in group:
-            for result in report.results:
-                values[_key(result)].setdefault(name, []).append(result.value)
+            for key, value in {_key(result): result.value for result in report.results}.items():  # one a report
+                values[key].setdefault(name, []).append(value)
     lines = ["# Models side by side", ""]
     for name, group in reports.items():
         runs = f", {len(group)} runs: mean ± standard deviation; (n): of n of them" if len(group) > 1 else ""

@@ -113,7 +113,8 @@ def load_extractor(spec: str, *, input_size: tuple[int, int, int], device: torch
 def load_extractors(
     specs: Sequence[str], *, input_size: tuple[int, int, int], device: torch.device | str = "cpu"
 ) -> list[Extractor]:
-    """As :func:`load_extractor`, for several; "auto" is pixels for images of up to 192 numbers, and thumbnails above.
+    """As :func:`load_extractor`, for several; "auto" is pixels for images of up to 192 numbers, and thumbnails above. One
+    that is asked for twice is there once.
 
     Raises:
         InputError: no specs, or as :func:`load_extractor`.
@@ -121,7 +122,8 @@ def load_extractors(
     if not specs:
         raise InputError("extractors is empty: give auto, pixels, thumbnails, pyramid, inception or timm:NAME")
     auto = "pixels" if math.prod(input_size) <= 192 else "thumbnails"
-    return [load_extractor(auto if spec == "auto" else spec, input_size=input_size, device=device) for spec in specs]
+    specs = dict.fromkeys(auto if spec == "auto" else spec for spec in specs)
+    return [load_extractor(spec, input_size=input_size, device=device) for spec in specs]
 
 
 def _check_channels(spec: str, channels: int, wanted: int) -> None:
