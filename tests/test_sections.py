@@ -450,6 +450,12 @@ def test_fewer_images_than_distances_need_are_refused_at_once(name, least):
         EvaluationConfig(**{name: least - 1})
 
 
+def test_too_few_test_images_are_named_before_chains_are_drawn(model):
+    config, jem = EvaluationConfig(auto_attack_images=0, test_images=4, real_images=20), load_model(str(model))
+    with pytest.raises(InputError, match="generation needs 5 test images, and there are 4: raise --test_images"):
+        load_subject(str(model), jem, DataConfig(channels=1, image_size=8), config, alike=True)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

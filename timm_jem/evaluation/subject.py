@@ -147,6 +147,8 @@ def load_subject(
         train, train_y = some(splits.train, config.real_images, config.seed, "training images")
     if len(test_y.unique()) < 2:
         raise InputError(f"the {len(test_y)} test images of {data.dataset} are of one class: give a set of several")
+    if "generation" in config.sections and len(test) < 5:  # as real_images
+        raise InputError(f"generation needs 5 test images, and there are {len(test)}: raise --test_images, or leave it out")
     _check_finite(model, test[: config.batch_size], name)
     if config.refines:
         check_second_derivatives(model, "set --refinement_steps 0 to leave the refinement out")
