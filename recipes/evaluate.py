@@ -250,7 +250,7 @@ def evaluate_into(folder: Path, given: Any, config: EvaluationConfig, told: dict
 
 def measure_all(subject: Subject, config: EvaluationConfig, report: Report, folder: Path, argv: list[str]) -> str | None:
     """Measure section after section, each of which is on disk before the next begins; returns the exit message."""
-    images = f"{len(subject.test):,} of {subject.test_total:,} test images, {len(subject.val):,} {subject.held_out}"
+    images = f"{subject.test_total:,} test images, of which each number tells how many it is of, and {subject.held_out}"
     report.subject["headline"]["Data"] = f"{subject.data.dataset}: {images}"
     command = f"{program('evaluate')} {shlex.join(argv)}"
     left_out: dict[str, str] = {}

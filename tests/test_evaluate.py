@@ -276,6 +276,8 @@ def test_test_images_that_training_may_have_seen_are_told_of(run, tmp_path):
     options = f"--sections [classification] --test_images 50 --output_dir {tmp_path / 'o'}"
     evaluate.main(shlex.split(f"{run} {options} --data.dataset digits"))
     assert read_report(tmp_path / "o").warnings == []
+    headline = "digits: 359 test images, of which each number tells how many it is of, and images held out of split train"
+    assert f"- **Data**: {headline}, as in training\n" in (tmp_path / "o" / "report.md").read_text()
     evaluate.main(shlex.split(f"{run} {options} --overwrite true --data.split_seed 1"))
     assert any("all numbers may look too good" in warning for warning in read_report(tmp_path / "o").warnings)
 
