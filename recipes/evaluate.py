@@ -173,6 +173,15 @@ def same_subject(
     return earlier
 
 
+def placed(earlier: Report | None, subject: dict[str, Any]) -> None:
+    """Let data of ``earlier`` lie where those of ``subject`` do, if their images will tell whether they are the same."""
+    if earlier is None:
+        return
+    images, settings = earlier.subject.get("images"), earlier.subject.get("data_settings")
+    if isinstance(images, dict) and None not in images.values() and isinstance(settings, dict):
+        settings |= {key: subject["data_settings"][key] for key in ("dataset", "config_name")}
+
+
 def measured(name: str, subject: Subject, config: EvaluationConfig, command: str, drawn: Path) -> Measured:
     """A section as a whole, or else only the reason why it is left out."""
     title, measure, less = MEASURES[name]
@@ -230,6 +239,8 @@ def evaluate_into(folder: Path, given: Any, config: EvaluationConfig, told: dict
         "data_settings": "images",
         "sampling": "settings or starts of chains",
     }
+    if todo:
+        placed(earlier, what)
     earlier = same_subject(earlier, what, folder, given.overwrite, known)
     if not todo:
         print(f"all that is asked for is measured already: look at {folder / 'report.md'}")

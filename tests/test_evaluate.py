@@ -245,6 +245,18 @@ def test_one_report_is_of_one_set_of_images_and_one_way_to_draw(run, tmp_path, c
     assert "starts of chains" in fails(capsys, f"{command} [classification] --output_dir {tmp_path / 'rests'}")
 
 
+def test_a_report_goes_on_where_its_images_lie_elsewhere(run, tmp_path, capsys):
+    command = f"{run} {SMALL} --test_images 50 --output_dir {tmp_path / 'out'} --data.dataset {tmp_path}"
+    digits_folder(tmp_path / "here", digits().select(range(900)))
+    evaluate.main(shlex.split(f"{command}/here --sections [classification]"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert "report of other images" in fails(capsys, f"{command}/there --sections [classification]")  # they aren't loaded
+    evaluate.main(shlex.split(f"{command}/there --sections [classification,ood]"))
+    assert len(read_report(tmp_path / "out").sections) == 2
+    digits_folder(tmp_path / "other", digits().select(range(800)))
+    assert "report of other images" in fails(capsys, f"{command}/other --sections [pictures]")
+
+
 def test_provenance_that_says_nothing_of_its_settings():
     for config in (None, [], {"data": None}, {"data": {"dataset": 3}}):
         jem = timm_jem.create_model("test_resnet", num_classes=10, input_size=(1, 8, 8))

@@ -78,8 +78,8 @@ def test_runs_that_lack_a_number_or_name_it_after_themselves():
 
 
 def test_other_test_images_are_not_alike_and_warnings_are_told():
-    def on(images, name="a", split="test"):
-        subject = {"name": name, "data": "digits", "images": images}
+    def on(images, name="a", split="test", data="digits"):
+        subject = {"name": name, "data": data, "images": images}
         return Report(subject, report(split=split).sections)
 
     images = {"image_shape": [1, 8, 8], "test": {"images": 360, "rows": "aa"}, "val": {"rows": "x"}}
@@ -88,6 +88,9 @@ def test_other_test_images_are_not_alike_and_warnings_are_told():
         text = comparison({"a": [on(images)], "b": [on(alike)]})[0]
         assert "Not alike" not in text
         assert "Measured differently" not in text
+    assert "Not alike" not in comparison({"a": [on(images)], "b": [on(images, data="./moved")]})[0]
+    for elsewhere in (on(of_stream, data="./moved"), on({**images, "test": {}}, data="./moved")):
+        assert "- **Not alike**: data sets differ" in comparison({"a": [on(images)], "b": [elsewhere]})[0]
     for other in ({**images, "test": {"images": 360, "rows": "bb"}}, {**images, "image_shape": [1, 16, 16]}):
         text = comparison({"a": [on(images)], "b": [on(other)]})[0]
         assert "- **Not alike**: test images differ between these reports\n" in text

@@ -115,7 +115,10 @@ def _mean(values: Sequence[float], runs: int) -> str:
 def _differences(reports: dict[str, Sequence[Report]]) -> list[str]:
     """Warn where numbers of the same name were not measured alike."""
     every = [report for group in reports.values() for report in group]
-    kinds = {"data sets": lambda report: report.subject.get("data"), "presets or seeds": lambda report: report.presets}
+    images = set(map(_test_images, every))
+    kinds = {"presets or seeds": lambda report: report.presets}
+    if len(images) > 1 or None in images:  # the same images may lie elsewhere
+        kinds = {"data sets": lambda report: report.subject.get("data"), **kinds}
     lines = [
         f"- **Not alike**: {what} differ between these reports ({'; '.join(sorted(found))})"
         for what, kind in kinds.items()
@@ -123,7 +126,7 @@ def _differences(reports: dict[str, Sequence[Report]]) -> list[str]:
     ]
     for name, group in reports.items():
         lines += [f"- **{name} is no one model in several runs**: {why}" for why in _mixed(group)]
-    if len(set(filter(None, map(_test_images, every)))) > 1:
+    if len(images - {None}) > 1:
         lines.append("- **Not alike**: test images differ between these reports")
     ways: dict[tuple, set[tuple]] = {}
     for report in every:
