@@ -188,6 +188,8 @@ def measured(name: str, subject: Subject, config: EvaluationConfig, command: str
     versions = f"timm_jem {timm_jem.__version__}, timm {timm.__version__}, torch {torch.__version__}"
     beside = {key: getattr(subject, key) for key in ("baseline", "judge") if key in config.of_section(name)}
     others = {f"{key}_model": identity_of(other) for key, other in beside.items() if other is not None}
+    if "ood" in config.of_section(name):
+        others["outliers"] = {of_set: fingerprint({"images": images}) for of_set, images in subject.outliers.items()}
     found = Measured(title, asdict(config) | others, command, f"{versions}, {subject.model.device.type}")
     found.warnings += subject.of_test
     start = time.perf_counter()

@@ -88,7 +88,8 @@ def test_all_detectors_are_in_one_table(run, tmp_path):
     evaluate.main(shlex.split(f"{run} {SMALL} --sections [ood] --detectors all --output_dir {tmp_path}"))
     found = [result for result in read_report(tmp_path).results if result.table == "AUROC"]
     assert {result.column for result in found} == set(SCORES.values())
-    assert {result.row for result in found} == {"interpolation", "uniform noise", "constant colours"}
+    sets = {"interpolation", "uniform noise", "constant colours"}
+    assert {result.row for result in found} == set(read_report(tmp_path).sections[0].settings["outliers"]) == sets
     assert all(0 <= result.low <= result.value <= result.high <= 1 and result.n == 60 for result in found)
     assert "ViM: timm_jem.ood's vim (fitted to " in found[0].protocol
     assert "KNN: timm_jem.ood's knn (fitted to" in found[0].protocol

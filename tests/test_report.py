@@ -102,6 +102,23 @@ def test_other_test_images_are_not_alike_and_warnings_are_told():
     assert "of them\n  - run-0: Attack check failed\n  - run-0: two lines\n- **plain**: c\n  - Attack check failed\n" in text
 
 
+def test_judges_and_outliers_of_one_name_that_are_others_are_not_alike():
+    def beside(**settings):
+        kept = report()
+        kept.sections[0].settings |= settings
+        return kept
+
+    first = beside(judge_model={"weights": "a"}, outliers={"textures": "a", "noise": "a"})
+    for alike in (first, report(), beside(outliers={"other": "b"})):
+        assert "Not alike" not in comparison({"a": [first], "b": [alike]})[0]
+    for other, what in (
+        (beside(judge_model={"weights": "b"}), "judges of section Robustness"),
+        (beside(outliers={"textures": "b", "noise": "a"}), "out-of-distribution sets of one name (textures)"),
+    ):
+        text = comparison({"a": [first], "b": [other]})[0]
+        assert f"- **Not alike**: {what} differ between these reports\n" in text
+
+
 def test_a_run_of_nan_is_shown_among_others():
     text, _ = comparison({"ours": [report("a", math.nan), report("b", 0.7)], "wild": [report("c", math.inf), report("d", 1.0)]})
     assert "| ε = 8/255, PGD | nan ± nan | inf ± nan |" in text

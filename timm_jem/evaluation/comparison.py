@@ -128,12 +128,29 @@ def _differences(reports: dict[str, Sequence[Report]]) -> list[str]:
         lines += [f"- **{name} is no one model in several runs**: {why}" for why in _mixed(group)]
     if len(images - {None}) > 1:
         lines.append("- **Not alike**: test images differ between these reports")
+    lines += [f"- **Not alike**: {what} differ between these reports" for what in _others(every)]
     ways: dict[tuple, set[tuple]] = {}
     for report in every:
         for result in report.results:
             ways.setdefault(_key(result), set()).add((result.protocol, result.n, result.split))
     unlike = in_order([f"{key[1]}" for key, found in ways.items() if len(found) > 1])
     return lines + ([f"- **Measured differently** (protocol, n or split): {', '.join(unlike)}"] if unlike else [])
+
+
+def _others(reports: Sequence[Report]) -> list[str]:
+    """What rows name by the last part of a path, and what was not the same in these reports."""
+    models: dict[str, set[str]] = {}
+    outliers: dict[str, set[str]] = {}
+    for section in (section for report in reports for section in report.sections):
+        for key in ("judge", "baseline"):
+            if (model := section.settings.get(f"{key}_model")) is not None:
+                models.setdefault(f"{key}s of section {cell(section.title)}", set()).add(dumps(model))
+        if isinstance(sets := section.settings.get("outliers"), dict):
+            for name, images in sets.items():
+                outliers.setdefault(cell(name), set()).add(dumps(images))
+    unlike = [name for name, found in outliers.items() if len(found) > 1]
+    told = [f"out-of-distribution sets of one name ({', '.join(unlike)})"] if unlike else []
+    return [what for what, found in models.items() if len(found) > 1] + told
 
 
 def _test_images(report: Report) -> str | None:
