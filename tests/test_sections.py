@@ -450,6 +450,13 @@ def test_fewer_images_than_distances_need_are_refused_at_once(name, least):
         EvaluationConfig(**{name: least - 1})
 
 
+@pytest.mark.parametrize("setting", [{"l2_epsilon": 128.0}, {"l2_epsilons": [0.5, 128.0]}])
+def test_balls_wider_than_all_images_are_named(model, setting):
+    config = EvaluationConfig(auto_attack_images=0, test_images=20, sections=["robustness"], **setting)
+    with pytest.raises(InputError, match=r"size 128, and no two images are further apart than 8 .*: divide grey levels by 255"):
+        load_subject(str(model), load_model(str(model)), DataConfig(channels=1, image_size=8), config, alike=True)
+
+
 def test_too_few_test_images_are_named_before_chains_are_drawn(model):
     config, jem = EvaluationConfig(auto_attack_images=0, test_images=4, real_images=20), load_model(str(model))
     with pytest.raises(InputError, match="generation needs 5 test images, and there are 4: raise --test_images"):

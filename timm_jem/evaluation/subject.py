@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
@@ -149,6 +150,12 @@ def load_subject(
         raise InputError(f"the {len(test_y)} test images of {data.dataset} are of one class: give a set of several")
     if "generation" in config.sections and len(test) < 5:  # as real_images
         raise InputError(f"generation needs 5 test images, and there are {len(test)}: raise --test_images, or leave it out")
+    largest, farthest = max([config.l2_epsilon, *config.l2_epsilons]), math.sqrt(math.prod(model.input_size))
+    if "robustness" in config.sections and largest > farthest:
+        raise InputError(
+            f"an ℓ2 attack has the size {largest:g}, and no two images are further apart than {farthest:.3g} (pixels in "
+            "[0, 1]): divide grey levels by 255 in l2_epsilon and l2_epsilons"
+        )
     _check_finite(model, test[: config.batch_size], name)
     if config.refines:
         check_second_derivatives(model, "set --refinement_steps 0 to leave the refinement out")
