@@ -51,9 +51,9 @@ MAY_IMPORT = {
         "model", "wrap", "ood", "data", "evaluation", "temperature", "progress", "errors",
     },
     "training": {
-        "captured", "command_line", "energy", "files", "lock", "pixels", "modes", "noise", "sampling", "replay_buffer",
-        "gaussians", "objectives", "models", "hub", "model", "wrap", "data", "evaluation", "training", "progress", "version",
-        "errors",
+        "backbone", "captured", "command_line", "energy", "files", "lock", "pixels", "modes", "noise", "sampling",
+        "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "data", "evaluation", "training",
+        "progress", "version", "errors",
     },
     "demo": {
         "files", "pixels", "modes", "noise", "decoding", "prediction", "reference", "backbone", "hub", "model", "data",
