@@ -22,7 +22,9 @@ def main(argv: list[str]) -> None:
     parser = make_parser("push", __doc__.splitlines()[0])
     parser.add_argument("run", type=str, help="a run's folder")
     parser.add_argument("repo_id", type=str, help="user/name; made if it is not there")
-    parser.add_argument("--private", type=bool, default=False, help="make it private if it is not there yet")
+    parser.add_argument(
+        "--private", type=bool | None, default=None, help="if it is not there yet; default: as new ones of its owner are"
+    )
     parser.add_argument("--replay_buffer", type=bool, default=True, help="with the run's chains")
     parser.add_argument("--overwrite_card", type=bool, default=False, help="replace a README.md that someone wrote")
     settings = parse_flags(parser, read_flags(parser, argv))

@@ -23,6 +23,7 @@ class Hub:
     def reset(self) -> None:
         self.revisions: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
         self.private: set[str] = set()
+        self.visibility = "public"  # of a new repository, where the request has none
         self.blobs: dict[str, bytes] = {}
         self.failures: list[tuple[str, int | str]] = []
         self.calls: list[str] = []
@@ -120,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo}"})
         else:
             self.hub.create(repo)
-            if request.get("private") or request.get("visibility") == "private":
+            if request.get("private") or request.get("visibility", self.hub.visibility) == "private":
                 self.hub.private.add(repo)
             self.answer(200, {"url": f"{self.hub.url}/{repo}", "id": repo, "name": repo})
 

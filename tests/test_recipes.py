@@ -500,6 +500,7 @@ def test_a_run_publishes_itself_and_a_run_already_done_too(hub, tmp_path, monkey
     assert "pushed to" in said.err + said.out
     assert len(hub.revisions["user/first"]) == 3  # the new repository, step 2, the end
     assert "user/first" in hub.private
+    hub.visibility = "private"
     assert "model-index" not in hub.find("user/first", hub.revisions["user/first"][1][0])[1]["README.md"].decode()
     card = hub.files("user/first")["README.md"].decode()
     summary = json.loads((tmp_path / "runs" / "digits" / "summary.json").read_text())
@@ -514,6 +515,7 @@ def test_a_run_publishes_itself_and_a_run_already_done_too(hub, tmp_path, monkey
     output = tmp_path / "push.txt"
     process = start_recipe("push.py", ["runs/digits", "user/second"], tmp_path, {}, output)
     assert exit_status(process) == 0, output.read_text()
+    assert "user/second" in hub.private
     first_files, second_files = hub.files("user/first"), hub.files("user/second")
     assert set(first_files) == set(second_files)
     assert all(first_files[name] == second_files[name] for name in first_files if name != "README.md")
@@ -525,10 +527,12 @@ def test_a_run_publishes_itself_and_a_run_already_done_too(hub, tmp_path, monkey
 def test_a_card_shows_no_pictures_of_other_weights(hub, tmp_path, monkeypatch):
     """A finished run has samples.png; one that goes on from there publishes other weights on the way."""
     monkeypatch.chdir(tmp_path)
+    hub.visibility = "private"
     train.main(shlex.split(f"{SHORT} --output_dir run"))
     longer = "--resume run --train.sample_every 0 --hub.push_to user/name --hub.every 5"
     for steps, pushed in ((6, 5), (11, 10)):
         train.main(shlex.split(f"{longer} --train.steps {steps}"))
+        assert "user/name" in hub.private
         (before, _), (last, _) = hub.revisions["user/name"][-2:]
         on_the_way, files = hub.files("user/name", before), hub.files("user/name", last)
         assert "samples.png" in on_the_way["README.md"].decode()

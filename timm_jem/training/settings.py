@@ -294,13 +294,13 @@ class HubConfig:
 
     Attributes:
         push_to: repository "user/name" to push the model, its card, pictures and chains to; None: none.
-        private: make it private if it isn't there yet.
+        private: make it private, or public, if it isn't there yet; None: as new ones of its owner are.
         every: push what there is every so many optimiser steps as well; 0: only at the end.
         replay_buffer: publish the chains, at 8 bits, as many as fit 64 MiB.
     """
 
     push_to: str | None = None
-    private: bool = False
+    private: bool | None = None
     every: int = 0
     replay_buffer: bool = True
 
