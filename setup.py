@@ -49,12 +49,12 @@ setup(
         "timm_jem.recipes": ["configs/*.yaml", "variants/*.yaml"],
     },
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.5",
         "torchvision",
         "timm>=1.0.31",
         "accelerate>=1.0",
         "datasets>=3.0",
-        "huggingface-hub>=1.0",
+        "huggingface-hub>=1.2.1",
         "jinja2",  # model cards
         "pyyaml",
         "safetensors>=0.4.3",
