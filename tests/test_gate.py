@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from timm_jem.demo.gate import Gate
+from timm_jem.demo.gate import Gate, for_this_machine
 
 MOST = 1000
 
@@ -127,6 +127,22 @@ def test_what_is_no_json_is_refused(body):
 def test_a_page_for_this_machine_answers_no_other_site(headers, status):
     assert answer("GET", "/", local=headers)[0] == status
     assert answer("POST", "/gradio_api/queue/join", b"{}", local=headers)[0] == status
+
+
+@pytest.mark.parametrize(
+    ("host", "share", "variable", "local"),
+    [
+        *((host, False, None, True) for host in (None, "127.0.0.1", "localhost", "::1")),
+        *((host, False, None, False) for host in ("0.0.0.0", "::", "192.168.0.2", "")),
+        *((None, share, variable, False) for share, variable in ((True, None), (False, "SPACE_ID"), (False, "GRADIO_SHARE"))),
+    ],
+)
+def test_this_machine_by_any_of_its_names_is_this_machine_alone(host, share, variable, local, monkeypatch):
+    for name in ("SPACE_ID", "GRADIO_SERVER_NAME", "GRADIO_SHARE"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "1")
+    assert for_this_machine(host, share) is local
 
 
 def test_sockets_stay_closed():

@@ -1,12 +1,13 @@
 """What a page answers: requests that it makes itself, and no others that Gradio would."""
 
 import json
+import os
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["Gate"]
+__all__ = ["Gate", "for_this_machine"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -20,6 +21,12 @@ _GET = re.compile(
 _POST = re.compile(rf"{_API}/(?:queue/join|cancel|reset)/?")
 _HERE = ("localhost", "127.0.0.1", "::1")
 _SCALARS = (str, int, float, bool, type(None))
+
+
+def for_this_machine(host: str | None, share: bool) -> bool:
+    """Whether a page that is served at ``host`` is for this machine alone."""
+    elsewhere = share or any(name in os.environ for name in ("SPACE_ID", "GRADIO_SERVER_NAME", "GRADIO_SHARE"))
+    return host in (None, *_HERE) and not elsewhere
 
 
 class Gate:

@@ -4,7 +4,6 @@ Pictures come and go as data within messages, never as files: see :mod:`timm_jem
 Gradio's per-session state, and all else is the same for all.
 """
 
-import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from timm_jem.demo import panels, views
 from timm_jem.demo.exhibit import Exhibit
-from timm_jem.demo.gate import Gate
+from timm_jem.demo.gate import Gate, for_this_machine
 from timm_jem.errors import InputError
 
 __all__ = ["build", "launch"]
@@ -53,9 +52,7 @@ def launch(
         OSError: there is no such host, or its port is taken.
     """
     # A file grows by a third as text.
-    elsewhere = share or any(name in os.environ for name in ("SPACE_ID", "GRADIO_SERVER_NAME", "GRADIO_SHARE"))
-    local = host is None and not elsewhere
-    gate = Middleware(Gate, most=panels.MOST_BYTES * 4 // 3 + 2**20, local=local)
+    gate = Middleware(Gate, most=panels.MOST_BYTES * 4 // 3 + 2**20, local=for_this_machine(host, share))
     page = build(exhibit)
     page.launch(
         server_name=host,
