@@ -253,6 +253,14 @@ def test_drawing_shows_every_step_and_how_to_do_it_again(shown):
     assert "y=" not in "".join(Tags(list(panels.draw(shown, None, 1, 0))[-1]).words)
 
 
+def test_it_is_said_where_chains_start(shown):
+    assert "start from noise and" in panels.begun(shown)
+    for count, words in ((10, "Gaussians of the classes"), (1, "a Gaussian of images")):
+        started = copy.copy(shown.jem)
+        started.starts = timm_jem.ClassGaussians.fit(torch.rand(100, 1, 8, 8) * 2 - 1, torch.arange(100) % count, count)
+        assert f"start from {words} and" in panels.begun(replace(shown, jem=started))
+
+
 def test_a_chain_ends_when_nobody_looks(shown):
     before = threading.active_count()
     for panel in (

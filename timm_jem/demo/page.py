@@ -131,7 +131,7 @@ def _draw_tab(exhibit: Exhibit) -> None:
         return panels.draw(exhibit, None if y == _ANY else y, count, secrets.randbelow(2**32))
 
     with gr.Tab("Draw"):
-        _html(views.note("Chains start from noise and move to lower energies: towards what the model takes for likely."))
+        _html(panels.begun(exhibit))
         with gr.Row():
             y = gr.Dropdown([("whatever it likes", _ANY), *_classes(exhibit)], value=0, label="What to draw")
             count = gr.Slider(1, panels.MOST_DRAWN, panels.drawn_at_once(exhibit), step=1, label="How many")

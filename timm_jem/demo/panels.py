@@ -23,6 +23,7 @@ __all__ = [
     "MOST_DRAWN",
     "MOST_LEVELS",
     "attack",
+    "begun",
     "canvas",
     "change",
     "chooser",
@@ -118,6 +119,13 @@ def look(exhibit: Exhibit, x: Tensor | None) -> str:
         return note("Give a picture, and here is what the model believes of it.")
     jem = exhibit.jem
     return belief(jem.denormalize(x)[0], jem.predict(x)[0], exhibit.names, jem.reference)
+
+
+def begun(exhibit: Exhibit) -> str:
+    """Where fresh chains start, and where they go."""
+    starts = exhibit.jem.starts
+    begin = "noise" if starts is None else "a Gaussian of images" if len(starts.means) == 1 else "Gaussians of the classes"
+    return note(f"Chains start from {begin} and move to lower energies: towards what the model takes for likely.")
 
 
 def drawn_at_once(exhibit: Exhibit) -> int:
