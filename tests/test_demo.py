@@ -205,6 +205,8 @@ def test_an_upload_is_taken_as_predict_takes_files(shown, file, tmp_path):
         b"\x89PNG\r\n\x1a\n",
         file_of(COLOURS, "PNG")[:100],
         file_of(COLOURS, "JPEG")[:300],
+        file_of(COLOURS, "ICO"),  # which are decoded before their size is known
+        file_of(COLOURS.resize((16, 16)), "ICNS"),
         bomb(20_000, 10_000),
         bomb(2**31 - 1, 2**31 - 1),
         bomb(7_000, 7_143),

@@ -1,6 +1,7 @@
 """What the page does when something is pressed: pictures and words in HTML, step by step where a chain moves."""
 
 import base64
+import io
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,9 +9,10 @@ from itertools import islice
 from typing import Any
 
 import torch
+from PIL import Image as PILImage
 from torch import Tensor
 
-from timm_jem.decoding import UNREADABLE, BrokenImage, open_image, open_lazily
+from timm_jem.decoding import UNREADABLE, BrokenImage, upright
 from timm_jem.demo.exhibit import Exhibit
 from timm_jem.demo.live import Live
 from timm_jem.demo.views import belief, curve, grid, note, number, percent, picture
@@ -43,6 +45,7 @@ MOST_BYTES = 20 * 2**20  # of an upload
 MOST_DRAWN = 16  # pictures at once
 MOST_LEVELS = 128  # of 255, by which an attack moves a pixel
 _MOST_PIXELS = 50_000_000  # of an upload: 150 MB once decoded
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # whose size is known before they are decoded
 _PACE = 0.05  # seconds a step is looked at
 _ATTACK_STEPS = 40
 _CHANGE_STEPS = 200
@@ -102,15 +105,16 @@ def opened(exhibit: Exhibit, file: bytes) -> Tensor:
     what = "this file"
     if len(file) > MOST_BYTES:
         raise InputError(f"{what} has {len(file):,} bytes: give an image of at most {MOST_BYTES // 2**20} MB")
-    stored = {"bytes": file, "path": None}
     try:
-        with open_lazily(stored) as header:
-            width, height = header.size
+        image = PILImage.open(io.BytesIO(file), formats=_FORMATS)
     except UNREADABLE as error:
         raise BrokenImage(f"{what} is no image that can be read: give a JPEG, PNG, WebP or GIF", what) from error
-    if width * height > _MOST_PIXELS:
-        raise InputError(f"{what} has {width:,}×{height:,} pixels: give an image of at most {_MOST_PIXELS // 10**6} million")
-    return exhibit.jem.model_input(open_image(stored, what))
+    with image:
+        width, height = image.size
+        if width * height > _MOST_PIXELS:
+            most = _MOST_PIXELS // 10**6
+            raise InputError(f"{what} has {width:,}×{height:,} pixels: give an image of at most {most} million")
+        return exhibit.jem.model_input(upright(image, what))
 
 
 def look(exhibit: Exhibit, x: Tensor | None) -> str:
