@@ -266,6 +266,22 @@ def test_provenance_that_says_nothing_of_its_settings():
             data_config(jem, "it", {})
 
 
+@pytest.mark.parametrize("path", ["{}/photos", "./photos", "~/photos", "photos"])
+def test_a_model_that_is_no_folder_here_chooses_no_images_of_this_machine(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "model"):
+        (tmp_path / folder).mkdir()
+    jem = timm_jem.create_model("test_resnet", num_classes=10, input_size=(1, 8, 8))
+    jem.provenance = {"config": {"data": {"dataset": path.format(tmp_path)}}}
+    with pytest.raises(InputError, match=r"user/model is no folder here, .* a local '.*photos': give --data\.dataset"):
+        data_config(jem, "user/model", {})
+    assert data_config(jem, "user/model", {"dataset": "photos"})[0].dataset == str(tmp_path / "photos")
+    assert data_config(jem, "model", {})[0].dataset.endswith("/photos")
+    for anywhere in ("digits", "user/photos", "user/photos?config_name=small"):
+        jem.provenance = {"config": {"data": {"dataset": anywhere}}}
+        assert data_config(jem, "user/model", {})[0].dataset == anywhere
+
+
 def test_flags_of_data_change_the_settings_of_training_one_by_one(run, tmp_path):
     _, _, told = evaluate.parse(["m", "--data.cache_gib", "1"])
     assert told == {"cache_gib": 1.0}
