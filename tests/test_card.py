@@ -205,6 +205,26 @@ def test_the_steps_of_a_classifier_before_are_told():
 
 
 @pytest.mark.parametrize(
+    ("settings", "model", "told"),
+    [
+        ({"steps": 7500, "epochs": None}, {"name": "wrn_10_1", "pretrained": None}, True),
+        ({"steps": 7500}, {"name": "hf-hub:user/x", "pretrained": False}, True),
+        ({"steps": 7500}, {"name": "hf-hub:user/x", "pretrained": None}, False),  # trained already
+        ({"steps": 7500}, {"name": "resnet18", "pretrained": True}, False),
+        ({"steps": 7500}, None, False),
+        ({"steps": 0}, {"name": "wrn_10_1"}, False),
+        ({"steps": 7500, "epochs": 2.0}, {"name": "wrn_10_1"}, False),
+        ({"steps": "7500"}, {"name": "wrn_10_1"}, False),
+        ([7500], {"name": "wrn_10_1"}, False),
+    ],
+)
+def test_a_classifier_that_only_the_settings_tell_of_is_told_by_its_steps(settings, model, told):
+    text = card({"steps": 7, "seed": 0, "config": {"classifier": settings, "model": model}})
+    assert ("\n7500 steps of cross-entropy alone, and then 7 steps with seed 0." in text) is told
+    assert ("\n7 steps with seed 0." in text) is not told
+
+
+@pytest.mark.parametrize(
     "provenance",
     [{"config": {"train": {"objective": {"w_x": 0.0, "w_xy": 0}}}}, {"converted": {"energies": "none", "told": ["a | b"]}}],
 )

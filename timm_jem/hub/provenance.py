@@ -163,7 +163,7 @@ class Provenance:
             results=tuple(
                 Measured.read(item, f"{where}['results'][{i}]") for i, item in enumerate(_list(data, "results", where))
             ),
-            classifier_steps=_whole(classifier, "steps", of_classifier, least=0),
+            classifier_steps=_whole(classifier, "steps", of_classifier, least=0) or _steps_before(data.get("config")),
             classifier_seconds=_number(classifier, "seconds", of_classifier, least=0),
             conversion=tuple(printable(line) for line in _list(converted, "told", of_conversion) if isinstance(line, str)),
             conversion_file=_text(converted, "file", of_conversion),
@@ -199,6 +199,17 @@ class Provenance:
         """Whether chains of training started at images of another data set, by the training recipe's settings."""
         data = self.config.get("data")
         return isinstance(data, Mapping) and data.get("starts") is not None
+
+
+def _steps_before(config: Any) -> int | None:
+    """Of the classifier before, by the settings: earlier versions told no more of it."""
+    told, model = (config.get(key) if isinstance(config, Mapping) else None for key in ("classifier", "model"))
+    if not isinstance(told, Mapping) or not isinstance(model, Mapping) or told.get("epochs") is not None:
+        return None
+    if model.get("pretrained") or (model.get("pretrained") is None and ":" in str(model.get("name"))):
+        return None  # weights that are trained already need none
+    steps = told.get("steps")
+    return steps if type(steps) is int and 0 < steps < _LARGEST else None
 
 
 def _mapping(data: Any, where: str) -> Mapping[str, Any]:
