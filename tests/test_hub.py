@@ -177,6 +177,7 @@ def test_a_card_that_someone_wrote_is_kept(hub, jem):
         ("PUT /lfs/", 403, "403 .*may write"),
         ("PUT /lfs/", "cut", "connection to the Hub failed"),
         ("POST .*/preupload/", 429, "429 .*wait"),
+        ("POST /api/validate-yaml", 400, "the Hub says Invalid metadata in README.md"),
         ("POST .*/commit/", "cut", "connection to the Hub failed"),
     ],
 )
@@ -229,9 +230,14 @@ def test_what_is_not_there(hub, jem, tmp_path):
         timm_jem.from_pretrained(tmp_path / "nothing" / "here")
     with pytest.raises(InputError, match="not in the cache"):
         timm_jem.from_pretrained(REPO, local_files_only=True)
+    with pytest.raises(InputError, match="no such repository, or it is private"):
+        timm_jem.from_pretrained("user/nothing", force_download=True)
+    with pytest.raises(InputError, match="local_files_only or HF_HUB_OFFLINE forbids it"):
+        timm_jem.from_pretrained(REPO, local_files_only=True, force_download=True)
     jem.push_to_hub(REPO, private=True)
-    with pytest.raises(InputError, match="or it is private"):
-        timm_jem.from_pretrained(REPO, token=False, cache_dir=tmp_path)
+    for force in (False, True):
+        with pytest.raises(InputError, match="or it is private"):
+            timm_jem.from_pretrained(REPO, token=False, cache_dir=tmp_path, force_download=force)
     hub.create("user/pickle", {"config.json": b'{"architecture": "resnet18"}', "pytorch_model.bin": b"\x80\x02."})
     with pytest.raises(InputError, match="no pickle is read"):
         timm_jem.from_pretrained("user/pickle")
@@ -258,6 +264,7 @@ def unreachable(hub, monkeypatch):
             lambda: timm_jem.from_pretrained("runs/digts"),
             "runs/digts is no folder here; as a .* not in the cache.* out of reach",
         ),
+        (lambda: timm_jem.from_pretrained("user/x", force_download=True), "not in the cache|connection to the Hub failed"),
         (lambda: timm_jem.from_pretrained("a/b", revision=5), "revision is 5: give a branch"),
         (lambda: timm_jem.from_pretrained("a/b", cache_dir="\0"), "is not the name of a folder"),
         (lambda: timm_jem.from_pretrained("digit"), "digit is no folder here"),

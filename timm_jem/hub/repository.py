@@ -70,6 +70,8 @@ def fetch(
     """
     if revision is not None and not isinstance(revision, str):
         raise InputError(f"revision is {quoted(revision)}: give a branch, tag or commit as text")
+    if force_download and (local_files_only or is_offline_mode()):
+        raise InputError("force_download asks the Hub, and local_files_only or HF_HUB_OFFLINE forbids it: give one of them")
     if cache_dir is not None:
         cache_dir = as_path(cache_dir)
     options = {
@@ -235,6 +237,11 @@ def explained(what: str, *, pushing: bool = False, cached: bool = False) -> Iter
         if not isinstance(error.__cause__, (HfHubHTTPError, httpx.HTTPError)):
             raise
         raise InputError(f"{what}: {_reason(error.__cause__, pushing)}") from error
+    except ValueError as error:  # and that a card was refused, or a forced download failed
+        if not isinstance(error.__cause__, (HfHubHTTPError, httpx.HTTPError, OSError)):
+            raise
+        reason = f"the Hub says {one_line(error)}" if pushing else _reason(error.__cause__, pushing)
+        raise InputError(f"{what}: {reason}") from error
 
 
 def _reason(error: BaseException, pushing: bool) -> str:
