@@ -153,6 +153,24 @@ def test_the_card_says_what_is_so_and_no_more(hub, jem, tmp_path):
     assert "replay_buffer.safetensors" not in hub.files(REPO)  # not that of the older model
 
 
+def test_pictures_of_an_older_model_go_and_that_of_the_chains_goes_with_them(hub, jem, tmp_path):
+    names = ("samples.png", "buffer.png", "evaluation/reliability.png")
+    (tmp_path / "a.png").write_bytes(b"picture")
+    pictures = dict.fromkeys(names, tmp_path / "a.png")
+    jem.push_to_hub(REPO, pictures=pictures)
+    assert set(names) < set(hub.files(REPO))
+    jem.push_to_hub(REPO, pictures=pictures, replay_buffer=False)
+    files = hub.files(REPO)
+    assert {name for name in files if name.endswith(".png")} == {"samples.png", "evaluation/reliability.png"}
+    assert b"buffer.png" not in files["README.md"]
+    hub.commit(REPO, {**files, "README.md": b"# Mine\n![](samples.png)", "mine.png": b""})
+    with pytest.warns(UserWarning, match="is kept"):
+        jem.push_to_hub(REPO)
+    assert "samples.png" in hub.files(REPO)
+    jem.push_to_hub(REPO, overwrite_card=True)
+    assert [name for name in hub.files(REPO) if name.endswith(".png")] == ["mine.png"]
+
+
 def test_a_card_that_someone_wrote_is_kept(hub, jem):
     jem.push_to_hub(REPO)
     generated = hub.files(REPO)["README.md"].decode()

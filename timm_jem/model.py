@@ -560,7 +560,7 @@ class JEM(nn.Module):
             repo_id: "user/name"; made if it isn't there.
             commit_message, private, token, branch, create_pr: as in ``huggingface_hub.ModelHubMixin``.
             replay_buffer: with published chains, if the model has some.
-            pictures: files for the card to show, by their names there: "samples.png", "buffer.png",
+            pictures: files for the card to show, by their names there: "samples.png", "buffer.png" (where chains go along),
                 "evaluation/reliability.png", "evaluation/ood_auroc.png", "evaluation/pgd_linf.png".
             overwrite_card: replace a README.md that someone wrote; otherwise it is kept, with a warning.
 

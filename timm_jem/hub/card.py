@@ -13,13 +13,13 @@ from timm_jem.hub.markdown import fenced, inline
 from timm_jem.hub.provenance import Measured, Provenance
 from timm_jem.models.names import registered_by
 
-__all__ = ["CARD_FILE", "PICTURES", "is_generated", "model_card"]
+__all__ = ["CARD_FILE", "CHAINS_PICTURE", "PICTURES", "is_generated", "model_card"]
 
-CARD_FILE = "README.md"
+CARD_FILE, CHAINS_PICTURE = "README.md", "buffer.png"
 # Pictures that a card shows where they are at hand, in this order.
 PICTURES = {
     "samples.png": "Fresh chains, one row a class, none selected.",
-    "buffer.png": "Chains of the replay buffer.",
+    CHAINS_PICTURE: "Chains of the replay buffer.",
     "evaluation/reliability.png": "Accuracy against confidence of test images.",
     "evaluation/ood_auroc.png": "AUROC of each out-of-distribution score against each set.",
     "evaluation/pgd_linf.png": "Accuracy under PGD of growing size.",

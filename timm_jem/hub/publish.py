@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_jem.errors import InputError, quoted
-from timm_jem.hub.card import CARD_FILE, PICTURES, model_card
+from timm_jem.hub.card import CARD_FILE, CHAINS_PICTURE, PICTURES, model_card
 from timm_jem.hub.local_paths import without_local_paths
 from timm_jem.hub.provenance import Provenance, license_id
 from timm_jem.hub.reading import CONFIG_FILE, KEY
@@ -31,7 +31,8 @@ def publish(
         folder: a model as :func:`timm_jem.hub.folder.write_folder` writes it; card and pictures are added to it.
         repo_id: "user/name"; made if it isn't there.
         about: what :func:`timm_jem.hub.card.model_card` tells of the model; "provenance" as the dict that is kept with it.
-        pictures: files to show, by their names on the card, which are those of ``timm_jem.hub.card.PICTURES``.
+        pictures: files to show, by their names on the card, which are those of ``timm_jem.hub.card.PICTURES``; that of the
+            chains goes where they go.
         **options: see :func:`timm_jem.hub.repository.push`.
 
     Returns:
@@ -45,6 +46,8 @@ def publish(
     folder = Path(folder)
     provenance = without_local_paths(about["provenance"])
     about = {**about, "provenance": Provenance.read(provenance)}
+    if not about["chains"]:
+        pictures = {name: file for name, file in pictures.items() if name != CHAINS_PICTURE}
     for name, file in pictures.items():
         if name not in PICTURES:
             raise InputError(f"no card shows a picture {quoted(name)}: its pictures are {', '.join(PICTURES)}")

@@ -32,7 +32,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import as_path
 from timm_jem.gaussians import MAX_STARTS_BYTES, STARTS_FILE
-from timm_jem.hub.card import CARD_FILE, is_generated
+from timm_jem.hub.card import CARD_FILE, PICTURES, is_generated
 from timm_jem.hub.published_chains import CHAINS_FILE, MAX_FILE_BYTES
 from timm_jem.hub.reading import CONFIG_FILE, WEIGHTS_FILE
 
@@ -140,7 +140,7 @@ def push(
     """Upload a folder in one commit: whatever interrupts it, the old revision stays whole.
 
     A README.md of the repository that was not generated here, or was edited since, is kept, with a warning. Published
-    chains and starts of an older model are removed.
+    chains and starts of an older model are removed, and its pictures, too, unless such a README.md may show them.
 
     Args:
         folder: files to upload.
@@ -163,6 +163,7 @@ def push(
             warnings.warn(
                 f"the README.md of {repo_id} is not a generated one: it is kept; overwrite_card=True replaces it", stacklevel=3
             )
+        ours = (CHAINS_FILE, STARTS_FILE) if keep_card else (CHAINS_FILE, STARTS_FILE, *PICTURES)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -170,7 +171,7 @@ def push(
             revision=branch,
             create_pr=create_pr,
             ignore_patterns=[CARD_FILE] if keep_card else None,
-            delete_patterns=[name for name in (CHAINS_FILE, STARTS_FILE) if not (Path(folder) / name).is_file()] or None,
+            delete_patterns=[name for name in ours if not (Path(folder) / name).is_file()] or None,
         )
     return commit.commit_url
 
