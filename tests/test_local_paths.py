@@ -22,6 +22,8 @@ def command(*words):
         ("local-dir:/home/me/model", "local-dir:./model"),
         ("local-dir:runs/acme/model", "local-dir:./model"),
         ("C:\\Users\\me\\photos", "./photos"),
+        (r"\\server\acme\photos", "./photos"),
+        (r"nothing at \\server\acme\photos", "nothing at ./photos"),
         ("/", "."),
         ("no good: /home/me/a.bin, ~/b is cut", "no good: ./a.bin, ./b is cut"),
         ("{file: /home/me/w.safetensors}", "{file: ./w.safetensors}"),
@@ -72,6 +74,22 @@ def test_the_command_is_one_that_still_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("told", ["clients/acme/photos", "clients/acme/photos/", "clients//acme/./photos"])
 def test_a_path_from_another_folder_is_cut_however_it_is_spelt(told):
     assert command("--data.dataset", told) == "--data.dataset ./photos"
+
+
+@pytest.mark.parametrize(
+    "told", ["{{pretrained_cfg_overlay: {{file: {}}}}}", "{{overlay: {{file: {}}}", "file {} is gone, repair it"]
+)
+@pytest.mark.parametrize("path", ["/home/John Smith/acme/my w.pth", "/home/John Smith/acme/my w.pth?split=test"])
+def test_a_path_with_spaces_is_cut_wherever_it_is_told(told, path):
+    config = {
+        "model": {"kwargs": {"pretrained_cfg_overlay": {"file": "/home/John Smith/acme/my w.pth"}}, "of": "/home/John Smith"}
+    }
+    text = told.format(path)
+    shown = without_local_paths({"command": shlex.join(["--model.kwargs", text]), "explanation": text, "config": config})
+    assert "Smith" not in shown["command"] + shown["explanation"]
+    assert "acme" not in json.dumps(shown)
+    assert shown["explanation"] == told.format(f"./{path.rpartition('/')[2]}")
+    assert without_local_paths(shown) == shown
 
 
 def test_the_argument_is_left_alone():

@@ -11,9 +11,10 @@ import yaml
 
 __all__ = ["without_local_paths"]
 
-_START = r"(?:(?:~|\.{1,2})?/|[A-Za-z]:[\\/])"  # /x, ~/x, ./x, ../x and C:\x
+_START = r"(?:(?:~|\.{1,2})?/|[A-Za-z]:[\\/]|\\\\)"  # /x, ~/x, ./x, ../x, C:\x and \\x
 _WHOLE = re.compile(rf"(?:local-dir:|file://|{_START})")
-_WITHIN = re.compile(rf"(?:local-dir:|file://|(?<![\w:/.~\\-]){_START})[^\s'\"()\[\]{{}},;]+")
+_REST = r"[^\s'\"()\[\]{},;]"
+_WITHIN = re.compile(rf"(?:local-dir:|file://|(?<![\w:/.~\\-]){_START}){_REST}+")
 _SCHEME = re.compile(r"(local-dir:|file://)?(.*)", re.DOTALL)
 
 
@@ -24,6 +25,12 @@ def without_local_paths(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = [text.split("/") for text in _texts(provenance) if _WHOLE.match(text)]
     ends = {"/".join(parts[i:]) for parts in known for i in range(1, len(parts))}  # each may be how the command told it
+    # Within other text a path ends at a space, unless the settings have it as a whole.
+    spaced = {text for text in _texts(provenance.get("config")) if _WHOLE.match(text) and " " in text.strip()}
+    whole = re.compile("|".join(rf"{re.escape(path)}{_REST}*" for path in sorted(spaced, key=len, reverse=True)) or r"(?!)")
+
+    def cut(text: str) -> str:
+        return _cut(text if _WHOLE.match(text) else whole.sub(lambda found: _last(found[0]), text))
 
     def word(text: str) -> str:
         flag, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
@@ -33,14 +40,14 @@ def without_local_paths(provenance: Mapping[str, Any]) -> dict[str, Any]:
             value = f"./{value}"
         elif "{" in value:  # arguments, of which one may be a path from the current folder
             value = _arguments(value, ends)
-        return f"{flag}{equals}{_cut(value)}"
+        return f"{flag}{equals}{cut(value)}"
 
     def shown(text: str, key: str) -> str:
         try:
             lines = text.splitlines() if key == "command" else []
-            return "\n".join(shlex.join(map(word, shlex.split(line))) for line in lines) if lines else _cut(text)
+            return "\n".join(shlex.join(map(word, shlex.split(line))) for line in lines) if lines else cut(text)
         except ValueError:  # an open quote
-            return _cut(text)
+            return cut(text)
 
     return _each_text(provenance, shown)
 
@@ -49,6 +56,8 @@ def _arguments(text: str, ends: Collection[str]) -> str:
     """A mapping in YAML, in which what may be a local path is cut; as it was where nothing is."""
 
     def cut(text: str, _key: str) -> str:
+        if _WHOLE.match(text):
+            return _last(text)
         return f"./{Path(text).name}" if "/" in text and os.path.normpath(text) in ends else text
 
     try:
