@@ -234,13 +234,43 @@ def test_what_has_no_density_is_said_to_draw_nothing(provenance):
     assert "jem.sample(" not in text
     assert "likelier" not in text
     conditional = {"config": {"train": {"objective": {"w_x": 0.0, "w_xy": 0.1}}}}
-    for likely in ({}, conditional, {"converted": {"energies": "logsumexp"}}):
+    for likely in (conditional, {"converted": {"energies": "logsumexp"}}):
         assert "draws new ones" in card(likely)
         assert "jem.sample(16" in card(likely)
     scored = card({"converted": {"energies": "logsumexp", "chains": "none"}}, chains=20)
     assert "its energies were not trained: it draws no images" in scored
     assert "lower = likelier" in scored
     assert "jem.sample(" not in scored
+
+
+def test_nothing_is_made_up_of_a_model_that_does_not_tell_how_it_was_trained():
+    for provenance in ({}, {"dataset": "cifar10", "steps": 7}):
+        text = card(provenance)
+        assert "nothing is\nknown of how its p(x) was trained" in text
+        assert "draws" not in text
+        assert "jem.sample(" not in text
+        assert "likelier" not in text
+    assert "draws new ones" in card({}, chains=20)  # which training left
+
+
+@pytest.mark.parametrize(
+    ("provenance", "expected"),
+    [
+        ({}, ("apache-2.0", "timm/test_resnet.r160_in1k")),
+        ({"license": "mit"}, ("mit", "timm/test_resnet.r160_in1k")),
+        ({"base_model": "user/x"}, ("apache-2.0", "user/x")),
+        ({"config": {"train": {}}}, (None, None)),  # which would tell of weights that training started from
+    ],
+)
+def test_weights_of_timm_itself_keep_their_licence(provenance, expected, hub):
+    jem = timm_jem.wrap(timm.create_model("test_resnet", num_classes=3).eval(), input_size=(3, 32, 32), provenance=provenance)
+    jem.push_to_hub("user/x")
+    about = metadata(hub.files("user/x")["README.md"].decode())
+    assert (about.license, about.base_model) == expected
+    jem.backbone.pretrained_cfg["tag"] = "of_somebody_else"
+    jem.push_to_hub("user/x")
+    about = metadata(hub.files("user/x")["README.md"].decode())
+    assert about.base_model == provenance.get("base_model")
 
 
 def test_what_is_known_of_a_conversion_is_told():

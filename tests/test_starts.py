@@ -108,8 +108,8 @@ def test_starts_that_are_not_in_the_cache_are_missed(hub, jem, tmp_path):
 def test_a_card_says_where_chains_start(jem):
     about = {
         "repo_id": "me/x", "architecture": "wrn_10_1", "parameters": 1, "input_size": (1, 8, 8), "class_names": None,
-        "num_classes": 3, "sgld": {"num_steps": 5}, "provenance": Provenance.read({}), "weights_license": None,
-        "chains": 0, "pictures": (),
+        "num_classes": 3, "sgld": {"num_steps": 5}, "provenance": Provenance.read({"config": {"train": {}}}),
+        "weights_license": None, "chains": 0, "pictures": (),
     }  # fmt: skip
     for starts, words in ((3, "Gaussians of the classes\n"), (1, "a Gaussian\n"), (0, "noise\n")):
         card = model_card(**about, starts=starts)

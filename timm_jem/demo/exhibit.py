@@ -35,7 +35,7 @@ class Exhibit:
         names: of the classes, in order.
         examples: model input, shape (N, C, H, W), maybe none.
         of_examples: what they are, in words.
-        draws: whether chains of the model were trained, as far as is known.
+        draws: whether chains of the model were trained; None: that is not known.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Exhibit:
     names: list[str]
     examples: Tensor
     of_examples: str
-    draws: bool = True
+    draws: bool | None = True
 
     @property
     def about(self) -> str:
@@ -51,7 +51,7 @@ class Exhibit:
         channels, height, width = self.jem.input_size
         parameters = sum(p.numel() for p in self.jem.parameters())
         images = f"{'grey' if channels == 1 else 'colour'} images of {height}×{width}"
-        drawing = "" if self.draws else "; its chains were not trained, and draw no images"
+        drawing = "" if self.draws is not False else "; its chains were not trained, and draw no images"
         return f"{architecture(self.jem.backbone)}, {parameters:,} parameters, {len(self.names)} classes, {images}{drawing}"
 
 
@@ -83,17 +83,17 @@ def load_exhibit(
     except InputError as error:
         if told:
             raise
-        examples, of_examples = _drawn(jem, seed, fresh=draws)
+        examples, of_examples = _drawn(jem, seed, fresh=draws is not False)
         instead = f"no held-out images ({error}): {of_examples}"
     return Exhibit(_called(name, jem), jem, list(names), examples.to(device), of_examples, draws), instead
 
 
-def _has_chains(jem: JEM) -> bool:
-    """Whether chains were trained, as far as its provenance, which may be anything, tells."""
+def _has_chains(jem: JEM) -> bool | None:
+    """Whether chains were trained; None: its provenance, which may be anything, doesn't tell."""
     try:
         return Provenance.read(jem.provenance).draws
     except InputError:
-        return True
+        return None
 
 
 def _called(name: str, jem: JEM) -> str:

@@ -68,6 +68,9 @@ def model_card(
     """
     channels = {1: "grey", 3: "RGB"}.get(input_size[0], f"{input_size[0]}-channel")
     package, names = registered_by(architecture), class_names or []
+    density, draws = provenance.has_density, provenance.draws
+    if density is None and chains:  # which training left
+        density = draws = True
     card = ModelCard.from_template(
         _metadata(repo_id, provenance, weights_license, transformers=package == "timm" and input_size[0] == 3),
         template_str=resources.files("timm_jem.hub").joinpath("card_template.md").read_text(encoding="utf-8"),
@@ -87,6 +90,8 @@ def model_card(
         starts=starts,
         starts_elsewhere=provenance.starts_elsewhere,
         provenance=provenance,
+        density=density,
+        draws=draws,
         training=_training(provenance),
         results=_results(provenance),
         config=yaml.safe_dump(dict(provenance.config), sort_keys=False) if provenance.config else None,

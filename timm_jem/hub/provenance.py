@@ -172,16 +172,18 @@ class Provenance:
         )
 
     @property
-    def has_density(self) -> bool:
-        """Whether p(x), or p(x, y), was trained, as far as is known."""
+    def has_density(self) -> bool | None:
+        """Whether p(x), or p(x, y), was trained, as far as is known; None: neither training nor a conversion is told of."""
+        if not (self.config or self.conversion or self.conversion_file or self.energies or self.chains):
+            return None
         train = self.config.get("train")
         objective = train.get("objective") if isinstance(train, Mapping) else None
         weights = [objective.get(name) for name in ("w_x", "w_xy")] if isinstance(objective, Mapping) else [None]
         return self.energies != "none" and any(weight != 0 for weight in weights)
 
     @property
-    def draws(self) -> bool:
-        """Whether chains of its energies were trained, as far as is known."""
+    def draws(self) -> bool | None:
+        """Whether chains of its energies were trained, as far as is known; None as in :attr:`has_density`."""
         return self.has_density and self.chains != "none"
 
     @property

@@ -4,8 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import timm
 
 from timm_jem.errors import InputError, quoted
 from timm_jem.hub.card import CARD_FILE, CHAINS_PICTURE, PICTURES, model_card
@@ -45,7 +48,9 @@ def publish(
     check_repository_name(repo_id)
     folder = Path(folder)
     provenance = without_local_paths(about["provenance"])
-    about = {**about, "provenance": Provenance.read(provenance)}
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    weights_license = license_id(config["pretrained_cfg"].get("license"))
+    about = {**about, "provenance": _with_base(Provenance.read(provenance), config, weights_license)}
     if not about["chains"]:
         pictures = {name: file for name, file in pictures.items() if name != CHAINS_PICTURE}
     for name, file in pictures.items():
@@ -55,14 +60,26 @@ def publish(
             raise InputError(f"picture {file} is not a file of its own: leave it out")
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / name)
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config[KEY]["provenance"] = provenance
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
     card = model_card(
         repo_id=repo_id,
-        weights_license=license_id(config["pretrained_cfg"].get("license")),
+        weights_license=weights_license,
         pictures=[name for name in PICTURES if name in pictures],
         **about,
     )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return push(folder, repo_id, **options)
+
+
+def _with_base(provenance: Provenance, config: Mapping[str, Any], weights_license: str | None) -> Provenance:
+    """With base model and licence of timm's own weights, where nothing else is known and ``pretrained_cfg`` has their tag."""
+    tag = config["pretrained_cfg"].get("tag")
+    if not tag or provenance.base_model is not None or provenance.has_density is not None:
+        return provenance
+    try:
+        timms = timm.get_pretrained_cfg(f"{config['architecture']}.{tag}")
+    except RuntimeError:  # somebody else's tag
+        return provenance
+    base_model = None if timms is None else timms.hf_hub_id
+    return replace(provenance, base_model=base_model, license=provenance.license or weights_license)
