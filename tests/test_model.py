@@ -104,6 +104,68 @@ def test_every_family(family):
     check_backbone(SMALLEST[family])
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: timm_jem.create_model("inception_v4", num_classes=2, input_size=(3, 64, 64)), "Kernel size"),
+        (
+            lambda: timm_jem.create_model("test_resnet", num_classes=2, global_pool="", input_size=(3, 64, 64)),
+            "test_resnet can't",
+        ),
+        (lambda: timm_jem.wrap(timm.create_model("test_vit", dynamic_img_size=True), input_size=(3, 50, 50)), "divisible by"),
+    ],
+)
+def test_a_size_that_a_backbone_can_not_take_is_said_at_once(build, message):
+    with pytest.raises(InputError, match=message) as error:
+        build()
+    assert str(error.value).endswith("take images of another size")
+
+
+def test_a_size_is_tried_without_a_trace():
+    model = timm.create_model("test_resnet", num_classes=2).train()
+    before = copy.deepcopy(model.state_dict())
+    timm_jem.wrap(model, input_size=(3, 48, 48))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(part.training for part in model.modules())
+    model = timm.create_model("test_resnet", num_classes=2, global_pool="").train()
+    with pytest.raises(InputError, match="can't take images"):  # which the model itself has shown
+        timm_jem.wrap(model, input_size=(3, 48, 48))
+    assert all(part.training for part in model.modules())
+
+
+def test_pixels_that_patches_leave_out_are_said():
+    small = {"num_classes": 2, "depth": 1}
+    with pytest.warns(UserWarning, match="does not look at 67% of the pixels of 28×28 images.* take sides that 16 divides"):
+        jem = timm_jem.create_model("vit_tiny_patch16_224", input_size=(3, 28, 28), **small).eval()
+    assert (jem.score(torch.randn(4, 3, 28, 28)) != 0).any(0).any(0).sum() == 16 * 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        timm_jem.create_model("vit_tiny_patch16_224", input_size=(3, 32, 32), **small)
+
+
+def test_a_mean_of_other_units_is_said():
+    model = timm.create_model("test_resnet", num_classes=2)
+    with pytest.warns(UserWarning, match=r"0\.\.255: give mean and std in \[0, 1\] units"):
+        timm_jem.wrap(model, mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    many = {"num_classes": np.int64(3), "input_size": tuple(np.array([1, 8, 8])), "drop_rate": np.float32(0.5)}
+    timm_jem.create_model("wrn_10_1", **many).save_pretrained(tmp_path / "a")
+    model = timm.create_model("wrn_10_1", num_classes=3)
+    timm_jem.wrap(model, mean=tuple(np.float32([0.5] * 3)), std=np.array([0.25] * 3)).save_pretrained(tmp_path / "b")
+    assert timm_jem.from_pretrained(tmp_path / "a").num_classes == 3
+    assert timm_jem.from_pretrained(tmp_path / "b").std.flatten().tolist() == [0.25] * 3
+
+
+def test_weights_that_can_not_be_read_are_one_line(tmp_path):
+    for name, content in (("empty.pth", b""), ("odd.safetensors", b"x" * 100), ("text.pth", b"hello")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=r"'wrn_10_1' can't be built .*(EOFError|header|KeyError: 101)") as error:
+            timm_jem.create_model("wrn_10_1", num_classes=3, checkpoint_path=str(tmp_path / name))
+        assert "\n" not in str(error.value)
+
+
 @pytest.fixture
 def jem():
     torch.manual_seed(0)

@@ -1,7 +1,8 @@
 """What a timm classifier tells of itself: whether it is one, its images, its classes."""
 
+import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,13 @@ __all__ = [
     "label_names",
     "normalisation",
     "parameter_groups",
+    "refuse_size",
     "resolve_data_config",
+    "warn_of_unseen",
     "warn_of_zero_head",
 ]
+
+_SIZE_ERRORS = (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def architecture(model: nn.Module) -> str:
@@ -74,6 +79,42 @@ def resolve_data_config(
     return data_config, bool(fixed)
 
 
+def refuse_size(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Raise an InputError where the model can't take images of shape ``input_size``, (C, H, W).
+
+    A copy without memory is tried first; where that fails, which other reasons may have, the model itself.
+    """
+    try:
+        memory = {id(tensor): _without_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        _try(copy.deepcopy(model, memory), torch.empty(1, *input_size, device="meta"))
+        return
+    except Exception:  # anything may stand in a copy's way
+        if any(parameter.is_meta for parameter in model.parameters()):
+            return
+    first = next(model.parameters(), torch.empty(0))
+    modes = [(part, part.training) for part in model.modules()]
+    try:
+        _try(model, torch.zeros(1, *input_size, device=first.device, dtype=first.dtype))
+    except _SIZE_ERRORS as error:
+        raise InputError(
+            f"{architecture(model)} can't take images of {tuple(input_size)} ({one_line(error)}): take images of another size"
+        ) from error
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+@torch.no_grad()
+def _try(model: nn.Module, x: Tensor) -> None:
+    if not isinstance(logits := model.eval()(x), Tensor) or logits.shape != (1, model.num_classes):
+        raise ValueError(f"its output is {tuple(getattr(logits, 'shape', ()))} and no logits of {model.num_classes} classes")
+
+
 def label_names(model: nn.Module) -> list[str] | None:
     """The names of the classes that the model's configuration has, if any."""
     names = model.pretrained_cfg.get("label_names")
@@ -107,6 +148,22 @@ def parameter_groups(model: nn.Module, coarse: bool = False) -> dict[str, int]:
     if hasattr(model, "group_matcher"):
         return group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
     return auto_group_layers(model)
+
+
+def warn_of_unseen(model: nn.Module, input_size: Sequence[int], stacklevel: int) -> None:
+    """Warn where patches leave pixels out at the right and at the bottom: chains could never move them."""
+    patches = getattr(model, "patch_embed", None)
+    if getattr(patches, "dynamic_img_pad", True) or not (patch := getattr(patches, "patch_size", None)):
+        return
+    patch = tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch)
+    height, width = input_size[1:]
+    unseen = 1 - (height // patch[0] * patch[0]) * (width // patch[1] * patch[1]) / (height * width)
+    if unseen:
+        warnings.warn(
+            f"{architecture(model)} does not look at {unseen:.0%} of the pixels of {height}×{width} images, which chains could "
+            f"never move: take sides that {patch[0]} divides",
+            stacklevel=stacklevel,
+        )
 
 
 def warn_of_zero_head(model: nn.Module, stacklevel: int) -> None:

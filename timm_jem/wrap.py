@@ -8,12 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 from huggingface_hub import try_to_load_from_cache
 from timm.models import resolve_model_input_args
 from torch import nn
 
-from timm_jem.backbone import check_classifier, label_names, resolve_data_config, warn_of_zero_head
+from timm_jem.backbone import (
+    check_classifier,
+    label_names,
+    refuse_size,
+    resolve_data_config,
+    warn_of_unseen,
+    warn_of_zero_head,
+)
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.files import as_path
 from timm_jem.gaussians import STARTS_FILE, ClassGaussians
@@ -40,27 +48,35 @@ def wrap(
     sgld: SGLDConfig = SGLDConfig(),
     provenance: dict[str, Any] | None = None,
 ) -> JEM:
-    """See a timm classifier as a joint energy model; the model itself is not changed.
+    """See a timm classifier as a joint energy model; the model's function, weights and modes are not changed.
+
+    Attention layers that keep what depends on their weights, LeViT's for one, get hooks that forget it in time.
 
     Args:
         model: any timm classifier.
         input_size: (C, H, W) of the images it is for; None: as the model's configuration says.
         mean, std: normalisation, [0, 1] pixel units; None: as the model's configuration says.
-        class_names: names of the classes; None: those that the model's configuration has, if any.
+        class_names: names of the classes; None: those that the model's configuration has, if any. Predictions of a model
+            without names take ImageNet's where its configuration has the tag of weights trained on it, which timm leaves there
+            without these weights as well.
         sgld, provenance: see :class:`JEM`.
 
     Raises:
         InputError: not a timm model, no classification head, or an input size that the model can't take.
 
     Warns:
-        UserWarning: the head's weights are all zero, so that energies are flat in x and chains can't move.
+        UserWarning: the head's weights are all zero, so that energies are flat in x and chains can't move; patches leave pixels
+            out, which chains can't move; or a mean of pixels in 0..255.
     """
     if isinstance(model, nn.Module) and any(isinstance(part, JEM) for part in model.modules()):
         raise InputError("this is a joint energy model already: use it as it is, or wrap its backbone")
     check_classifier(model)
-    data_config, fixed_input_size = resolve_data_config(model, input_size, mean, std)
+    data_config, fixed_input_size = resolve_data_config(model, _plain(input_size), _plain(mean), _plain(std))
+    if input_size is not None:
+        refuse_size(model, data_config["input_size"])
+    warn_of_unseen(model, data_config["input_size"], stacklevel=3)
     warn_of_zero_head(model, stacklevel=3)
-    return JEM(
+    jem = JEM(
         model,
         data_config=data_config,
         class_names=label_names(model) if class_names is None else class_names,
@@ -68,6 +84,9 @@ def wrap(
         provenance=provenance,
         fixed_input_size=fixed_input_size,
     )
+    if max(np.atleast_1d(data_config["mean"])) > 2:
+        warnings.warn(f"mean {data_config['mean']} is of pixels in 0..255: give mean and std in [0, 1] units", stacklevel=2)
+    return jem
 
 
 def create_model(
@@ -96,6 +115,7 @@ def create_model(
             unless they get another number of classes; or as :func:`wrap`.
     """
     check_name(model_name)
+    kwargs, input_size = {key: _plain(value) for key, value in kwargs.items()}, _plain(input_size)
     arguments = {"model_name": model_name, **kwargs}
     try:
         with _from_hub(model_name, pretrained, kwargs):
@@ -106,8 +126,9 @@ def create_model(
         raise
     except BUILD_ERRORS as error:
         of_size = "" if input_size is None else f" for images of {quoted(input_size)}"
-        raise InputError(f"{quoted(model_name)} can't be built with these arguments{of_size} ({one_line(error)})") from error
-    if not (pretrained or kwargs.get("checkpoint_path")):  # what timm says of its weights holds for no others
+        reason = f"{type(error).__name__}: " * isinstance(error, LookupError) + one_line(error)  # which may be a key alone
+        raise InputError(f"{quoted(model_name)} can't be built with these arguments{of_size} ({reason})") from error
+    if not pretrained:  # what timm says of its weights holds for no others
         backbone.pretrained_cfg = {key: value for key, value in backbone.pretrained_cfg.items() if key != "tag"}
     if pretrained and (saved := _saved_jem(model_name, kwargs)) is not None:
         arguments, config = saved
@@ -119,6 +140,13 @@ def create_model(
                 stacklevel=2,
             )
     return wrap(backbone, input_size=input_size, class_names=class_names, sgld=sgld)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy's as Python's, also in a tuple, since timm could not write them when the model is saved."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    return type(value)(map(_plain, value)) if type(value) in (tuple, list) else value
 
 
 def _saved_jem(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:

@@ -79,7 +79,9 @@ def write_folder(
                     safe_serialization=True,
                 )
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                raise InputError(f"this backbone can't be saved for timm: {one_line(error)}") from error
+                remedy = "; give timm a layer's name instead, such as 'silu', or save jem.state_dict()"
+                remedy = remedy if "is not serializable" in str(error) else ""
+                raise InputError(f"this backbone can't be saved for timm: {one_line(error).rstrip('.')}{remedy}") from error
             _number_classes_once(aside / CONFIG_FILE)
             _check_faithful(backbone, aside, tuple(data_config["input_size"]))
             for name, part in (ours_beside := {CHAINS_FILE: chains, STARTS_FILE: starts}).items():
