@@ -65,7 +65,7 @@ def react(layer: FinalLayer, state: State, options: Options) -> Score:
 def ash(layer: FinalLayer, state: State, options: Options) -> Score:
     """E of the logits of features of which the smallest, a share ``percentile``, are zero, and the others shaped (Djurisic et
     al., "Extremely simple activation shaping for out-of-distribution detection", ICLR 2023, arXiv 2209.09858, algorithms 1
-    to 3): ASH-S times exp(Σ before / Σ after), ASH-B replaced by their mean, ASH-P as they are."""
+    to 3): ASH-S times exp(Σ before / Σ after), ASH-B each replaced by Σ before / their number, ASH-P as they are."""
     options = {"variant": options["variant"], "percentile": options["percentile"]}
     theirs = library("ash").ASH(None, nn.Sequential(nn.Flatten(), layer), **options)
     return lambda seen: theirs.to(seen.features.device).predict_feature_maps(seen.features.float()[:, :, None, None])
