@@ -224,6 +224,13 @@ def test_without_pytorch_ood_the_others_work(small, monkeypatch):
         (lambda jem, x, y: detector(jem, "react", percentile=90), "percentile is 90"),
         (lambda jem, x, y: detector(jem, "dice", p=1), "p is 1"),
         (lambda jem, x, y: detector(jem, "ash", variant="b"), "give ash-s, ash-p or ash-b"),
+        *(
+            (
+                lambda jem, x, y, v=v: detector(jem, "ash", variant=v, percentile=0.9999).fit(x),
+                r"ash none of (\d+) .* give \d+/\1 ",
+            )
+            for v in ("ash-s", "ash-p", "ash-b")
+        ),
         (lambda jem, x, y: detector(jem, "vim", d=10_000).fit(x), "leaves nothing"),
         (lambda jem, x, y: detector(random_network("test_resnet", classes=1)[0], "vim").fit(x), "the model has one"),
         (lambda jem, x, y: detector(jem, "knn", k=50).fit(x[:20]), "50-th nearest of 16 images"),

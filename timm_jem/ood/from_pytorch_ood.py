@@ -68,7 +68,17 @@ def ash(layer: FinalLayer, state: State, options: Options) -> Score:
     to 3): ASH-S times exp(Σ before / Σ after), ASH-B each replaced by Σ before / their number, ASH-P as they are."""
     options = {"variant": options["variant"], "percentile": options["percentile"]}
     theirs = library("ash").ASH(None, nn.Sequential(nn.Flatten(), layer), **options)
-    return lambda seen: theirs.to(seen.features.device).predict_feature_maps(seen.features.float()[:, :, None, None])
+
+    def score(seen: View) -> Tensor:
+        width = seen.features.shape[1]
+        if round(width * theirs.percentile) == width:
+            raise InputError(
+                f"percentile is {theirs.percentile:g}, which leaves ash none of {width} features: "
+                f"give {width - 1}/{width} at most"
+            )
+        return theirs.to(seen.features.device).predict_feature_maps(seen.features.float()[:, :, None, None])
+
+    return score
 
 
 def fit_dice(layer: FinalLayer, seen: Survey, options: Options) -> State:
