@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from small_networks import Kept, in_pixels
+from timm.layers import EvoNorm2dS0
 from torch import nn
 
 import timm_jem
@@ -266,6 +267,7 @@ def test_a_loss_that_ran_away_is_said_and_undone():
         (nn.LayerNorm([1, 1, 2]), {"method": "statistics"}, "no BatchNorm layers"),
         (nn.LayerNorm([1, 1, 2]), {"x": batch(0)}, "at least one"),
         (nn.Identity(), {"method": "energy"}, "no normalisation layers"),
+        (EvoNorm2dS0(1, group_size=1), {"method": "tent"}, r"of the kinds that are adapted \(BatchNorm, .*RMSNorm\)"),
         (nn.Identity(), {"method": "statistics"}, "no normalisation layers"),
     ],
 )

@@ -76,7 +76,10 @@ def adapted(
                 "this model has no BatchNorm layers whose statistics could be adapted: give method='energy' or 'tent'"
             )
         remedy = "give method='statistics'" if counted else "take one that has some"
-        raise InputError(f"this model has no normalisation layers with weights: {remedy}")
+        raise InputError(
+            "this model has no normalisation layers of the kinds that are adapted (BatchNorm, InstanceNorm, GroupNorm, "
+            f"LayerNorm, RMSNorm) with weights: {remedy}"
+        )
     if counted and method == "energy" and isinstance(negatives, Tensor) and len(negatives) < 2:
         raise InputError("one image has no statistics for BatchNorm layers: give more negatives, the more the better")
     with torch.inference_mode(False):
