@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import timm
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from timm.models import resolve_model_input_args
 from torch import nn
 
@@ -124,6 +125,8 @@ def create_model(
             backbone = timm.create_model(pretrained=pretrained, **arguments)
     except InputError:
         raise
+    except (EOFError, SafetensorError) as error:
+        raise InputError(f"the weights of {model_name} can't be read ({one_line(error)}): get them again") from error
     except BUILD_ERRORS as error:
         of_size = "" if input_size is None else f" for images of {quoted(input_size)}"
         reason = f"{type(error).__name__}: " * isinstance(error, LookupError) + one_line(error)  # which may be a key alone

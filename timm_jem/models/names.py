@@ -3,15 +3,13 @@
 import difflib
 
 import timm
-from safetensors import SafetensorError
 
 from timm_jem.errors import InputError, quoted
 
 __all__ = ["BUILD_ERRORS", "check_name", "registered_by"]
 
-# What timm raises, here and there, when it can't build a model from its arguments, or read its weights.
+# What timm raises, here and there, when it can't build a model from its arguments.
 BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-BUILD_ERRORS += (EOFError, SafetensorError)
 
 
 def check_name(name: str) -> None:

@@ -80,21 +80,19 @@ def build_model(
         for file in (CONFIG_FILE, WEIGHTS_FILE) if pretrained else (CONFIG_FILE,):
             if not (folder / file).is_file():
                 raise InputError(f"model.name is {name}, and there is no {file} in it: give a folder with a saved model")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* is a joint energy model and these are its weights alone")  # as is meant
-            jem = create_model(
-                name,
-                pretrained,
-                input_size=splits.image_shape,
-                class_names=splits.class_names,
-                sgld=settings.sgld,
-                num_classes=len(splits.class_names),
-                **{name: rate for name in ("drop_rate", "drop_path_rate") if (rate := getattr(model, name))},
-                **model.kwargs,
-            )
-    except SafetensorError as error:
-        raise InputError(f"the weights of {name} can't be read ({one_line(error)}): get them again") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is a joint energy model and these are its weights alone")  # as is meant
+        warnings.filterwarnings("ignore", ".* does not look at .* of the pixels")  # see below
+        jem = create_model(
+            name,
+            pretrained,
+            input_size=splits.image_shape,
+            class_names=splits.class_names,
+            sgld=settings.sgld,
+            num_classes=len(splits.class_names),
+            **{name: rate for name in ("drop_rate", "drop_path_rate") if (rate := getattr(model, name))},
+            **model.kwargs,
+        )
     known = label_names(jem.backbone) if pretrained else None
     if known is not None and known != splits.class_names:  # as many others, or in another order: timm keeps such a head
         jem.backbone.reset_classifier(jem.num_classes)
