@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "gaussians": {"files", "noise", "sampling", "inputs", "errors"},
     "objectives": {"energy", "inputs", "errors"},
     "models": {"models", "errors"},
-    "backbone": {"inputs", "errors"},
+    "backbone": {"modes", "inputs", "errors"},
     "inputs": {"errors"},
     "hub": {"files", "pixels", "inputs", "gaussians", "models", "hub", "errors"},
     "changes": {"modes", "noise", "sampling", "refinement", "counterfactual", "restoration", "adaptation", "inputs", "errors"},

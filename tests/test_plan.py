@@ -185,6 +185,16 @@ def test_what_can_not_be_built_is_said(splits, flags, message):
     assert "\n" not in str(error.value)
 
 
+def rates_of(flags: str) -> list[float]:
+    """The learning rate of each step."""
+    told, optimizer, rates = settings(flags), torch.optim.SGD([torch.zeros(1)], 1.0), []
+    scheduler = _scheduler(told.train, optimizer)
+    for step in range(told.train.steps):
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
 @pytest.mark.parametrize(
     ("flags", "decays"),
     [
@@ -193,24 +203,14 @@ def test_what_can_not_be_built_is_said(splits, flags, message):
         ("--train.sched multistep --train.milestones [0.9,0.2]", [60, 270]),
     ],
 )
-def test_steps_of_the_learning_rate_are_where_they_are_told(splits, flags, decays):
-    told = settings(f"--train.steps 300 {flags} --train.warmup_steps 0 --train.lr 1.0 --train.decay_rate 0.5")
-    optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
-    scheduler, rates = _scheduler(told.train, optimizer), []
-    for step in range(300):
-        scheduler.step_update(step)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == [0.5 ** sum(step >= decay for decay in decays) for step in range(300)]
+def test_steps_of_the_learning_rate_are_where_they_are_told(flags, decays):
+    rates = rates_of(f"--train.steps 300 {flags} --train.warmup_steps 0 --train.lr 1.0 --train.decay_rate 0.5")
+    assert rates == [0.5 ** sum(step >= decay for decay in decays) for step in range(len(rates))]
 
 
 @pytest.mark.parametrize("sched", ["wsd", "rsqrt"])
-def test_a_schedule_that_is_stable_decays_over_the_last_fifth(splits, sched):
-    told = settings(f"--train.sched {sched} --train.steps 120 --train.warmup_steps 20 --train.lr 1.0")
-    optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
-    scheduler, rates = _scheduler(told.train, optimizer), []
-    for step in range(120):
-        scheduler.step_update(step)
-        rates.append(optimizer.param_groups[0]["lr"])
+def test_a_schedule_that_is_stable_decays_over_the_last_fifth(sched):
+    rates = rates_of(f"--train.sched {sched} --train.steps 120 --train.warmup_steps 20 --train.lr 1.0")
     stable = [1.0 if sched == "wsd" else (20 / max(step, 20)) ** 0.5 for step in range(20, 101)]
     assert rates[20:101] == pytest.approx(stable)
     assert rates[-1] < 0.1 * rates[100]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from timm_jem.errors import InputError, check_number, one_line, quoted
 from timm_jem.inputs import values_known
+from timm_jem.modes import in_eval_mode
 
 __all__ = [
     "architecture",
@@ -21,6 +22,7 @@ __all__ = [
     "label_names",
     "normalisation",
     "parameter_groups",
+    "patch_size",
     "refuse_size",
     "resolve_data_config",
     "warn_of_unseen",
@@ -79,6 +81,12 @@ def resolve_data_config(
     return data_config, bool(fixed)
 
 
+def patch_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the patches that a model cuts images into; None: it cuts none, or doesn't tell."""
+    found = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return (tuple(found) if isinstance(found, (tuple, list)) else (found, found)) if found else None
+
+
 def refuse_size(model: nn.Module, input_size: Sequence[int]) -> None:
     """Raise an InputError where the model can't take images of shape ``input_size``, (C, H, W).
 
@@ -92,16 +100,12 @@ def refuse_size(model: nn.Module, input_size: Sequence[int]) -> None:
         if any(parameter.is_meta for parameter in model.parameters()):
             return
     first = next(model.parameters(), torch.empty(0))
-    modes = [(part, part.training) for part in model.modules()]
     try:
         _try(model, torch.zeros(1, *input_size, device=first.device, dtype=first.dtype))
     except _SIZE_ERRORS as error:
         raise InputError(
             f"{architecture(model)} can't take images of {tuple(input_size)} ({one_line(error)}): take images of another size"
         ) from error
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _without_memory(tensor: Tensor) -> Tensor:
@@ -111,7 +115,9 @@ def _without_memory(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _try(model: nn.Module, x: Tensor) -> None:
-    if not isinstance(logits := model.eval()(x), Tensor) or logits.shape != (1, model.num_classes):
+    with in_eval_mode(model.modules()):
+        logits = model(x)
+    if not isinstance(logits, Tensor) or logits.shape != (1, model.num_classes):
         raise ValueError(f"its output is {tuple(getattr(logits, 'shape', ()))} and no logits of {model.num_classes} classes")
 
 
@@ -152,10 +158,9 @@ def parameter_groups(model: nn.Module, coarse: bool = False) -> dict[str, int]:
 
 def warn_of_unseen(model: nn.Module, input_size: Sequence[int], stacklevel: int) -> None:
     """Warn where patches leave pixels out at the right and at the bottom: chains could never move them."""
-    patches = getattr(model, "patch_embed", None)
-    if getattr(patches, "dynamic_img_pad", True) or not (patch := getattr(patches, "patch_size", None)):
+    patch = patch_size(model)
+    if patch is None or getattr(model.patch_embed, "dynamic_img_pad", True):
         return
-    patch = tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch)
     height, width = input_size[1:]
     unseen = 1 - (height // patch[0] * patch[0]) * (width // patch[1] * patch[1]) / (height * width)
     if unseen:

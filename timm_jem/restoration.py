@@ -92,10 +92,12 @@ def restore(
     for step in range(num_steps):
         now = config.of_step(step, num_steps)
         v = sgld(energy_fn, v, now, **options, first_step=step, denoise_steps=int(step >= num_steps - denoise_steps))
-        pulled = u if noise is None else torch.lerp(v, u, pull / (1 + pull))
-        if noise is not None and config.pixel_clamp is not None:  # what is known may lie outside
-            pulled = pulled.clamp(-config.pixel_clamp, config.pixel_clamp)
-        v = torch.where(mask, v, pulled)
+        known = u
+        if noise is not None:
+            known = torch.lerp(v, u, pull / (1 + pull))
+            if config.pixel_clamp is not None:  # u may lie outside
+                known = known.clamp(-config.pixel_clamp, config.pixel_clamp)
+        v = torch.where(mask, v, known)
         if on_step is not None:
             on_step(step + 1, v)
     return v

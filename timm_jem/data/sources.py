@@ -85,7 +85,8 @@ def _load_local(path: Path, config_name: str | None, split: str, streaming: bool
         loaded, others = files.load(), dict(files.others)
     else:
         loaded, others = datasets.load_dataset(str(path), config_name, streaming=streaming), {}
-    rows, images = 0 if streaming and files.told else sum(map(len, loaded.values())), sum(map(len, files.splits.values()))
+    images = sum(map(len, files.splits.values()))
+    rows = sum(len(of_split) for of_split in loaded.values() if isinstance(of_split, Dataset))  # a stream's aren't known
     if 0 < rows < images:
         others["images that no metadata tells of"] = images - rows
     if others:

@@ -101,8 +101,8 @@ def outlier_sets(specs: Sequence[str], images: Tensor, labels: Tensor, *, count:
         else:
             dataset, mark, choice = spec.partition("?")  # ?split=NAME and the like stay in the name
             name = f"{Path(dataset).name.removesuffix('.parquet')}{mark}{choice}"
-            alike = sum(other == name or other.startswith(f"{name} (") for other in sets)
-            name = f"{name} ({alike + 1})" if alike else name  # its folder is nobody's business
+            numbered = (f"{name} ({number})" for number in range(2, len(specs) + 1))  # its folder is nobody's business
+            name = next(free for free in (name, *numbered) if free not in sets)
             sets[name] = load_images(spec, channels=shape[0], size=tuple(shape[1:]), count=count, seed=seed)
     if not sets:
         raise InputError("ood is empty: give some of interpolation, uniform, constant, or data sets; or leave the section out")

@@ -337,7 +337,7 @@ def _scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer) -> Schedule
             updates_per_epoch=1,
             **{
                 "warmup_lr": 0.0,
-                **({"decay_epochs": math.ceil(train.steps / 3)} if train.sched == "step" else {}),
+                "decay_epochs": math.ceil(train.steps / 3) if train.sched == "step" else None,  # None: as timm has it
                 # timm decays at the update before a milestone.
                 "decay_milestones": sorted(round(part * train.steps) + 1 for part in train.milestones),
                 **train.sched_kwargs,

@@ -38,9 +38,10 @@ def parse_settings(argv: list[str], default_config: Path | None = None) -> tuple
     told = {flag.name: flag.value for flag in flags}
     repeated = [word for flag in flags if flag.name not in ("--output_dir", "--resume") for word in flag.words]
     if "--config" not in told:
-        of_data = [flag for flag in flags if flag.name in ("--data", "--data.dataset")]
-        dataset = _parsed(parser, of_data).data.dataset
-        own = RunFolder.find(told.get("--output_dir"), dataset, told.get("--resume"))
+        own = None
+        if "--resume" in told:
+            of_data = [flag for flag in flags if flag.name in ("--data", "--data.dataset")]
+            own = RunFolder.find(told.get("--output_dir"), _parsed(parser, of_data).data.dataset, told["--resume"])
         if own is not None and own.config_file.is_file():
             flags.insert(0, Flag("--config", str(own.config_file)))
         elif default_config is not None and not {"--data.dataset", "--data"} & set(told):

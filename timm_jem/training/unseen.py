@@ -2,6 +2,7 @@
 
 import torch
 
+from timm_jem.backbone import patch_size
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 
@@ -36,8 +37,7 @@ def unseen_pixels(jem: JEM, image_shape: tuple[int, int, int]) -> torch.Tensor:
 
 def why_unseen(name: str, jem: JEM, unseen: torch.Tensor) -> str:
     """The line that refuses backbone ``name`` for these pixels, and sides of images that fit it."""
-    side, patch = len(unseen), getattr(getattr(jem.backbone, "patch_embed", None), "patch_size", None)
-    patch = patch[0] if isinstance(patch, (tuple, list)) else patch
+    side, (patch, _) = len(unseen), patch_size(jem.backbone) or (None, None)
     seen = int((~unseen).any(1).sum())
     fits = f"{patch * (side // patch)} or {patch * (side // patch + 1)}" if patch and side >= patch else f"{seen}"
     return (
