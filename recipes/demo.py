@@ -21,6 +21,7 @@ from timm_jem.data import DataConfig
 from timm_jem.demo.exhibit import Exhibit, load_exhibit
 from timm_jem.demo.space import write_space
 from timm_jem.errors import check_whole, need, one_line
+from timm_jem.heap import keep_freed_memory
 from timm_jem.shell import check_one_process, one_line_errors
 
 BESIDE = Path(__file__).parent / "model"
@@ -80,6 +81,7 @@ def main(argv: list[str]) -> None:
         write_space(exhibit.jem, given.space, title=f"What {exhibit.name} believes", app=Path(__file__))
         print(f"a Space is in {given.space}: look at its README.md")
         return
+    keep_freed_memory()
     serve(exhibit, given)
 
 

@@ -44,6 +44,7 @@ from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
 from timm_jem.evaluation.subject import Subject, data_config, display_name, function_of, load_model, load_subject, sampling_of
 from timm_jem.files import folder_aside, left_aside
+from timm_jem.heap import keep_freed_memory
 from timm_jem.shell import check_one_process, one_line_errors
 
 MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], None], str]] = {
@@ -219,6 +220,7 @@ def main(argv: list[str]) -> str | None:
     if given.model is None:
         raise InputError("which model? Give a run, a saved folder, a Hub name or timm:NAME; --help says more")
     check_one_process("an evaluation")
+    keep_freed_memory()
     if idle := config.without_effect:
         print(f"note: {', '.join(idle)} {'do' if idle[1:] else 'does'} nothing in the sections {', '.join(config.sections)}")
     folder = Path(given.output_dir or default_output_dir(given.model))

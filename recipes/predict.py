@@ -31,6 +31,7 @@ from timm_jem.decoding import BrokenImage
 from timm_jem.errors import check_whole, one_line, quoted
 from timm_jem.evaluation.subject import load_model
 from timm_jem.files import cores, replaced_file
+from timm_jem.heap import keep_freed_memory
 from timm_jem.preprocessing import trained_here
 from timm_jem.progress import tqdm
 from timm_jem.shell import check_one_process, one_line_errors
@@ -159,6 +160,7 @@ def main(argv: list[str]) -> str | None:
     """Returns the exit message, where an image could not be read."""
     settings = parse(argv)
     check_one_process("a prediction")
+    keep_freed_memory()
     output, images = Path(settings.output), Path(settings.images)
     check_output(output, settings.overwrite)
     files, refused, others = find_images(images)

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "shell": {"errors"},
     "lock": {"errors"},
+    "heap": set(),
     "energy": {"inputs", "errors"},
     "pixels": {"inputs", "errors"},
     "decoding": {"errors"},
@@ -51,7 +52,7 @@ MAY_IMPORT = {
         "model", "wrap", "ood", "data", "evaluation", "temperature", "progress", "errors",
     },
     "training": {
-        "backbone", "captured", "command_line", "energy", "files", "lock", "pixels", "modes", "noise", "sampling",
+        "backbone", "captured", "command_line", "energy", "files", "heap", "lock", "pixels", "modes", "noise", "sampling",
         "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "data", "evaluation", "training",
         "progress", "version", "errors",
     },
@@ -62,8 +63,8 @@ MAY_IMPORT = {
     "stability": {"files", "progress", "evaluation", "stability", "training", "errors"},
     "speed": {"modes", "data", "ood", "evaluation", "model", "pixels", "wrap", "training", "speed", "errors"},
     "__init__": {
-        "energy", "noise", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap", "ood",
-        "prediction", "reference", "version", "errors",
+        "energy", "heap", "noise", "sampling", "replay_buffer", "gaussians", "objectives", "models", "hub", "model", "wrap",
+        "ood", "prediction", "reference", "version", "errors",
     },
 }  # fmt: skip
 FILES = sorted((ROOT / "timm_jem").rglob("*.py"))

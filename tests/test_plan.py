@@ -321,6 +321,15 @@ def test_layers_learn_at_rates_of_their_own(splits):
     assert len(rates) > 3
 
 
+@pytest.mark.parametrize(
+    ("flags", "fused"),
+    [("--train.opt AdamW", True), ("--train.opt lamb", None), ("--train.opt sgd --train.opt_kwargs.foreach false", None)],
+)
+def test_what_can_updates_in_one_kernel_unless_told_how(flags, fused, splits):
+    learner = build_learner(settings(flags), splits, Accelerator(cpu=True))
+    assert {group.get("fused") for group in learner.optimizer.param_groups} == {fused}
+
+
 def test_cross_entropy_alone_keeps_no_chains(splits):
     learner = build_learner(settings("--train.objective.w_xy 0 --train.buffer_size 1"), splits, Accelerator(cpu=True))
     assert learner.method.buffer is None

@@ -4,6 +4,7 @@ from timm_jem import models, ood
 from timm_jem.energy import energy, log_density
 from timm_jem.errors import InputError
 from timm_jem.gaussians import ClassGaussians
+from timm_jem.heap import keep_freed_memory
 from timm_jem.hub.published_chains import PublishedChains
 from timm_jem.model import JEM
 from timm_jem.noise import uniform_noise
@@ -30,6 +31,7 @@ __all__ = [
     "energy",
     "from_pretrained",
     "joint_loss",
+    "keep_freed_memory",
     "log_density",
     "models",
     "ood",

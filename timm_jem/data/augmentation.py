@@ -17,31 +17,36 @@ __all__ = ["AutoAugment", "augment"]
 _RAND_SETS = ("weights", "3a", "3aw")
 
 
-def augment(u: Tensor, *, crop_padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, *, crop_padding: int, flip: bool, generator: torch.Generator) -> Tensor:
     """Random crops after reflective padding, and horizontal flips, each image its own (JEM's, for CIFAR-10).
 
     Args:
-        u: images, shape (B, C, H, W), on ``generator``'s device.
-        crop_padding: pixels on each side; 0: no crops.
+        images: of any type, shape (B, C, H, W), on ``generator``'s device.
+        crop_padding: pixels on each side, fewer than the image has; 0: no crops.
         flip: flip every other image, at random.
         generator: the only source of randomness.
 
     Returns:
         Images of the same shape.
     """
-    batch, _, height, width = u.shape
+    batch, channels, height, width = images.shape
+    if not (crop_padding or flip):
+        return images
+    device, offsets = images.device, torch.zeros(2, batch, 1, dtype=torch.long, device=images.device)
     if crop_padding:
-        padded = torch.nn.functional.pad(u, [crop_padding] * 4, mode="reflect")
-        offsets = torch.randint(2 * crop_padding + 1, (2, batch, 1), generator=generator, device=u.device)
-        rows = (offsets[0] + torch.arange(height, device=u.device)).view(batch, 1, height, 1)
-        columns = (offsets[1] + torch.arange(width, device=u.device)).view(batch, 1, 1, width)
-        images = torch.arange(batch, device=u.device).view(batch, 1, 1, 1)
-        channels = torch.arange(u.shape[1], device=u.device).view(1, -1, 1, 1)
-        u = padded[images, channels, rows, columns]
+        offsets = torch.randint(2 * crop_padding + 1, (2, batch, 1), generator=generator, device=device) - crop_padding
+    rows, columns = (_reflected(offset, side) for offset, side in zip(offsets, (height, width), strict=True))
     if flip:
-        flipped = torch.rand(batch, 1, 1, 1, generator=generator, device=u.device) < 0.5
-        u = torch.where(flipped, u.flip(-1), u)
-    return u
+        flipped = torch.rand(batch, 1, generator=generator, device=device) < 0.5
+        columns = torch.where(flipped, columns.flip(-1), columns)
+    places = (rows.unsqueeze(-1) * width + columns.unsqueeze(-2)).view(batch, 1, -1).expand(-1, channels, -1)
+    return images.flatten(2).gather(2, places).view_as(images)
+
+
+def _reflected(offset: Tensor, side: int) -> Tensor:
+    """Which rows of an image of ``side`` a window of as many takes that begins at ``offset``; beyond its edge they go back."""
+    places = (offset + torch.arange(side, device=offset.device)).abs()
+    return side - 1 - (side - 1 - places).abs()
 
 
 class AutoAugment:

@@ -93,25 +93,25 @@ class Batches:
 
     def __next__(self) -> Batch:
         if "px" not in self.streams:
-            images, y = self._pixels("ce")
-            return Batch(self._noisy(self._augmented(images), self.ce_noise), y)
-        images, y = self._pixels("px")
-        clean, u_ce, y_ce = self._augmented(images, self.px_augment), None, None
+            images, y = self._next("ce")
+            return Batch(self._noisy(self._pixels(images), self.ce_noise), y)
+        images, y = self._next("px")
+        clean, u_ce, y_ce = self._pixels(images, self.px_augment), None, None
         if "ce" in self.streams:
-            u_ce, y_ce = self._pixels("ce")
-            u_ce = self._noisy(self._augmented(u_ce), self.ce_noise)
+            u_ce, y_ce = self._next("ce")
+            u_ce = self._noisy(self._pixels(u_ce), self.ce_noise)
         elif not self.shared:
-            u_ce = self._noisy(clean if self.px_augment == "full" else self._augmented(images), self.ce_noise)
+            u_ce = self._noisy(clean if self.px_augment == "full" else self._pixels(images), self.ce_noise)
         return Batch(self._noisy(clean, self.noise), y, u_ce, y_ce, clean)
 
-    def _pixels(self, name: str) -> tuple[Tensor, Tensor]:
+    def _next(self, name: str) -> tuple[Tensor, Tensor]:
         images, y = next(self.streams[name])
         device = self.generator.device
-        return to_pixels(images.to(device, non_blocking=True)), y.to(device, non_blocking=True)
+        return images.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
-    def _augmented(self, u: Tensor, how: str = "full") -> Tensor:
-        padding, flip = (self.splits.crop_padding if how == "full" else 0), (self.splits.flip and how != "none")
-        return augment(u, crop_padding=padding, flip=flip, generator=self.generator)
+    def _pixels(self, images: Tensor, augmented: str = "full") -> Tensor:
+        padding, flip = (self.splits.crop_padding if augmented == "full" else 0), (self.splits.flip and augmented != "none")
+        return to_pixels(augment(images, crop_padding=padding, flip=flip, generator=self.generator))
 
     def _noisy(self, u: Tensor, std: float) -> Tensor:
         return u + std * randn(u.shape, generator=self.generator, device=u.device, dtype=u.dtype) if std else u

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -40,6 +41,8 @@ from timm_jem.training.unseen import unseen_pixels, why_unseen
 from timm_jem.wrap import create_model
 
 __all__ = ["build_learner", "build_method", "build_model", "build_stream", "frozen_parts", "keep_source", "workers_of"]
+
+_FUSED = ("adagrad", "adam", "adamw", "momentum", "nesterov", "sgd")  # of timm's names those of PyTorch that can be
 
 # What timm's configuration of a model says of its published weights, and what holds for weights trained from them, too.
 _OF_WEIGHTS = {"url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag"}
@@ -161,7 +164,7 @@ def build_learner(
     still = frozen_parts(jem.backbone, train.freeze)
     try:
         optimizer = create_optimizer_v2(
-            jem.backbone, opt=train.opt, lr=train.lr, weight_decay=train.weight_decay, **train.opt_kwargs
+            jem.backbone, opt=train.opt, lr=train.lr, weight_decay=train.weight_decay, **_in_one_kernel(train, device)
         )
     except (ArithmeticError, AssertionError, ImportError, LookupError, TypeError, ValueError) as error:  # some want CUDA
         raise InputError(
@@ -201,6 +204,13 @@ def build_learner(
         sam=SAM(train.sam_rho, train.sam_adaptive) if train.sam_rho else None,
         ema=ema,
     )
+
+
+def _in_one_kernel(train: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """``opt_kwargs``, with PyTorch's own optimisers fused: on CPUs, where that isn't their default, a step takes a quarter."""
+    ways = {"fused", "foreach", "differentiable"}
+    fused = device.type == "cpu" and train.opt.lower() in _FUSED and not ways & set(train.opt_kwargs)
+    return train.opt_kwargs | ({"fused": True} if fused else {})
 
 
 def build_method(

@@ -10,6 +10,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, pars
 
 from timm_jem.errors import InputError
 from timm_jem.files import cores
+from timm_jem.heap import keep_freed_memory
 from timm_jem.model import JEM
 from timm_jem.training.precision import measured_precision, precision_of
 from timm_jem.training.settings import TrainConfig
@@ -21,7 +22,7 @@ _PROCESS_GROUP = InitProcessGroupKwargs(timeout=timedelta(hours=2))
 
 
 def open_accelerator(train: TrainConfig) -> Accelerator:
-    """The accelerator of a run, with global seeds and CPU threads set.
+    """The accelerator of a run, with global seeds and CPU threads set, in a process that keeps the memory that it frees.
 
     Args:
         train: its ``mixed_precision`` becomes the launcher's where it leaves it to that, so that it is kept with the run.
@@ -45,6 +46,7 @@ def open_accelerator(train: TrainConfig) -> Accelerator:
         train.mixed_precision = accelerator.mixed_precision
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not is_sharded(accelerator):
         accelerator.print("note: accelerate shards on GPUs only; here each process has the whole model")
+    keep_freed_memory()
     set_seed(train.seed)
     if accelerator.device.type == "cpu":
         torch.set_num_threads(train.threads or max(1, cores() // local_processes()))

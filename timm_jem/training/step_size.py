@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.linalg import vector_norm
 
 __all__ = ["StepSize"]
 
@@ -46,12 +46,14 @@ class StepSize:
 
     def see(self, u: Tensor, grad: Tensor) -> None:
         """Chains, pixels, and ∇E by which they take their next step, both of shape (B, C, H, W)."""
-        u, grad = u.flatten(1), grad.flatten(1).float()
+        grad = grad.flatten(1).float()
         if self._last is not None:
-            before, free = self._last
-            self._cosines.append(cosine_similarity(_scaled(grad * free), before, eps=0))
-        free = ~((u <= -self._clamp) & (grad > 0) | (u >= self._clamp) & (grad < 0))
-        self._last = _scaled(grad * free), free
+            before, free, length = self._last
+            now = _scaled(grad * free)
+            self._cosines.append((now * before).sum(1) / (vector_norm(now, dim=1) * length))
+        free = (u.flatten(1).abs() < self._clamp) | (u.flatten(1) * grad >= 0)
+        now = _scaled(grad * free)
+        self._last = now, free, vector_norm(now, dim=1)
 
     def adapt(self) -> Tensor:
         """The factor of the next iteration, by what was seen in this one; a single step tells nothing."""

@@ -1,0 +1,28 @@
+"""What a process does with the memory that it freed."""
+
+import ctypes
+import os
+import platform
+
+__all__ = ["keep_freed_memory"]
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT = 2**31 - 1  # bytes at the heap's end: the most that mallopt, whose values are C's int, can be told
+_OWN_MAPPING = 2**30
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep about 2 GB of what it frees, for what it takes next. Networks run faster on CPUs, to the same bits.
+
+    By itself glibc gives a large block back as soon as it is freed, and takes it anew from the system, which clears each of
+    its pages: once a layer and pass. See ``mallopt(3)``. Call it before the work, as recipes do.
+
+    Returns:
+        Whether it does from now on: not where the C library isn't glibc, nor where the environment says how
+        (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
+    """
+    told = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & set(os.environ)
+    if platform.libc_ver()[0] != "glibc" or told:
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_MMAP_THRESHOLD, _OWN_MAPPING) and mallopt(_TRIM_THRESHOLD, _KEPT))
