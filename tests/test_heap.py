@@ -37,5 +37,8 @@ def test_freed_memory_is_taken_again_without_asking_the_system():
     assert kept < asked_for / 10
 
 
-def test_the_environment_has_the_last_word():
-    assert _printed(keep=True, MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
+@pytest.mark.parametrize(
+    "environment", [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}]
+)
+def test_the_environment_has_the_last_word(environment):
+    assert _printed(keep=True, **environment)[0] == "False"

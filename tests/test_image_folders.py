@@ -199,6 +199,14 @@ def test_metadata_that_tell_nothing(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+def test_metadata_that_tell_nothing_beside_others_are_named(tmp_path):
+    lay(tmp_path, *classes("train", "test"))
+    (tmp_path / "train" / "metadata.csv").write_text(rows(*(f"{i}.png" for i in range(6))))
+    (tmp_path / "test" / "metadata.csv").write_text("file_name,label\n")
+    with pytest.raises(InputError, match=r"has test.metadata\.csv, which tells of no image"):
+        load_splits(DataConfig(str(tmp_path)))
+
+
 @pytest.mark.parametrize("kind", ["parquet", "tar", "arrow"])
 def test_a_table_beside_class_folders_is_none_of_images(tmp_path, capsys, kind):
     lay(tmp_path, *classes("bee", "cat"), "bee/test_1.png")

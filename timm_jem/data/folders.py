@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -95,10 +96,12 @@ class ImageFiles:
         files = {f"part{i}": [glob.escape(str(self.root / file))] for i, file in enumerate(self.metadata)}
         try:
             parts = load_dataset("imagefolder", data_files=files)
-        except IndexError as error:
-            raise InputError(
-                f"{self.root} has {self.metadata[0]}, which tells of no image: fill it in, or remove it"
-            ) from error
+        except (IndexError, ValueError) as error:
+            empty = re.search(r'"part(\d+)" corresponds to no data', str(error))
+            if not (empty or isinstance(error, IndexError)):
+                raise
+            file = self.metadata[int(empty[1]) if empty else 0]
+            raise InputError(f"{self.root} has {file}, which tells of no image: fill it in, or remove it") from error
         rows = concatenate_datasets([parts[name] for name in files])
         columns = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
         if not (self.depth and columns):
