@@ -24,7 +24,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import PartialState
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 
 import timm_jem
 from timm_jem import JEM, InputError
@@ -45,7 +45,7 @@ from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
 from timm_jem.evaluation.subject import Subject, data_config, display_name, function_of, load_model, load_subject, sampling_of
 from timm_jem.files import folder_aside, left_aside
 from timm_jem.heap import keep_freed_memory
-from timm_jem.shell import check_one_process, one_line_errors
+from timm_jem.shell import check_one_process, one_line_errors, out_of_memory
 
 MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], None], str]] = {
     # title, what measures it, and what makes it take less memory
@@ -204,10 +204,6 @@ def measured(name: str, subject: Subject, config: EvaluationConfig, command: str
         return Measured(title, left_out=f"out of memory ({one_line(error)}): lower {less}")
     found.seconds = time.perf_counter() - start
     return found
-
-
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
 
 def main(argv: list[str]) -> str | None:

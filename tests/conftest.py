@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 # Seconds for PyArrow's threads to end where a stream is left before its end; those of a few rows are quick.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.2
 # A file is run by one process: those that take long go first, so that the processes end together.
-LONG = ("manual", "resume", "recipes", "classifier_first", "evaluate", "wheel", "sections", "hub", "stability", "model")
+LONG = ("manual", "resume", "recipes", "classifier_first", "evaluate", "installed", "sections", "hub", "stability", "model")
 
 
 def pytest_collection_modifyitems(items):

@@ -56,7 +56,7 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("gradio", "matplotlib", "pyautoattack", "torch_fidelity"):
+        if name.partition(".")[0] in ("gradio", "matplotlib", "pyautoattack", "pytorch_ood", "torch_fidelity"):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Missing())

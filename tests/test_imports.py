@@ -45,7 +45,7 @@ MAY_IMPORT = {
     },
     "wrap": {"files", "sampling", "gaussians", "models", "backbone", "hub", "model", "reference", "errors"},
     "ood": {"energy", "files", "modes", "noise", "progress", "backbone", "inputs", "reference", "model", "ood", "errors"},
-    "conversion": {"sampling", "inputs", "hub", "model", "wrap", "conversion", "version", "errors"},
+    "conversion": {"files", "sampling", "inputs", "hub", "model", "wrap", "conversion", "version", "errors"},
     "data": {"decoding", "files", "pixels", "progress", "data", "errors"},
     "evaluation": {
         "backbone", "energy", "files", "lock", "inputs", "pixels", "modes", "noise", "sampling", "refinement", "models",

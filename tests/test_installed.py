@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.version import Version
 
 import timm_jem
 
@@ -149,9 +150,13 @@ def assert_trains(python: Path, folder: Path) -> None:
 
 def test_citation_and_changelog_agree_with_the_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    version, date = re.search(
-        r"^## \[(\d\S+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
-    ).groups()
-    assert citation["version"] == version == timm_jem.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version, date = re.search(r"^## \[(\d\S+)\] - (\S+)$", changelog, re.MULTILINE).groups()
+    assert citation["version"] == version
+    # What has changed since is no longer that release, and says so in reports, cards and configurations.
+    unreleased = re.search(r"^## \[Unreleased\]\n+## ", changelog, re.MULTILINE) is None and "## [Unreleased]" in changelog
+    own = Version(timm_jem.__version__)
+    assert own.is_devrelease == unreleased
+    assert own > Version(version) if unreleased else own == Version(version)
     assert citation["date-released"] == date
     assert citation["references"][0]["url"].endswith("1912.03263")

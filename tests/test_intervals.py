@@ -29,13 +29,13 @@ def test_bootstrap_of_a_mean_is_the_normal_interval():
     assert (low, high) == bootstrap_interval(lambda rows: values[rows].mean().item(), 2000, num_resamples=2000)
 
 
-@pytest.mark.parametrize("given", [(5, 3), (-1, 3), (1.5, 3), (1, 2.0), (1, 3, 1), (1, 3, 95), (1, 3, 0), (1, 3, float("nan"))])
+@pytest.mark.parametrize("given", [(5, 3), (-1, 3), (1.5, 3), (1, 2.0)])
 def test_what_is_no_proportion_is_one_line(given):
     with pytest.raises(InputError):
         wilson_interval(*given)
 
 
-@pytest.mark.parametrize("given", [{"n": 0}, {"n": 2.5}, {"num_resamples": 0}, {"level": 1.0}, {"level": 95}])
+@pytest.mark.parametrize("given", [{"n": 0}, {"n": 2.5}, {"num_resamples": 0}])
 def test_what_cannot_be_drawn_anew_is_one_line(given):
     with pytest.raises(InputError):
         bootstrap_interval(lambda rows: 0.0, **{"n": 5, **given})

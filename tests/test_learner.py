@@ -204,7 +204,9 @@ def a_sharded_model_made_whole(rank: int, folder: str) -> None:
 
 
 def test_a_sharded_model_with_batch_norm_can_be_made_whole(tmp_path):
-    torch.multiprocessing.spawn(a_sharded_model_made_whole, (str(tmp_path),), nprocs=1)
+    torch.multiprocessing.start_processes(
+        a_sharded_model_made_whole, (str(tmp_path),), nprocs=1, start_method=FORKS.get_start_method()
+    )
 
 
 @pytest.mark.parametrize("norm", [None, "batchnorm2d"])

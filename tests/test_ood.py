@@ -114,8 +114,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap():
     plain = [by_pairs(rng.choice(inside, 100), rng.choice(outside, 100)) for _ in range(2000)]
     expected = np.quantile(plain, [0.025, 0.975])
     assert (low, high) == pytest.approx(tuple(expected), abs=0.01)
-    narrow = auroc_interval(torch.from_numpy(inside), torch.from_numpy(outside), num_resamples=4000, level=0.5)
-    assert low < narrow[0] < by_pairs(inside, outside) < narrow[1] < high
+    assert low < by_pairs(inside, outside) < high
 
 
 def test_intervals_hold_what_they_should_and_are_quick():
@@ -134,9 +133,8 @@ def test_intervals_hold_what_they_should_and_are_quick():
     assert time.process_time() - start < 2
     assert auroc_interval(inside, outside) == first
     assert auroc_interval(inside, outside, seed=1) != first
-    for bad in ({"level": 0}, {"level": 1.5}, {"num_resamples": 0}):
-        with pytest.raises(InputError, match=next(iter(bad))):
-            auroc_interval(inside, outside, **bad)
+    with pytest.raises(InputError, match="num_resamples"):
+        auroc_interval(inside, outside, num_resamples=0)
 
 
 @pytest.fixture(scope="module")

@@ -310,5 +310,19 @@ def test_nothing_partial_stays(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(InputError, match="disk full"):
-        write_files(tmp_path / "out", write)
+        write_files(tmp_path / "out", write, last="report.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_two_comparisons_are_never_mixed(tmp_path):
+    def write(folder):
+        for name in ("reliability.png", "compare.json", "compare.md"):
+            (folder / name).write_text("new")
+
+    old = {name: tmp_path / name for name in ("compare.json", "pgd_l2.png")}
+    for file in old.values():
+        file.write_text("old")
+    (tmp_path / "compare.md").mkdir()  # where no file can go
+    with pytest.raises(InputError, match=r"compare\.md is a folder"):
+        write_files(tmp_path, write, last="compare.json", stale=["pgd_l2.png"])
+    assert {file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()} == dict.fromkeys(old, "old")

@@ -136,7 +136,6 @@ def normalisation(data_config: Mapping[str, Any], device: torch.device, dtype: t
     channels, found = data_config["input_size"][0], []
     for name, bounds in (("mean", {"least": -1e6, "most": 1e6}), ("std", {"above": 0, "most": 1e6})):
         given = data_config.get(name)
-        given = given.tolist() if hasattr(given, "tolist") else given
         values = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Mapping)) else [given]
         if len(values) not in (1, channels):
             raise InputError(f"{name} is {quoted(given)}: give one number per channel, {channels}")

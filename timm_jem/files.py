@@ -1,6 +1,7 @@
 """Files and folders that are there whole or as they were before, and the machine's cores."""
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
@@ -24,6 +25,7 @@ __all__ = [
     "move_in",
     "read_tensors",
     "replaced_file",
+    "sha256",
 ]
 
 
@@ -185,6 +187,15 @@ def move_in(aside: Path, target: Path, *, last: str, stale: Iterable[str] = ()) 
             if os.path.lexists(place) and not os.path.lexists(source):
                 place.rename(source)
         raise
+
+
+def sha256(file: str | os.PathLike) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def cores() -> int:

@@ -14,7 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from timm_jem.errors import InputError, one_line
 
-__all__ = ["check_one_process", "one_line_errors"]
+__all__ = ["check_one_process", "one_line_errors", "out_of_memory"]
 
 # Seconds that the others leave to the main process, which may be slower to fail; once it has ended, the launcher ends them.
 _PATIENCE = 6.0
@@ -45,7 +45,7 @@ def one_line_errors(
     except KeyboardInterrupt as error:
         _leave(stopped, error, code=130)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+        if out_of_memory(error):
             _leave(f"out of memory ({one_line(error)[:120]}): {less}", error)
         if not (torch.distributed.is_initialized() and any(name in str(error).lower() for name in ("gloo", "nccl"))):
             raise
@@ -54,6 +54,11 @@ def one_line_errors(
         if error.filename is None and error.errno is None:
             raise
         _leave(one_line(error), error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether less work at once would not have met it."""
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
 
 def check_one_process(what: str) -> None:

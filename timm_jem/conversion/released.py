@@ -1,6 +1,5 @@
 """From a released checkpoint to a joint energy model, and what to tell of it."""
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from timm_jem.conversion.checkpoint import read_checkpoint
 from timm_jem.conversion.layouts import LAYOUTS, Translated, bare_names, named, tell_layout, translate, without_wrappers
 from timm_jem.conversion.methods import METHODS, head_untouched, methods_of
 from timm_jem.errors import InputError, quoted
+from timm_jem.files import sha256
 from timm_jem.hub.published_chains import PublishedChains
 from timm_jem.inputs import is_floats, kind
 from timm_jem.model import JEM
@@ -124,7 +124,7 @@ def convert(
     jem.provenance = {
         "converted": {
             "file": file.name,
-            "sha256": _sha256(file),
+            "sha256": sha256(file),
             "method": about.title,
             "energies": energies,
             "chains": "trained" if about.chains and energies == "logsumexp" else "none",
@@ -276,11 +276,3 @@ def _built(network: Translated, shape: tuple[int, ...], mean: tuple[float, ...],
         backbone = timm.create_model(network.name, **network.kwargs)
     backbone.load_state_dict(network.state_dict, assign=True)
     return wrap(backbone, input_size=shape, mean=mean, std=std).eval()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -158,15 +158,16 @@ def find_test_split(config: DataConfig, loaded: Loaded, image_column: str, label
     """The split to report on, checked; None: part of the train split."""
     candidates = (s for s in TEST_SPLITS if s in loaded and s != config.train_split)
     test_split = config.test_split or next((s for s in candidates if _has_labels(loaded[s], label_column, config)), None)
-    if test_split is not None and test_split not in loaded:
+    if test_split is None:
+        return None
+    if test_split not in loaded:
         raise InputError(f"{config.dataset} has no split {test_split!r}: choose test_split from {', '.join(loaded)}")
-    for split in (config.train_split, *([test_split] if test_split is not None else [])):
-        rows = loaded[split]
-        for column in (image_column, label_column):
-            if column not in rows.features:
-                raise InputError(f"split {split} of {config.dataset} has no column {column!r}: choose another test_split")
-        if isinstance(rows, Dataset) and len(rows) == 0:
-            raise InputError(f"split {split} of {config.dataset} is empty: choose another")
+    rows = loaded[test_split]
+    for column in (image_column, label_column):
+        if column not in rows.features:
+            raise InputError(f"split {test_split} of {config.dataset} has no column {column!r}: choose another test_split")
+    if isinstance(rows, Dataset) and len(rows) == 0:
+        raise InputError(f"split {test_split} of {config.dataset} is empty: choose another")
     return test_split
 
 

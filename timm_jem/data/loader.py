@@ -20,7 +20,7 @@ from timm_jem.decoding import BrokenImage
 from timm_jem.errors import InputError, check_whole, quoted
 from timm_jem.files import cores
 
-__all__ = ["ImageStream", "StreamedImages", "apart", "default_workers", "open_stream"]
+__all__ = ["ImageStream", "StreamedImages", "apart", "data_loader", "default_workers", "open_stream"]
 
 
 class _Batches:
@@ -131,7 +131,7 @@ class ImageStream(_Batches):
         first = self._place["position"]
         starts = ((p, p + self.rank * self.batch_size) for p in count(first, self.batch_size * self.world))
         positions = ([p, *range(start, start + self.batch_size)] for p, start in starts)
-        return _data_loader(self._fetch, self.workers, batch_sampler=_Endless(positions))
+        return data_loader(self._fetch, self.workers, batch_sampler=positions)
 
 
 class StreamedImages(_Batches):
@@ -175,7 +175,7 @@ class StreamedImages(_Batches):
 
     def _loader(self) -> DataLoader:
         read = _Read(self.data, self.seed, self.batch_size, self.augment, self._about, **self._place)
-        return _data_loader(read, min(self.workers, 1), batch_size=None)
+        return data_loader(read, min(self.workers, 1), batch_size=None)
 
 
 def open_stream(
@@ -214,7 +214,8 @@ def apart(_worker: int) -> None:
         os.setpgid(0, 0)
 
 
-def _data_loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
+def data_loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
+    """Batches as ``dataset`` gives them, by ``workers`` processes; ``how``: of PyTorch's DataLoader."""
     return DataLoader(
         dataset,
         num_workers=workers,
@@ -228,16 +229,6 @@ def _data_loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-class _Endless:
-    """A batch sampler from an iterator, without a length."""
-
-    def __init__(self, batches: Iterator[list[int]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.batches
 
 
 class _Fetch(Dataset):

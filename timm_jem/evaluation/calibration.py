@@ -104,9 +104,9 @@ def binned(probabilities: Tensor, y: Tensor, num_bins: int = 15, *, adaptive: bo
     return Binned(bins, confidence, correct, num_bins)
 
 
-def expected_calibration_error(probabilities: Tensor, y: Tensor, num_bins: int = 15) -> float:
-    """ECE over equal bins of confidence, in [0, 1]: see :attr:`Reliability.ece`; arguments as :func:`reliability`'s."""
-    return reliability(probabilities, y, num_bins).ece
+def expected_calibration_error(probabilities: Tensor, y: Tensor) -> float:
+    """ECE over 15 equal bins of confidence, in [0, 1]: see :attr:`Reliability.ece`; arguments as :func:`reliability`'s."""
+    return reliability(probabilities, y).ece
 
 
 def negative_log_likelihood(logits: Tensor, y: Tensor) -> Tensor:

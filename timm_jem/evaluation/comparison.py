@@ -49,7 +49,12 @@ def write_comparison(reports: dict[str, list[Report]], folder: Path) -> None:
         (aside / "compare.md").write_text("\n".join([text, *shown]), encoding="utf-8")
         (aside / "compare.json").write_text(dumps(data), encoding="utf-8")
 
-    write_files(folder, write, stale=[*(f"pgd_{norm}.png" for norm in NORMS), "reliability.png", "chain_length.png"])
+    write_files(
+        folder,
+        write,
+        last="compare.json",
+        stale=[*(f"pgd_{norm}.png" for norm in NORMS), "reliability.png", "chain_length.png"],
+    )
 
 
 def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str, Any]]]:

@@ -8,30 +8,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_number, check_whole, quoted
+from timm_jem.errors import InputError, check_whole
 
 __all__ = ["bootstrap_interval", "wilson_interval"]
 
 
-def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson, JASA 1927): right also near 0 and 1, where the normal one isn't.
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, 95 % (Wilson, JASA 1927): right also near 0 and 1, where the normal one isn't.
 
     Args:
         successes: how many of ``n``.
         n: at least 1.
-        level: of confidence, above 0 and below 1.
 
     Raises:
-        InputError: no trials, successes that are not among them, or a level out of range.
+        InputError: no trials, or successes that are not among them.
     """
     check_whole("successes", successes, 0)
     check_whole("n", n, 0)
-    _check_level(level)
     if n < 1:
         raise InputError("a proportion of no images has no interval: give some")
     if successes > n:
         raise InputError(f"{successes} successes of {n} images: give at most as many as images")
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = NormalDist().inv_cdf(0.975)
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -43,11 +41,10 @@ def bootstrap_interval(
     n: int,
     *,
     value: float | None = None,
-    level: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Bootstrap (Efron 1979) of a statistic of ``n`` images.
+    """Bootstrap (Efron 1979), 95 %, of a statistic of ``n`` images.
 
     Args:
         statistic: of the images with these row numbers, int64, shape (n,), drawn with replacement.
@@ -55,23 +52,15 @@ def bootstrap_interval(
         value: of the statistic of all images once each. Where it is given the interval is the basic one, ``value`` minus the
             quantiles of (statistic − ``value``), for statistics with a bias, such as calibration errors, which are too large
             by chance alone: drawing anew adds that bias once more, and this takes it off. None: the percentile interval.
-        level: of confidence, above 0 and below 1.
         num_resamples: how often images are drawn anew.
         seed: of the draws.
 
     Raises:
-        InputError: no images, no draws, or a level out of range.
+        InputError: no images, or no draws.
     """
     check_whole("n", n, 1)
     check_whole("num_resamples", num_resamples, 1)
-    _check_level(level)
     rng = np.random.default_rng(seed)
     values = [statistic(torch.from_numpy(rng.integers(n, size=n))) for _ in range(num_resamples)]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [0.025, 0.975])
     return (float(low), float(high)) if value is None else (2 * value - float(high), 2 * value - float(low))
-
-
-def _check_level(level: float) -> None:
-    check_number("level", level, above=0)
-    if level >= 1:
-        raise InputError(f"level is {quoted(level)}: give one below 1, such as 0.95")

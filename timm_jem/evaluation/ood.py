@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.errors import InputError, check_whole
 from timm_jem.evaluation.labelled import eight_bit_images, numbers
 from timm_jem.model import JEM
 from timm_jem.ood import Detector, score_all
@@ -139,21 +139,17 @@ def _checked(scores: Tensor, name: str) -> np.ndarray:
     return scores
 
 
-def auroc_interval(
-    in_scores: Tensor, out_scores: Tensor, *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap (Efron 1979) of the AUROC; images of either set are drawn from that set.
+def auroc_interval(in_scores: Tensor, out_scores: Tensor, *, num_resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap (Efron 1979), 95 %, of the AUROC; images of either set are drawn from that set.
 
     It knows the images' part of the uncertainty, not the training's; of sets that are perfectly apart it is [1, 1].
 
     Args:
         in_scores, out_scores: as :func:`ood_metrics`', and errors as there.
-        level: of confidence.
         num_resamples: how often images are drawn anew.
         seed: of the draws.
     """
     check_whole("num_resamples", num_resamples, 1)
-    check_number("level", level, above=0, most=1)
     inside, outside = _checked(in_scores, "in-distribution"), _checked(out_scores, "out-of-distribution")
     levels, rank = np.unique(np.concatenate([inside, outside]), return_inverse=True)
     rank_in, rank_out = rank[: len(inside)], rank[len(inside) :]
@@ -163,5 +159,5 @@ def auroc_interval(
         drawn = np.bincount(rank_out[rng.integers(len(outside), size=len(outside))], minlength=len(levels))
         beaten = drawn.cumsum() - drawn / 2  # ties count half
         values.append(beaten[rank_in[rng.integers(len(inside), size=len(inside))]].mean() / len(outside))
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -113,12 +113,7 @@ def reliability_diagram(bins: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 @_without_formulas
-def score_histograms(
-    scores: Mapping[str, Mapping[str, np.ndarray]],
-    in_name: str,
-    *,
-    xlabel: str = "score; higher: more like the training data",
-) -> Figure:
+def score_histograms(scores: Mapping[str, Mapping[str, np.ndarray]], in_name: str) -> Figure:
     """A panel for each score: the in-distribution set filled, the others outlined.
 
     The bins of a panel are shared, and span the middle 99 % of every set, so that a few far outliers don't hide the rest and
@@ -127,7 +122,6 @@ def score_histograms(
     Args:
         scores: by score and set, values of shape (N,), of any scale.
         in_name: the set that is in distribution.
-        xlabel: what the values mean; energies are lower for what is likelier.
 
     Raises:
         InputError: nothing to draw, no set of that name, or values that are not finite.
@@ -166,7 +160,7 @@ def score_histograms(
             )
         outside = sum(int(((values < low) | (values > high)).sum()) for values in sets.values())
         axis.set_title(score + (f"   ({outside:,} of the values lie outside)" if outside else ""), fontsize=10)
-        axis.set(ylabel="share of the set", xlabel=xlabel)
+        axis.set(ylabel="share of the set", xlabel="score; higher: more like the training data")
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         axis.locator_params(axis="x", nbins=5)

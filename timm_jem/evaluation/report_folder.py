@@ -7,7 +7,7 @@ from pathlib import Path
 
 from timm_jem.errors import InputError, one_line
 from timm_jem.evaluation.report import REPORT_FILE, Report, read_report
-from timm_jem.files import folder_aside, folder_there, left_aside
+from timm_jem.files import folder_aside, folder_there, left_aside, move_in
 from timm_jem.lock import LOCK_FILE, locked
 
 __all__ = ["check_comparison_dir", "claimed", "earlier_report", "write_files", "write_report"]
@@ -84,15 +84,21 @@ def write_report(report: Report, folder: Path, drawn: Path) -> None:
         (drawn / REPORT_FILE).write_text(report.as_json(), encoding="utf-8")
         (drawn / "report.md").write_text(report.as_markdown(), encoding="utf-8")
         files = [file for file in drawn.iterdir() if file.name in shown or file.name in _REPORT]
-        _move(files, folder, _shown_in(folder) - shown)
+        # At any moment the pictures that a report shows are there: before it come its own, and after it go those of the last.
+        stale = _shown_in(folder) - shown
+        for file in sorted(files, key=lambda file: file.name in _REPORT):
+            os.replace(file, folder / file.name)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
 
 
-def write_files(folder: Path, write: Callable[[Path], None], *, stale: Iterable[str] = ()) -> None:
+def write_files(folder: Path, write: Callable[[Path], None], *, last: str, stale: Iterable[str] = ()) -> None:
     """``write(temporary folder)``, then move its files to ``folder``: all of them are there, or none.
 
     Args:
         folder: made if it isn't there.
         write: writes into the folder that it is given.
+        last: of the files that ``write`` writes, see :func:`timm_jem.files.move_in`.
         stale: names of files in ``folder`` that must not stay unless ``write`` wrote them again.
 
     Raises:
@@ -100,17 +106,7 @@ def write_files(folder: Path, write: Callable[[Path], None], *, stale: Iterable[
     """
     with _explained(folder), folder_aside(folder) as aside:
         write(aside)
-        files = list(aside.iterdir())
-        _move(files, folder, {*stale} - {file.name for file in files})
-
-
-def _move(files: Sequence[Path], folder: Path, stale: Iterable[str]) -> None:
-    folder.mkdir(exist_ok=True)
-    # At any moment the pictures that a report shows are there: before it come its own, and after it go those of the last.
-    for file in sorted(files, key=lambda file: file.name in (*_REPORT, *_COMPARISON)):
-        os.replace(file, folder / file.name)
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
+        move_in(aside, folder, last=last, stale={*stale} - {file.name for file in aside.iterdir()})
 
 
 def _shown_in(folder: Path) -> set[str]:

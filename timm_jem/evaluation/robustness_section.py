@@ -82,7 +82,7 @@ def _auto_attack(
 def _refinement(subject: Subject, config: EvaluationConfig, section: Section, images: Tensor, y: Tensor) -> None:
     """JEM-k, attacked as the paper's code did and through the refinement, side by side."""
     k = config.refinement_steps
-    defence = RefinementConfig(steps=k, chains=config.refinement_chains)
+    defence = RefinementConfig(steps=k)
     table = f"Accuracy with SGLD refinement, JEM-{k}, ℓ∞"
     ways = {
         "attack without the refinement's gradient": (

@@ -22,7 +22,6 @@ PRESETS: dict[str, dict[str, int]] = {
         "attack_restarts": 1,
         "auto_attack_images": 25,
         "refinement_images": 50,
-        "refinement_chains": 1,
         "eot": 3,
         "samples": 500,
         "curve_samples": 250,
@@ -37,7 +36,6 @@ PRESETS: dict[str, dict[str, int]] = {
         "attack_restarts": 5,
         "auto_attack_images": 1000,
         "refinement_images": 500,
-        "refinement_chains": 1,
         "eot": 20,
         "samples": 10_000,
         "curve_samples": 1000,
@@ -65,7 +63,6 @@ _OF_SECTION: dict[SectionName, tuple[str, ...]] = {
         "auto_attack_images",
         "refinement_steps",
         "refinement_images",
-        "refinement_chains",
         "eot",
     ),
     "generation": ("judge", "extractors", "samples", "curve_samples", "longest_chain", "chain_precision", "real_images"),
@@ -109,7 +106,6 @@ class EvaluationConfig:
         auto_attack_images: how many images for AutoAttack, at most; 0: no AutoAttack. It needs pyautoattack.
         refinement_steps: SGLD steps k of the refinement defence (JEM-k); 0: leave it out.
         refinement_images: how many images for the refinement defence, at most.
-        refinement_chains: chains that vote on each image.
         eot: noise draws whose mean gradient attacks the refinement.
         samples: how many fresh chains.
         curve_samples: how many chains for the curve of quality against SGLD steps.
@@ -142,7 +138,6 @@ class EvaluationConfig:
     auto_attack_images: int | None = None
     refinement_steps: int = 10
     refinement_images: int | None = None
-    refinement_chains: int | None = None
     eot: int | None = None
     samples: int | None = None
     curve_samples: int | None = None

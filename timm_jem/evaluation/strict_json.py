@@ -2,7 +2,7 @@
 
 import json
 import math
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["built", "dumps", "fits", "restored"]
@@ -51,10 +51,9 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and len(value) == len(inner) and all(map(fits, value, inner))
     if origin is dict:
         return isinstance(value, dict) and all(fits(entry, inner[1]) for entry in value.values())
-    numeric = {float: (int, float), NoneType: NoneType}
     if hint in (int, float) and isinstance(value, int):
         return not isinstance(value, bool) and abs(value) < _MOST
-    return isinstance(value, numeric.get(hint, hint))
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def _strict(data: Any) -> Any:

@@ -42,11 +42,9 @@ class PublishedChains:
                 f"published chains are {kind(images)}: give 8-bit images, uint8, shape (N, C, H, W); "
                 "PublishedChains.of_pixels makes them of pixels"
             )
-        if labels is not None and not (
-            isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
-        ):
+        if labels is not None and not is_labels(labels, len(images), images):
             raise InputError(f"labels of published chains are {kind(labels)}: give int64, shape ({len(images)},)")
-        if images.is_meta or (labels is not None and labels.is_meta):
+        if images.is_meta:
             raise InputError("published chains are on the meta device and hold nothing: give those of a real one")
         if labels is not None and labels.min() < 0:
             raise InputError(f"published chains have the label {int(labels.min())}: give classes, 0 and above")

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, set_seed
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from timm.models import group_modules, group_parameters, load_checkpoint
 from timm.models._hub import save_config_for_hf
@@ -112,14 +111,7 @@ def build_model(
     # What training does to images of another size, for whoever makes timm's transform of it.
     jem.data_config |= {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear"}
     jem = jem.to(memory_format=torch.channels_last) if settings.train.channels_last else jem
-    try:
-        unseen = unseen_pixels(jem, splits.image_shape)
-    except (RuntimeError, AssertionError) as error:
-        if should_reduce_batch_size(error):
-            raise
-        raise InputError(
-            f"{model.name} can't take images of {splits.image_shape} ({one_line(error)}): give --data.image_size"
-        ) from error
+    unseen = unseen_pixels(jem, splits.image_shape)
     if unseen.any() and settings.train.objective.needs_chains:
         raise InputError(why_unseen(model.name, jem, unseen))
     return jem

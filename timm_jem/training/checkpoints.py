@@ -13,7 +13,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 
 from timm_jem.errors import InputError, check_whole, one_line
-from timm_jem.training.state import save_tree, sha256
+from timm_jem.files import sha256
+from timm_jem.training.state import save_tree
 
 __all__ = ["Checkpoints", "damage", "is_current", "rank_files", "shared_file"]
 

@@ -72,7 +72,7 @@ class GuardConfig:
             check_whole(f"guard {name}", getattr(self, name), 1)
         check_whole("guard max_rollbacks", self.max_rollbacks, 0)
         for f in fields(self):
-            if f.type in (float, "float"):
+            if f.type is float:
                 check_number(f"guard {f.name}", getattr(self, f.name), above=0)
         if self.snapshot_every % self.check_every:
             raise InputError(

@@ -1,12 +1,11 @@
 """Accuracy and calibration of a split, by all processes together."""
 
-import torch
 from accelerate import Accelerator
 from timm.utils import distribute_bn
 from torch.utils.data import DataLoader, Subset
 
 from timm_jem.data import ImageSet
-from timm_jem.data.loader import apart
+from timm_jem.data.loader import data_loader
 from timm_jem.evaluation import accuracy, expected_calibration_error, predict
 from timm_jem.model import JEM
 
@@ -15,14 +14,8 @@ __all__ = ["in_batches", "measure"]
 
 def in_batches(images: ImageSet | Subset, workers: int) -> DataLoader:
     """8-bit images and labels in order, 256 at once; ``workers`` processes decode those that aren't decoded yet."""
-    return DataLoader(
-        images,
-        batch_size=256,
-        collate_fn=_unchanged,
-        num_workers=workers if getattr(images, "dataset", images).images is None else 0,
-        worker_init_fn=apart,
-        generator=torch.Generator(),  # a loader draws from the global one otherwise
-    )
+    workers = workers if getattr(images, "dataset", images).images is None else 0
+    return data_loader(images, workers, batch_size=256)
 
 
 def measure(jem: JEM, images: ImageSet, name: str, accelerator: Accelerator, *, workers: int = 0) -> dict[str, float]:
@@ -42,8 +35,3 @@ def measure(jem: JEM, images: ImageSet, name: str, accelerator: Accelerator, *, 
         f"{name}_accuracy": accuracy(logits, images.labels),
         f"{name}_ece": expected_calibration_error(logits.softmax(1), images.labels),
     }
-
-
-def _unchanged(batch):
-    """An ImageSet gives whole batches already."""
-    return batch

@@ -3,7 +3,6 @@
 Under FSDP a process holds, copies and writes its own shards; nothing here talks to other processes.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,8 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from timm_jem.errors import InputError, one_line
+from timm_jem.files import sha256
 
-__all__ = ["copy_tree", "load_tensors", "load_tree", "local", "save_tree", "sha256"]
+__all__ = ["copy_tree", "load_tensors", "load_tree", "local", "save_tree"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -49,15 +49,6 @@ def save_tree(tree: Any, file: str | os.PathLike) -> str:
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
     return sha256(file)
-
-
-def sha256(file: str | os.PathLike) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_tree(file: str | os.PathLike) -> Any:
