@@ -45,6 +45,7 @@ from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
 from timm_jem.evaluation.subject import Subject, data_config, display_name, function_of, load_model, load_subject, sampling_of
 from timm_jem.files import folder_aside, left_aside
 from timm_jem.heap import keep_freed_memory
+from timm_jem.preprocessing import timm_settings, trained_here
 from timm_jem.shell import check_one_process, one_line_errors, out_of_memory
 
 MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], None], str]] = {
@@ -100,6 +101,7 @@ def about(name: str, model: JEM, data: DataConfig) -> dict[str, Any]:
         "data": data.dataset,
         "headline": {"Model": f"{architecture(model.backbone)}, {parameters:,} parameters", "Data": data.dataset},
         "data_settings": asdict(data),
+        "transform": None if trained_here(model.provenance) else timm_settings(model.data_config),
         "sampling": sampling_of(model),
         "trained": model.provenance.get("command"),
     }
@@ -237,6 +239,7 @@ def evaluate_into(folder: Path, given: Any, config: EvaluationConfig, told: dict
         "weights": "weights",
         "function": "architecture or normalisation",
         "data_settings": "images",
+        "transform": "transforms of images",
         "sampling": "settings or starts of chains",
     }
     if todo:
@@ -262,6 +265,9 @@ def evaluate_into(folder: Path, given: Any, config: EvaluationConfig, told: dict
 def measure_all(subject: Subject, config: EvaluationConfig, report: Report, folder: Path, argv: list[str]) -> str | None:
     """Measure section after section, each of which is on disk before the next begins; returns the exit message."""
     images = f"{subject.test_total:,} test images, of which each number tells how many it is of, and {subject.held_out}"
+    if (transform := report.subject["transform"]) is not None:
+        settings = ", ".join(f"{name} {value}" for name, value in transform.items())
+        images += f"; all are made as timm's evaluation transform does, by {settings}"
     report.subject["headline"]["Data"] = f"{subject.data.dataset}: {images}"
     command = f"{program('evaluate')} {shlex.join(argv)}"
     left_out: dict[str, str] = {}

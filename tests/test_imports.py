@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "data": {"decoding", "files", "pixels", "progress", "data", "errors"},
     "evaluation": {
         "backbone", "energy", "files", "lock", "inputs", "pixels", "modes", "noise", "sampling", "refinement", "models",
-        "model", "wrap", "ood", "data", "evaluation", "temperature", "progress", "errors",
+        "model", "wrap", "ood", "data", "decoding", "preprocessing", "evaluation", "temperature", "progress", "errors",
     },
     "training": {
         "backbone", "captured", "command_line", "energy", "files", "heap", "lock", "pixels", "modes", "noise", "sampling",

@@ -96,7 +96,7 @@ def test_bad_input_is_named():
 def test_parts_of_a_data_set_are_sets_of_their_own(monkeypatch):
     asked = []
 
-    def load(spec, *, channels, size, count, seed):
+    def load(spec, *, channels, size, count, seed, fit):
         asked.append(spec)
         return uniform_images(count, (channels, *size), seeded())
 

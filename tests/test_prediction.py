@@ -22,7 +22,10 @@ from timm_jem import InputError
 from timm_jem.data import DataConfig, load_images, load_splits
 from timm_jem.decoding import BrokenImage, decode
 from timm_jem.evaluation.classification import in_batches, predict
+from timm_jem.evaluation.ood_sets import outlier_sets
+from timm_jem.evaluation.subject import splits_for
 from timm_jem.pixels import to_pixels
+from timm_jem.preprocessing import fit_of
 
 TRAINED_HERE = {"config": {"data": {"dataset": "digits"}}}
 
@@ -109,6 +112,26 @@ def test_any_other_model_sees_them_as_timm_does(settings, size):
     transform = create_transform(**jem.data_config)
     for image in (photo(), photo((17, 90)), photo((16, 16)), photo((5, 4))):
         assert torch.equal(jem.model_input(image)[0], transform(image))
+
+
+@pytest.mark.parametrize("trained_here", [False, True])
+def test_every_model_is_evaluated_on_what_it_sees(tmp_path, trained_here):
+    jem = small(3, (12, 20), crop_pct=0.8, interpolation="bicubic", crop_mode="center")
+    jem.provenance = TRAINED_HERE if trained_here else {}
+    for i in range(16):
+        (tmp_path / f"{i % 2}").mkdir(exist_ok=True)
+        photo((30 + i, 40), seed=i).save(tmp_path / f"{i % 2}" / f"{i}.png")
+    seen = jem.model_input(sorted(tmp_path.rglob("*.png"), key=str))
+    splits = splits_for(jem, DataConfig(str(tmp_path)))
+    sets = [splits.train.images, splits.val.images, splits.test.images]
+    outliers = outlier_sets(
+        [str(tmp_path)], splits.test.images, splits.test.labels, count=16, seed=0, fit=fit_of(jem.data_config, jem.provenance)
+    )
+    for images in (torch.cat(sets), *outliers.values()):
+        distances = torch.cdist(jem.normalize(to_pixels(images)).flatten(1).double(), seen.flatten(1).double())
+        assert distances.shape == (16, 16)
+        assert distances.min(1).values.max() < 1e-4  # each is one of the files, to rounding
+        assert distances.min(1).indices.unique().numel() == 16
 
 
 def test_a_plain_timm_model_gives_its_own_logits():

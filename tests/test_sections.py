@@ -217,7 +217,12 @@ def test_a_section_of_other_settings_is_not_silently_kept(measure, tmp_path, fla
 
 @pytest.mark.parametrize(
     ("change", "what"),
-    [({"weights": "x"}, "weights"), ({"data_settings": {}}, "images"), ({"function": {}}, "architecture or normalisation")],
+    [
+        ({"weights": "x"}, "weights"),
+        ({"data_settings": {}}, "images"),
+        ({"transform": {"crop_pct": 0.9}}, "transforms of images"),
+        ({"function": {}}, "architecture or normalisation"),
+    ],
 )
 def test_a_report_of_another_model_is_no_start(measure, tmp_path, change, what):
     measure("--sections [ood]")

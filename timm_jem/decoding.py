@@ -6,6 +6,7 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 from PIL import ExifTags, ImageOps, UnidentifiedImageError
@@ -19,6 +20,7 @@ __all__ = [
     "MODES",
     "UNREADABLE",
     "BrokenImage",
+    "Fit",
     "as_channels",
     "covering",
     "decode",
@@ -48,15 +50,6 @@ class BrokenImage(InputError):
         self.what = what
 
 
-def decode(stored: dict | None, channels: int, size: tuple[int, int], what: str) -> Tensor:
-    """Decode an undecoded image cell of ``datasets`` to 8-bit pixels of shape (C, H, W), as :func:`fitted` makes them.
-
-    Raises:
-        BrokenImage: as :func:`open_image` and :func:`fitted`.
-    """
-    return fitted(open_image(stored, what), channels, size, what)
-
-
 def fitted(image: PILImage.Image, channels: int, size: tuple[int, int], what: str) -> Tensor:
     """An image as 8-bit pixels of shape (C, H, W); one of another size is resized to cover it, and centre-cropped.
 
@@ -67,6 +60,19 @@ def fitted(image: PILImage.Image, channels: int, size: tuple[int, int], what: st
     if pixels.shape[1:] != size:
         pixels = tvf.center_crop(tvf.resize(pixels, covering(pixels.shape[1:], size, what), antialias=True), list(size))
     return pixels
+
+
+# How an upright image of 8 bits a channel becomes pixels: image, channels, (H, W) and its name for messages, as of fitted.
+Fit = Callable[[PILImage.Image, int, tuple[int, int], str], Tensor]
+
+
+def decode(stored: dict | None, channels: int, size: tuple[int, int], what: str, fit: Fit = fitted) -> Tensor:
+    """Decode an undecoded image cell of ``datasets`` to 8-bit pixels of shape (C, H, W), as ``fit`` makes them.
+
+    Raises:
+        BrokenImage: as :func:`open_image` and ``fit``.
+    """
+    return fit(open_image(stored, what), channels, size, what)
 
 
 def covering(old: tuple[int, int], size: tuple[int, int], what: str) -> list[int]:

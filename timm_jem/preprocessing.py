@@ -10,11 +10,11 @@ from PIL import Image as PILImage
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
-from timm_jem.decoding import MODES, BrokenImage, as_channels, covering, fitted
+from timm_jem.decoding import MODES, BrokenImage, Fit, as_channels, covering, fitted
 from timm_jem.errors import InputError, check_number, one_line, quoted
 from timm_jem.pixels import to_pixels
 
-__all__ = ["Preprocessing", "preprocessing_of", "trained_here"]
+__all__ = ["Preprocessing", "fit_of", "preprocessing_of", "timm_settings", "trained_here"]
 
 # An upright image of 8 bits a channel, and its name for messages, to model input, shape (C, H, W).
 Preprocessing = Callable[[PILImage.Image, str], Tensor]
@@ -58,30 +58,53 @@ def preprocessing_of(
         return partial(_refuse, shape=("B", channels, *size))
     if trained_here(provenance):
         return lambda image, what: normalize(to_pixels(fitted(image, channels, tuple(size), what))[None])[0]
+    as_timm_does = _as_timm_does(data_config, mean=mean, std=std)
+    return lambda image, what: as_timm_does(image, what).to(dtype)
+
+
+def fit_of(data_config: Mapping[str, Any], provenance: Mapping[str, Any]) -> Fit:
+    """How a model's images become 8-bit pixels of its size, as :func:`preprocessing_of` has them before they are normalised.
+
+    Raises:
+        InputError: a configuration that timm doesn't know.
+    """
+    if trained_here(provenance) or data_config["input_size"][0] not in MODES:
+        return fitted
+    as_timm_does = _as_timm_does(data_config, normalize=False)
+    return lambda image, channels, size, what: as_timm_does(image, what)
+
+
+def timm_settings(data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's evaluation transform goes by before it normalises; timm's defaults stand in for what is left out."""
     known = resolve_data_config(pretrained_cfg=dict(data_config))
-    settings = {name: known[name] for name in ("crop_pct", "crop_mode", "interpolation")}
+    return {name: known[name] for name in ("crop_pct", "crop_mode", "interpolation")}
+
+
+def _as_timm_does(data_config: Mapping[str, Any], **normalisation: Any) -> Preprocessing:
+    channels, *size = data_config["input_size"]
+    settings = timm_settings(data_config)
     check_number("crop_pct of the data configuration", settings["crop_pct"], above=0, most=10)
     resized = tuple(math.floor(side / settings["crop_pct"]) for side in size)
     if not 0 < min(resized) <= max(resized) <= _LARGEST_SIDE:
         crop_pct = quoted(settings["crop_pct"])
         raise InputError(f"crop_pct of the data configuration is {crop_pct}: images would be resized to {quoted(resized)}")
     try:
-        transform = create_transform((channels, *size), mean=mean, std=std, **settings)
+        transform = create_transform((channels, *size), **normalisation, **settings)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
             f"timm makes no images by {quoted(settings)} ({one_line(error)}): mend the data configuration"
         ) from error
 
-    def as_timm_does(image: PILImage.Image, what: str) -> Tensor:
+    def transformed(image: PILImage.Image, what: str) -> Tensor:
         if settings["crop_mode"] not in ("squash", "border"):  # which don't enlarge a strip until it covers the square
             covering(image.size[::-1], resized, what)
         image = as_channels(image, channels, what)
         try:
-            return transform(image).to(dtype)
+            return transform(image)
         except ValueError as error:
             raise BrokenImage(f"{what} can't be resized as timm does ({one_line(error)}): give another image", what) from error
 
-    return as_timm_does
+    return transformed
 
 
 def _refuse(image: PILImage.Image, what: str, shape: tuple) -> NoReturn:

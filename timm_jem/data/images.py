@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, Image
 from torch import Tensor
 
-from timm_jem.decoding import BrokenImage, decode
+from timm_jem.decoding import BrokenImage, Fit, decode, fitted
 from timm_jem.errors import InputError
 from timm_jem.files import cores
 from timm_jem.progress import tqdm
@@ -33,6 +33,7 @@ class ImageSet(torch.utils.data.Dataset):
         size: (H, W).
         name: of the split they come from, for messages.
         numbers: the rows' numbers in that split, for messages.
+        fit: how images become pixels of this size.
 
     Attributes:
         whole: these with the images that were left out of them, none decoded; None: none were.
@@ -47,9 +48,10 @@ class ImageSet(torch.utils.data.Dataset):
         size: tuple[int, int],
         name: str,
         numbers: Sequence[int],
+        fit: Fit = fitted,
     ) -> None:
         self.data = data.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-        self.image_column, self.channels, self.size = image_column, channels, size
+        self.image_column, self.channels, self.size, self.fit = image_column, channels, size, fit
         self.parts = [(name, numbers)]
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.images: Tensor | None = None
@@ -105,7 +107,7 @@ class ImageSet(torch.utils.data.Dataset):
     def without(self, rows: Iterable[int]) -> "ImageSet":
         """The other images; decoded ones are copied."""
         kept = np.setdiff1d(np.arange(len(self)), list(rows))
-        others = ImageSet(self.data.select(kept), self.image_column, self.labels[kept], self.channels, self.size, "", ())
+        others = self._of_rows(self.data.select(kept), self.labels[kept], "", ())
         others.images = None if self.images is None else self.images[kept]
         others.whole = copy.copy(self) if self.whole is None else self.whole
         others.whole.images = None
@@ -119,8 +121,7 @@ class ImageSet(torch.utils.data.Dataset):
     def head(self, count: int) -> "ImageSet":
         """The first ``count`` images; decoded ones are shared, not copied."""
         (name, numbers), *_ = self.parts
-        data = self.data.select(range(count))
-        head = ImageSet(data, self.image_column, self.labels[:count], self.channels, self.size, name, numbers[:count])
+        head = self._of_rows(self.data.select(range(count)), self.labels[:count], name, numbers[:count])
         head.images = None if self.images is None else self.images[:count]
         return head
 
@@ -129,16 +130,14 @@ class ImageSet(torch.utils.data.Dataset):
         data = other.data
         if other.image_column != self.image_column:
             data = data.rename_column(other.image_column, self.image_column)
-        joined = ImageSet(
-            datasets.concatenate_datasets([self.data, data]),
-            self.image_column,
-            torch.cat([self.labels, other.labels]),
-            self.channels,
-            self.size,
-            *self.parts[0],
-        )
+        labels = torch.cat([self.labels, other.labels])
+        joined = self._of_rows(datasets.concatenate_datasets([self.data, data]), labels, *self.parts[0])
         joined.parts = self.parts + other.parts
         return joined
+
+    def _of_rows(self, data: Dataset, labels: Tensor, name: str, numbers: Sequence[int]) -> "ImageSet":
+        """Others that become pixels as these do."""
+        return ImageSet(data, self.image_column, labels, self.channels, self.size, name, numbers, self.fit)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         images, labels = self.__getitems__([row])
@@ -152,7 +151,7 @@ class ImageSet(torch.utils.data.Dataset):
         return torch.stack([self._decode(row, self.data[row][self.image_column]) for row in rows]), self.labels[rows]
 
     def _decode(self, row: int, stored: dict | None) -> Tensor:
-        return decode(stored, self.channels, self.size, located(self._named(row), stored))
+        return decode(stored, self.channels, self.size, located(self._named(row), stored), self.fit)
 
     def _named(self, row: int) -> str:
         for name, numbers in self.parts:

@@ -27,6 +27,7 @@ from timm_jem.data.images import ImageSet, cache_small, evenly
 from timm_jem.data.sources import Asked, load, read_name
 from timm_jem.data.stream_splits import split_stream
 from timm_jem.data.streamed import StreamedSet
+from timm_jem.decoding import Fit, fitted
 from timm_jem.errors import InputError, check_whole
 
 __all__ = ["Splits", "load_images", "load_splits"]
@@ -87,10 +88,15 @@ class Splits:
         return f"{classes}, {counts}, {self.files}{left_out}"
 
 
-def load_splits(config: DataConfig) -> Splits:
+def load_splits(config: DataConfig, *, size: tuple[int, int] | None = None, fit: Fit = fitted) -> Splits:
     """Load a data set and split it into train, validation and test.
 
     Small sets are decoded at once (see ``DataConfig.cache_gib``), so that a broken image is found before any training.
+
+    Args:
+        config: which, and how.
+        size: (H, W) of the images, instead of what ``config`` and the files say.
+        fit: how images become pixels of this size; those of other models may be made otherwise than in training.
 
     Raises:
         InputError: an unknown data set, split or column, labels out of range, or images that can't be decoded.
@@ -113,7 +119,7 @@ def load_splits(config: DataConfig) -> Splits:
         )
     class_names = find_class_names(train, label_column, config.dataset)
     split = split_stream if config.streaming else _split_stored
-    sets, labeled, headers, left_out = split(config, loaded, image_column, label_column, class_names)
+    sets, labeled, headers, left_out = split(config, loaded, image_column, label_column, class_names, size, fit)
     train = sets["train"]
 
     if isinstance(train, StreamedSet):
@@ -131,6 +137,7 @@ def load_splits(config: DataConfig) -> Splits:
             f"no test image of {config.dataset} is of a class that training has, the first is of {class_names[test[0]]!r}: "
             "give others with --data.test_split, or remove them, and a part of the train split is held out"
         )
+    asked = size is not None or config.image_size is not None
     channels, size = train.channels, train.size
     flip = not all(len(name) == 1 or name.isdigit() for name in class_names) if config.flip is None else config.flip
     side = min(size)
@@ -145,7 +152,7 @@ def load_splits(config: DataConfig) -> Splits:
         flip=flip,
         class_frequencies=frequencies / frequencies.sum(),
         labeled=labeled,
-        files=headers.told(channels, size, asked=config.image_size is not None),
+        files=headers.told(channels, size, asked=asked),
         left_out=left_out,
     )
 
@@ -158,16 +165,18 @@ def load_images(
     count: int,
     seed: int = 0,
     split: str | None = None,
+    fit: Fit = fitted,
 ) -> Tensor:
     """Images of any data set, without labels: what a model of other images is tried on.
 
     Args:
         name: as ``DataConfig.dataset``; ?split=NAME, ?image_column=NAME and ?config_name=NAME may follow, joined by &.
         channels: 1 (grey) or 3 (RGB); images are converted.
-        size: (H, W); images of another size are resized to cover it, and centre-cropped.
+        size: (H, W); by default images of another size are resized to cover it, and centre-cropped.
         count: at most so many, chosen by ``seed`` where there are more; in the rows' order.
         seed: see ``count``.
         split: None: that of the name, or the first of test, validation, valid, val and train that is there, or else the first.
+        fit: how images become pixels of this size.
 
     Returns:
         8-bit images, shape (n, C, H, W).
@@ -182,7 +191,7 @@ def load_images(
     asked = read_name(name)
     data, column, what = _images_of(asked, split or asked.split)
     rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:count])
-    images = ImageSet(data.select(rows), column, np.full(len(rows), -1), channels, tuple(size), what, rows)
+    images = ImageSet(data.select(rows), column, np.full(len(rows), -1), channels, tuple(size), what, rows, fit)
     cache_small({name: images}, math.inf, skip_broken=None)
     return images.images
 
@@ -203,7 +212,13 @@ def _images_of(asked: Asked, split: str | None) -> tuple[Dataset, str, str]:
 
 
 def _split_stored(
-    config: DataConfig, loaded: dict[str, Dataset], image_column: str, label_column: str, class_names: list[str]
+    config: DataConfig,
+    loaded: dict[str, Dataset],
+    image_column: str,
+    label_column: str,
+    class_names: list[str],
+    size: tuple[int, int] | None,
+    fit: Fit,
 ) -> tuple[dict[str, ImageSet], ImageSet | None, Headers, int]:
     """The three image sets, the labelled training images where there are others (they come first), headers, and how many
     broken images were left out."""
@@ -223,15 +238,15 @@ def _split_stored(
     rows_of["train"] = np.concatenate([rows_of["train"], unlabeled])
 
     headers = read_headers(train, image_column, f"split {config.train_split}")
-    channels, size = headers.channels_for(config), headers.size_for(config)
+    channels, size = headers.channels_for(config), size or headers.size_for(config)
     sets = {
-        name: ImageSet(train.select(rows), image_column, labels[rows], channels, size, f"split {config.train_split}", rows)
+        name: ImageSet(train.select(rows), image_column, labels[rows], channels, size, f"split {config.train_split}", rows, fit)
         for name, rows in rows_of.items()
     }
     if test_split is not None:
         test = loaded[test_split]
         classes = labels_of(test, config, test_split, label_column, class_names)
-        sets["test"] = ImageSet(test, image_column, classes, channels, size, f"split {test_split}", range(len(test)))
+        sets["test"] = ImageSet(test, image_column, classes, channels, size, f"split {test_split}", range(len(test)), fit)
     if config.unlabeled is not None:
         asked = read_name(config.unlabeled)
         split = asked.split or "train"

@@ -12,13 +12,20 @@ from timm_jem.data.headers import Headers, read_headers
 from timm_jem.data.images import ImageSet, cache_small
 from timm_jem.data.sources import LOADING_ERRORS
 from timm_jem.data.streamed import StreamedImage, StreamedSet
+from timm_jem.decoding import Fit
 from timm_jem.errors import InputError, one_line
 
 __all__ = ["split_stream"]
 
 
 def split_stream(
-    config: DataConfig, loaded: dict[str, IterableDataset], image_column: str, label_column: str, class_names: list[str]
+    config: DataConfig,
+    loaded: dict[str, IterableDataset],
+    image_column: str,
+    label_column: str,
+    class_names: list[str],
+    size: tuple[int, int] | None,
+    fit: Fit,
 ) -> tuple[dict[str, ImageSet | StreamedSet], StreamedSet | None, Headers, int]:
     """The training stream and the two held-out sets, the stream of labelled images where there may be others, headers of
     the images held out, and how many of these were broken and left out."""
@@ -59,16 +66,15 @@ def split_stream(
         return Dataset.from_dict({image_column: [i.stored for i in images]}, Features({image_column: Image(decode=False)}))
 
     headers = read_headers(stored(held_out), image_column, stream(config.train_split).name)
-    channels, size = headers.channels_for(config), headers.size_for(config)
+    channels, size = headers.channels_for(config), size or headers.size_for(config)
 
     def image_set(images: list[StreamedImage], split: str) -> ImageSet:
         rows = stored(images)
         classes, name = [i.label for i in images], stream(split).name
-        return ImageSet(rows, image_column, classes, channels, size, name, range(len(images)))
+        return ImageSet(rows, image_column, classes, channels, size, name, range(len(images)), fit)
 
-    labeled = replace(
-        stream(config.train_split), channels=channels, size=size, held_out=frozenset(image.digest for image in held_out)
-    )
+    digests = frozenset(image.digest for image in held_out)
+    labeled = replace(stream(config.train_split), channels=channels, size=size, held_out=digests, fit=fit)
     train = replace(labeled, labelled_only=False)
     sets = {
         "val": image_set(held_out[:count], config.train_split),

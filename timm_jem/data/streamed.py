@@ -10,7 +10,7 @@ from datasets import IterableDataset
 from torch import Tensor
 
 from timm_jem.data.images import SKIP_HINT, located
-from timm_jem.decoding import BrokenImage, decode
+from timm_jem.decoding import BrokenImage, Fit, decode, fitted
 from timm_jem.errors import InputError, quoted
 
 __all__ = ["Labelling", "StreamedImage", "StreamedSet", "digest", "is_missing"]
@@ -66,6 +66,7 @@ class StreamedSet:
             shuffled and split stream has them.
         labelled_only: leave unlabelled images out.
         skip_broken: leave out, with a warning each, images that can't be decoded.
+        fit: how images become pixels of this size.
     """
 
     rows: IterableDataset
@@ -78,6 +79,7 @@ class StreamedSet:
     held_out: frozenset[bytes] = frozenset()
     labelled_only: bool = False
     skip_broken: bool = False
+    fit: Fit = fitted
 
     def epoch(self, generator: np.random.Generator) -> Iterator["StreamedImage"]:
         """Every image once, shuffled by ``generator`` alone, not yet decoded."""
@@ -98,7 +100,7 @@ class StreamedSet:
             InputError: it is broken.
         """
         try:
-            return decode(image.stored, self.channels, self.size, image.what)
+            return decode(image.stored, self.channels, self.size, image.what, self.fit)
         except BrokenImage as error:
             if not self.skip_broken:
                 raise InputError(f"{error}, {SKIP_HINT}") from error

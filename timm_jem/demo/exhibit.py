@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from timm_jem.backbone import architecture
-from timm_jem.data import load_splits
 from timm_jem.data.identity import data_identity, same_held_out
 from timm_jem.errors import InputError
-from timm_jem.evaluation.subject import check_classes, data_config, display_name, load_model, some
+from timm_jem.evaluation.subject import check_classes, data_config, display_name, load_model, some, splits_for
 from timm_jem.hub.provenance import Provenance
 from timm_jem.model import JEM
 from timm_jem.noise import uniform_noise
@@ -105,7 +104,7 @@ def _called(name: str, jem: JEM) -> str:
 def _held_out(jem: JEM, name: str, told: Mapping[str, Any], seed: int) -> tuple[Tensor, str]:
     """Test images, of classes as different as possible; the reference is made of validation images if there is none."""
     data, alike = data_config(jem, name, told)
-    splits = load_splits(replace(data, cache_gib=0))
+    splits = splits_for(jem, replace(data, cache_gib=0))
     check_classes(jem, splits, name, data.dataset)
     if isinstance(known := jem.provenance.get("data"), dict):
         alike = same_held_out(known, data_identity(splits))

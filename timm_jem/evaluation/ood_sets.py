@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_jem.data import load_images
+from timm_jem.decoding import Fit, fitted
 from timm_jem.errors import InputError, check_whole
 from timm_jem.evaluation.labelled import eight_bit_images
 from timm_jem.evaluation.labelled import labels as class_labels
@@ -72,7 +73,9 @@ def constant_images(n: int, shape: Sequence[int], generator: torch.Generator) ->
     return uniform_images(n, (shape[0], 1, 1), generator).expand(n, *shape).contiguous()
 
 
-def outlier_sets(specs: Sequence[str], images: Tensor, labels: Tensor, *, count: int, seed: int) -> dict[str, Tensor]:
+def outlier_sets(
+    specs: Sequence[str], images: Tensor, labels: Tensor, *, count: int, seed: int, fit: Fit = fitted
+) -> dict[str, Tensor]:
     """The sets that are asked for, by the names that reports give them.
 
     Args:
@@ -81,6 +84,7 @@ def outlier_sets(specs: Sequence[str], images: Tensor, labels: Tensor, *, count:
         labels: their classes, integers, shape (N,).
         count: images in a set; a data set may have fewer.
         seed: of all sets.
+        fit: how images of data sets become pixels of this size.
 
     Returns:
         For each set uint8, shape (n, C, H, W).
@@ -103,7 +107,7 @@ def outlier_sets(specs: Sequence[str], images: Tensor, labels: Tensor, *, count:
             name = f"{Path(dataset).name.removesuffix('.parquet')}{mark}{choice}"
             numbered = (f"{name} ({number})" for number in range(2, len(specs) + 1))  # its folder is nobody's business
             name = next(free for free in (name, *numbered) if free not in sets)
-            sets[name] = load_images(spec, channels=shape[0], size=tuple(shape[1:]), count=count, seed=seed)
+            sets[name] = load_images(spec, channels=shape[0], size=tuple(shape[1:]), count=count, seed=seed, fit=fit)
     if not sets:
         raise InputError("ood is empty: give some of interpolation, uniform, constant, or data sets; or leave the section out")
     return sets

@@ -27,6 +27,7 @@ from timm_jem.evaluation.settings import EvaluationConfig, check_libraries
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
+from timm_jem.preprocessing import fit_of, trained_here
 from timm_jem.progress import tqdm
 from timm_jem.wrap import create_model, from_pretrained
 
@@ -40,6 +41,7 @@ __all__ = [
     "load_subject",
     "sampling_of",
     "some",
+    "splits_for",
 ]
 
 
@@ -133,7 +135,7 @@ def load_subject(
     """
     check_libraries(config)
     baseline, judge = (None if other is None else load_model(other) for other in (config.baseline, config.judge))
-    splits = load_splits(data)
+    splits = splits_for(model, data)
     identity = data_identity(splits)
     test_alike = alike
     if isinstance(known := model.provenance.get("data"), dict):
@@ -162,7 +164,8 @@ def load_subject(
         check_second_derivatives(model, "set --refinement_steps 0 to leave the refinement out")
     outliers: dict[str, Tensor] = {}
     if "ood" in config.sections:
-        outliers = outlier_sets(config.ood, test, test_y, count=config.ood_images, seed=config.seed)
+        fit = fit_of(model.data_config, model.provenance)
+        outliers = outlier_sets(config.ood, test, test_y, count=config.ood_images, seed=config.seed, fit=fit)
     extractors: list[Extractor] = []
     if "generation" in config.sections:
         extractors = load_extractors(config.extractors, input_size=model.input_size, device=device)
@@ -174,7 +177,7 @@ def load_subject(
     of_test = []
     if splits.test_of_train and not test_alike:
         of_test.append(f"Test images are {seen}: all numbers may look too good.")
-    elif not test_alike and (isinstance(known, dict) or _own_settings(model) is not None):
+    elif not test_alike and (isinstance(known, dict) or trained_here(model.provenance)):
         of_test.append(
             f"Test images are split {splits.tested_on}, which is not known to be that of the model's training: it may have "
             "been trained on some of them, and all numbers may look too good."
@@ -248,9 +251,9 @@ def data_config(jem: JEM, name: str, told: Mapping[str, Any]) -> tuple[DataConfi
         InputError: no dataset is ``told``, and the model's provenance doesn't say what it was trained on, or names files here
             where the model is none of these: nobody's model chooses what of this machine is read and shown.
     """
-    trained, own = _own_settings(jem), None
-    if trained is not None:
-        known = {f.name for f in fields(DataConfig)}
+    own = None
+    if trained_here(jem.provenance):
+        known, trained = {f.name for f in fields(DataConfig)}, jem.provenance["config"]["data"]
         try:
             own = DataConfig(**{key: value for key, value in trained.items() if key in known})
         except (AttributeError, TypeError) as error:
@@ -271,11 +274,10 @@ def data_config(jem: JEM, name: str, told: Mapping[str, Any]) -> tuple[DataConfi
     return config, alike
 
 
-def _own_settings(jem: JEM) -> Mapping[str, Any] | None:
-    """The data settings of a model's training; None: it doesn't know them."""
-    config = jem.provenance.get("config")
-    settings = config.get("data") if isinstance(config, Mapping) else None
-    return settings if isinstance(settings, Mapping) else None
+def splits_for(jem: JEM, data: DataConfig) -> Splits:
+    """The images of ``data`` as the model takes them; errors as of :func:`timm_jem.data.load_splits`."""
+    size = None if data.image_size else jem.input_size[1:]
+    return load_splits(data, size=size, fit=fit_of(jem.data_config, jem.provenance))
 
 
 def check_classes(jem: JEM, splits: Splits, name: str, dataset: str) -> None:
