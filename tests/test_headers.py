@@ -85,6 +85,17 @@ def test_a_bounded_number_is_looked_at(tmp_path):
     assert splits.files == "RGB 4×4 (files are 4×4 to 5×5, 499 grey, of 500 looked at, --data.image_size sets another)"
 
 
+def test_that_not_all_were_looked_at_is_said(tmp_path):
+    """Those passed over may be of another size, or in colour."""
+    grey = [PILImage.new("L", (4, 4))] * 600
+    assert load_splits(DataConfig(save(tmp_path, images=grey))).files == "grey 4×4 (of 500 looked at)"
+
+
+def test_sixteen_bits_of_a_pgm_are_grey(tmp_path):
+    path = folder(tmp_path, [PILImage.fromarray(np.full((8, 8), 500, np.uint16))] * 8, "pgm")
+    assert load_splits(DataConfig(path)).files == "grey 8×8"
+
+
 def test_photographs_stand_upright_by_xmp_too(tmp_path):
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     splits = load_splits(DataConfig(folder(tmp_path, [PILImage.new("RGB", (48, 32))] * 4, "jpg", xmp=xmp)))

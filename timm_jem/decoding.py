@@ -134,11 +134,16 @@ def upright(image: PILImage.Image, what: str) -> PILImage.Image:
         raise _broken(error, what) from error
     if 0 in image.size:
         raise BrokenImage(f"{what} has an image of size {image.size}: repair or remove it", what)
-    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # whose range Pillow makes that of 16 bits
+    if has_16_bits(image):
         return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise BrokenImage(f"{what} has an image of 32-bit numbers, whose range is unknown: convert it to 8 or 16 bits", what)
     return image
+
+
+def has_16_bits(image: PILImage.Image) -> bool:
+    """Whether it is grey of 16 bits."""
+    return image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")  # whose range Pillow makes that
 
 
 def open_lazily(stored: dict) -> PILImage.Image:

@@ -8,7 +8,7 @@ from PIL import Image as PILImage
 
 from timm_jem.data.config import DataConfig
 from timm_jem.data.images import evenly, located
-from timm_jem.decoding import UNREADABLE, open_image, open_lazily
+from timm_jem.decoding import UNREADABLE, has_16_bits, open_image, open_lazily
 
 __all__ = ["Headers", "read_headers"]
 
@@ -50,7 +50,7 @@ class Headers:
         return (side - side % 8 or side,) * 2
 
     def told(self, channels: int, size: tuple[int, int], asked: bool) -> str:
-        """The files beside what is made of them, where that differs.
+        """The files beside what is made of them, where that differs, or where not all were looked at.
 
         Args:
             channels, size: of what is made.
@@ -61,7 +61,7 @@ class Headers:
         if set(self.sizes) != {size}:
             small, large = (f"{h}×{w}" for h, w in (extreme(self.sizes, key=_area) for extreme in (min, max)))
             differs = [f"files are {small}" if small == large else f"files are {small} to {large}", *differs]
-        if differs and self.total > _LOOK:
+        if self.total > _LOOK:
             differs.append(f"of {len(self.sizes)} looked at")
         if set(self.sizes) != {size} and not asked:
             differs.append("--data.image_size sets another")
@@ -96,7 +96,7 @@ def _is_grey(image: PILImage.Image) -> bool:
     if image.mode == "P":
         palette = image.getpalette("RGB") or []  # decodes the image
         return palette[0::3] == palette[1::3] == palette[2::3]
-    return image.mode in _GREY or image.mode.startswith("I;16")
+    return image.mode in _GREY or has_16_bits(image)
 
 
 def _upright(image: PILImage.Image) -> tuple[int, int]:
