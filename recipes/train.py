@@ -43,6 +43,7 @@ from timm_jem.training.processes import is_sharded
 from timm_jem.training.publish import publishable, push
 from timm_jem.training.record import Record
 from timm_jem.training.resume import differences, refuse_changes, what_terms_are_of
+from timm_jem.training.run import Unread
 from timm_jem.training.run_folder import RunFolder
 from timm_jem.training.start import start_lines
 
@@ -193,7 +194,7 @@ def measure_start(settings: Settings, splits: Splits, run: Run, record: Record) 
 def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollback | None:
     """Optimiser steps until all are done, or the run gives up: then the rollback that was one too many is returned.
 
-    A signal saves, and ends the process.
+    A signal saves, and ends the process; so do images that can't be read.
     """
     learner, accelerator = run.learner, run.learner.accelerator
     cadence = Cadence(settings, accelerator)
@@ -202,7 +203,10 @@ def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollb
     with stop_signals() as signals:
         while run.step < settings.train.steps:
             lr = max(group["lr"] for group in learner.optimizer.param_groups)  # with layer decay the last layers'
-            terms = run.advance()
+            try:
+                terms = run.advance()
+            except Unread as error:
+                raise InputError(f"{error}{kept(run, record)}") from error
             record.advanced()
             due = cadence.at(run.step, signals)
             if not due:
@@ -233,6 +237,14 @@ def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollb
                 accelerator.end_training()
                 sys.exit(128 + due.stop)
     return None
+
+
+def kept(run: Run, record: Record) -> str:
+    """Write a checkpoint of a run that can't read on, and say so; of several processes the others are a step further."""
+    if run.step == 0 or run.learner.accelerator.num_processes > 1:
+        return ""
+    save(run, record, needed=True)
+    return f"; stopped at step {run.step}, go on with --resume {record.folder.whole}"
 
 
 def validate(settings: Settings, splits: Splits, run: Run, record: Record) -> None:

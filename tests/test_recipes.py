@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -29,7 +30,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_jem
 from timm_jem import InputError
-from timm_jem.data import DataConfig, digits, load_splits
+from timm_jem.data import DataConfig, StreamedSet, digits, load_splits
 from timm_jem.evaluation import frechet_distance
 from timm_jem.pixels import to_pixels
 from timm_jem.training import ModelConfig, Settings, TrainConfig, check_plan, damage, parse_settings, record
@@ -307,6 +308,31 @@ def test_a_run_that_is_stopped_while_it_breaks_goes_back_and_on(tmp_path, monkey
     train.main(["--resume", "run"])
     summary = json.loads(Path("run/summary.json").read_text())
     assert (summary["outcome"], [event["to_step"] for event in summary["rollbacks"]]) == ("finished", [5])
+
+
+def test_a_stream_that_can_not_be_read_on_leaves_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits().select(range(300)).save_to_disk("rows")
+    flags = (
+        f"{SHORT} --model.name wrn_10_1 --data.dataset ./rows --data.streaming true --data.stream_held_out 50 --train.workers 0"
+    )
+    epoch = StreamedSet.epoch
+
+    def cut_short(stream, generator):
+        yield from islice(epoch(stream, generator), 40 if stream.held_out else None)
+        if stream.held_out:
+            raise OSError("Couldn't deserialize thrift")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StreamedSet, "epoch", cut_short)
+        message = r"can't be read on \(Couldn't .*\): .*; stopped at step 2, go on with --resume .*run$"
+        with pytest.raises(InputError, match=message):
+            train.main(shlex.split(f"{flags} --output_dir run"))
+    assert os.listdir("run/checkpoints") == ["step_00000002"]
+    train.main(["--resume", "run"])
+    train.main(shlex.split(f"{flags} --output_dir whole"))
+    first, second = (load_file(f"{name}/model/model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_training_that_can_not_be_mended_stops_with_a_model(tmp_path, monkeypatch):

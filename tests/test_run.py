@@ -24,6 +24,7 @@ from timm_jem.training import (
     load_tree,
     save_tree,
 )
+from timm_jem.training.run import Unread
 from timm_jem.training.state import copy_tree
 
 SHAPE = (1, 4, 4)
@@ -148,6 +149,33 @@ def spoil(run):
     with torch.no_grad():
         run.learner.jem.backbone.fc.weight.fill_(float("nan"))
     run.advance()
+
+
+def test_what_can_not_be_read_leaves_the_run_as_it_was(tmp_path):
+    """The first of the step's two batches was taken, and had its noise."""
+    whole = make_run(tmp_path / "whole", grad_accum=2)
+    whole.snapshot()
+    advance(whole, 3)
+    expected, run = everything(whole), make_run(tmp_path / "run", grad_accum=2)
+    run.snapshot()
+    advance(run, 2)
+    before, following = everything(run), Stream.__next__
+
+    def broken(stream):
+        if stream.place == 5:
+            raise InputError("row 5 is broken")
+        return following(stream)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Stream, "__next__", broken)
+        with pytest.raises(Unread, match="row 5 is broken"):
+            run.advance()
+    assert same(everything(run), before)
+    run.save({})
+    resumed = make_run(tmp_path / "run", grad_accum=2)
+    resumed.resume()
+    advance(resumed, 1)
+    assert same(everything(resumed), expected)
 
 
 def test_a_run_that_breaks_goes_back_to_the_bit(tmp_path):

@@ -2,6 +2,7 @@ import random
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
@@ -185,6 +186,31 @@ def test_broken_images_are_named_in_one_line(tmp_path, workers):
     with pytest.raises(InputError, match=r"^row \d+ of the shuffled split train .*\(17.png\) has an image") as error:
         drawn(stream, 10)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_ends_in_the_middle_of_its_file_is_one_line(tmp_path, workers):
+    data, file = streamed(tmp_path, n=200), tmp_path / "set" / "train-0.parquet"
+    marked(range(200)).to_parquet(file, batch_size=10)
+    page = pq.ParquetFile(file).metadata.row_group(12).column(0).data_page_offset
+    content = bytearray(file.read_bytes())
+    content[page : page + 60] = b"\xff" * 60
+    file.write_bytes(content)
+    stream = StreamedImages(data, 4, seed=SEED, workers=workers)
+    batches = []
+    with pytest.raises(
+        InputError, match=r"^the shuffled split train of .* can't be read on \(.*\): see that its files"
+    ) as error:
+        batches += iter(stream)
+    assert "\n" not in str(error.value)
+    place = stream.state_dict()
+    marked(range(200)).to_parquet(file, batch_size=10)
+    stream.load_state_dict({"epoch": 0, "offset": 0})
+    assert drawn(stream, 40)
+    stream.load_state_dict(place)
+    assert place["offset"] > 0
+    assert next(stream)[0].shape == (4, 1, 8, 8)
+    stream.close()
 
 
 def test_bad_arguments_are_named(tmp_path):

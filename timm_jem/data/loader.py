@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from timm_jem.data import ImageSet, StreamedSet
 from timm_jem.data.augmentation import AutoAugment
 from timm_jem.data.images import SKIP_HINT
+from timm_jem.data.sources import LOADING_ERRORS
 from timm_jem.data.streamed import StreamedImage
 from timm_jem.decoding import BrokenImage
-from timm_jem.errors import InputError, check_whole, quoted
+from timm_jem.errors import InputError, check_whole, one_line, quoted
 from timm_jem.files import cores
 
 __all__ = ["ImageStream", "StreamedImages", "apart", "data_loader", "default_workers", "open_stream"]
@@ -302,9 +303,16 @@ class _Read(IterableDataset):
         skip = self.offset
         for epoch in count(self.epoch):
             seen = 0
-            for seen, image in enumerate(self.data.epoch(np.random.default_rng([self.seed, epoch])), 1):
-                if seen > skip:
-                    yield image, epoch, seen
+            try:
+                for seen, image in enumerate(self.data.epoch(np.random.default_rng([self.seed, epoch])), 1):
+                    if seen > skip:
+                        yield image, epoch, seen
+            except InputError:
+                raise
+            except LOADING_ERRORS as error:
+                raise InputError(
+                    f"{self.data.name} can't be read on ({one_line(error)}): see that its files are whole and in reach"
+                ) from error
             if seen == 0:
                 raise InputError(f"{self.data.name} has no training image for this process: use fewer, or more data")
             if seen < skip and not self.about:

@@ -16,7 +16,11 @@ from timm_jem.training.learner import Learner
 from timm_jem.training.remedy import Remedy
 from timm_jem.training.state import copy_tree, load_tree
 
-__all__ = ["Rollback", "Run"]
+__all__ = ["Rollback", "Run", "Unread"]
+
+
+class Unread(InputError):
+    """Images of the next step can't be read; the run is as it was after the last one, and can be saved."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,19 @@ class Run:
         return self.learner.step
 
     def advance(self) -> dict[str, Tensor]:
-        """One optimiser step; its terms, detached scalars on the device."""
-        terms = self.learner.iterate([next(self.stream) for _ in range(self.grad_accum)])
+        """One optimiser step; its terms, detached scalars on the device.
+
+        Raises:
+            Unread: the stream raised an InputError.
+        """
+        place, randomness = self.stream.state_dict(), self.learner.generator.get_state()
+        try:
+            batches = [next(self.stream) for _ in range(self.grad_accum)]
+        except InputError as error:
+            self.stream.load_state_dict(place)  # some of the step's batches may have been taken
+            self.learner.generator.set_state(randomness)
+            raise Unread(str(error)) from error
+        terms = self.learner.iterate(batches)
         self.guard.observe(terms)
         return terms
 
