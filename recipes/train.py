@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from timm_jem import InputError
 from timm_jem.data import Splits, load_splits
 from timm_jem.data.identity import data_identity
+from timm_jem.data.images import check_others
 from timm_jem.hub.repository import make_repository
 from timm_jem.shell import one_line_errors
 from timm_jem.training import (
@@ -92,6 +93,8 @@ def main(argv: list[str]) -> None:
             built = build(plan, splits, accelerator, kept=folder.classifier.backbone)
         except InputError as error:
             raise InputError(as_told(str(error))) from error
+    if not settings.data.skip_broken:  # with it all have been tried
+        check_others([splits.val, splits.test])  # they are met when hours of training are done
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)
     with folder.claimed(accelerator):

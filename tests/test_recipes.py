@@ -21,7 +21,7 @@ import timm
 import torch
 import train
 import yaml
-from datasets import Image
+from datasets import DatasetDict, Image
 from PIL import Image as PILImage
 from recipe_processes import ROOT, exit_status, launch, start_recipe
 from safetensors.torch import load_file
@@ -119,6 +119,16 @@ def test_a_run_repeats_from_its_own_config(run, tmp_path, monkeypatch):
     train.main(["--config", f"{run}/config.yaml", "--output_dir", "again"])
     first, second = (load_file(folder / "model" / "model.safetensors") for folder in (run, tmp_path / "again"))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_broken_images_that_are_met_after_training_are_found_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = digits().select(range(200)).cast_column("image", Image(decode=False))
+    junk = rows.select(range(40)).map(lambda _: {"image": {"bytes": b"junk", "path": "a.png"}})
+    DatasetDict(train=rows, test=junk).save_to_disk("rows")
+    with pytest.raises(InputError, match=r"row 0 of split test \(a\.png\) .* 39 more cannot be read: .*skip_broken true$"):
+        train.main(shlex.split(f"{SHORT} --model.name wrn_10_1 --data.dataset ./rows --data.cache_gib 0 --output_dir run"))
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize(

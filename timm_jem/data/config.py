@@ -43,7 +43,7 @@ class DataConfig:
             ?split=NAME (if not train), ?image_column=NAME and ?config_name=NAME may follow, joined by &. The model then draws
             from the one Gaussian of these images; neither they nor the chains, which may show them, are published.
         skip_broken: leave out images that can't be decoded, and say how many; all are tried at the start, those of a
-            stream as they come. False: the first ones stop the run by name.
+            stream as they come. False: the first ones stop the run by name; those of validation and test before it starts.
         streaming: read the rows one after another, as a Hub data set too large for the disk needs it. Classes must have
             names in the data set's features. Not with ``labels_per_class`` and ``unlabeled``.
         stream_held_out: how many labelled images of the shuffled train stream are held out for validation, and the

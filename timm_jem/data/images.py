@@ -15,7 +15,7 @@ from timm_jem.errors import InputError
 from timm_jem.files import cores
 from timm_jem.progress import tqdm
 
-__all__ = ["SKIP_HINT", "ImageSet", "cache_small", "evenly", "located"]
+__all__ = ["SKIP_HINT", "ImageSet", "cache_small", "check_others", "evenly", "located"]
 
 SKIP_HINT = "or leave out all such images with --data.skip_broken true"
 _AT_ONCE = 64  # rows of small images: one by one they would take longer to fetch than to decode
@@ -190,6 +190,16 @@ def cache_small(sets: Mapping[str, ImageSet], gib: float, *, skip_broken: bool |
     if not skip_broken:
         raise InputError(_all_of(errors) + ("" if skip_broken is None else f", {SKIP_HINT}"))
     return {name: image_set.without(broken[name]) for name, image_set in sets.items()}, len(errors)
+
+
+def check_others(sets: Iterable[ImageSet]) -> None:
+    """Decode each image that isn't in memory once.
+
+    Raises:
+        InputError: images that can't be decoded, all of them named.
+    """
+    if errors := [error for image_set in sets if image_set.images is None for error in image_set.check().values()]:
+        raise InputError(f"{_all_of(errors)}, {SKIP_HINT}")
 
 
 def _all_of(errors: Sequence[BrokenImage]) -> str:
