@@ -1,4 +1,6 @@
 import io
+from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -300,12 +302,29 @@ def test_held_out_images_are_not_trained_on_as_unlabelled_ones(tmp_path, name, s
     others.to_parquet(tmp_path / "others.parquet")
     for data, unlabeled in ((tmp_path / "folder", file), (file, tmp_path / "folder")):
         for told in (name.format(unlabeled, "train"), str(unlabeled)):
-            with pytest.raises(InputError, match=r"unlabeled is .*, in which 100% of the validation images are"):
-                load_splits(DataConfig(str(data), unlabeled=told))
+            for cache_gib in (2.0, 0.0):
+                with pytest.raises(InputError, match=r"unlabeled is .*, in which 100% of the validation images are"):
+                    load_splits(DataConfig(str(data), unlabeled=told, cache_gib=cache_gib))
     others.to_parquet(tmp_path / "folder" / "test.parquet")
     for unlabeled, of in ((tmp_path / "rows.parquet", "validation"), (tmp_path / "others.parquet", "test")):
         with pytest.raises(InputError, match=rf"unlabeled is .*, in which 100% of the {of} images are"):
             load_splits(DataConfig(str(tmp_path / "folder"), unlabeled=name.format(unlabeled, "train")))
+
+
+def test_files_of_held_out_images_are_no_unlabelled_ones(tmp_path, monkeypatch):
+    """Of sets that aren't decoded at once, only files of the same length are read."""
+    rows, read = marked([i % 3 for i in range(60)]), []
+    rows.to_parquet(tmp_path / "rows.parquet")
+    for i, cell in enumerate(rows.cast_column("image", Image(decode=False))["image"]):
+        for folder, rest in (("same", b""), ("others", b"longer" * 20)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{i}.png").write_bytes(cell["bytes"] + rest)
+    data = DataConfig(str(tmp_path / "rows.parquet"), cache_gib=0)
+    with pytest.raises(InputError, match=r"unlabeled is .*same, in which 100% of the validation images are"):
+        load_splits(replace(data, unlabeled=str(tmp_path / "same")))
+    monkeypatch.setattr(Path, "read_bytes", read.append)
+    assert (load_splits(replace(data, unlabeled=str(tmp_path / "others"))).train.labels == -1).sum() == 60
+    assert not read
 
 
 @pytest.mark.parametrize(("size", "padding"), [((128, 16), 2), ((16, 128), 2), ((64, 15), 0), ((32, 24), 3)])

@@ -1,11 +1,16 @@
 """Hugging Face image data sets, split into train, validation and test."""
 
+import contextlib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
@@ -258,11 +263,12 @@ def _split_stored(
                 "be trained on: give other images, or labels_per_class"
             )
         more, column, name = _images_of(asked, split)
-        unknown = np.full(len(more), -1)
-        sets["train"] = sets["train"].joined(ImageSet(more, column, unknown, channels, size, name, range(len(more))))
+        others = ImageSet(more, column, np.full(len(more), -1), channels, size, name, range(len(more)))
+        sets["train"] = sets["train"].joined(others)
     sets, left_out = cache_small(sets, config.cache_gib, skip_broken=config.skip_broken)
     if config.unlabeled is not None:
-        for name, share in _trained_on(sets).items():
+        shares = _trained_on(sets) if sets["train"].images is not None else _files_among(others, sets)
+        for name, share in shares.items():
             if share > 0.5:
                 raise InputError(
                     f"data unlabeled is {config.unlabeled}, in which {share:.0%} of the {name} images are: they would be "
@@ -273,17 +279,49 @@ def _split_stored(
 
 
 def _trained_on(sets: dict[str, ImageSet]) -> dict[str, float]:
-    """The shares of some validation and some test images that are among the training images without a label, too; none where
-    these aren't in memory."""
+    """The shares of some validation and some test images that are among the training images without a label, too; all are in
+    memory."""
     train, shares = sets["train"], {}
-    if train.images is None:
-        return shares
     sums = train.images.flatten(1).sum(1).masked_fill(train.labels != -1, -1)  # few have that of an image
     for name, held_out in (("validation", sets["val"]), ("test", sets["test"])):
         some = held_out.images[evenly(len(held_out), 64)]
         found = [bool((train.images[sums == one.sum()] == one).flatten(1).all(1).any()) for one in some]
         shares[name] = sum(found) / len(found)
     return shares
+
+
+def _files_among(others: ImageSet, sets: dict[str, ImageSet]) -> dict[str, float]:
+    """The shares of some validation and some test images whose files are among ``others``, too, byte for byte.
+
+    Of ``others`` only files as long as one of those are read; images that lie on the Hub are none.
+    """
+    cells, wanted = others.data.data.column(others.image_column), {}
+    for name, held_out in (("validation", sets["val"]), ("test", sets["test"])):
+        stored = (held_out.data[row][held_out.image_column] for row in evenly(len(held_out), 64))
+        wanted[name] = [_file(cell) for cell in stored]
+    files = {file for of_set in wanted.values() for file in of_set if file}
+    alike = np.flatnonzero(np.isin(_file_sizes(cells), [len(file) for file in files]))
+    found = {file for row in alike.tolist() if (file := _file(cells[row].as_py())) in files}
+    return {name: sum(file in found for file in of_set) / len(of_set) for name, of_set in wanted.items()}
+
+
+def _file_sizes(cells: pa.ChunkedArray) -> np.ndarray:
+    """How many bytes the file of each undecoded image has, without reading any; −1: unknown."""
+    sizes = pc.fill_null(pc.binary_length(pc.struct_field(cells, "bytes")), -1).to_numpy().copy()
+    paths = pc.struct_field(cells, "path")
+    for row in np.flatnonzero(sizes < 0).tolist():
+        with contextlib.suppress(OSError, TypeError, ValueError):  # none, or none here: those are named when decoded
+            sizes[row] = os.stat(paths[row].as_py()).st_size
+    return sizes
+
+
+def _file(stored: Mapping[str, Any] | None) -> bytes | None:
+    """What the file of an undecoded image holds; None: there is none here."""
+    data, path = (stored or {}).get("bytes"), (stored or {}).get("path")
+    if data is None and path is not None:
+        with contextlib.suppress(OSError, ValueError):
+            data = Path(path).read_bytes()
+    return data
 
 
 def _some_of_each(
