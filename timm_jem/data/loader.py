@@ -144,7 +144,7 @@ class StreamedImages(_Batches):
 
     Args:
         workers: more than 0: one process reads ahead.
-        auto_augment: seeded by ``seed``, the epoch and the image's content.
+        auto_augment: seeded by ``seed``, the epoch and the image's content, or its path if it is a file.
 
     Other arguments, ``next`` and errors: see :class:`ImageStream`.
     """

@@ -62,8 +62,9 @@ class StreamedSet:
         size: (H, W).
         name: of the stream, for messages.
         shuffle_buffer: see :class:`timm_jem.data.DataConfig`.
-        held_out: digests of the images held out: they, and any copies of them, are known by their content wherever a
-            shuffled and split stream has them.
+        held_out: digests of the images held out, by which they are known wherever a shuffled and split stream has them:
+            images within rows, and any copies of them, by their content; files by their paths alone, for a stream that goes
+            to a place reads none of those before it. A copy under another name is an image of its own, as in stored sets.
         labelled_only: leave unlabelled images out.
         skip_broken: leave out, with a warning each, images that can't be decoded.
         fit: how images become pixels of this size.
