@@ -88,7 +88,7 @@ def test_a_bounded_number_is_looked_at(tmp_path):
 def test_that_not_all_were_looked_at_is_said(tmp_path):
     """Those passed over may be of another size, or in colour."""
     grey = [PILImage.new("L", (4, 4))] * 600
-    assert load_splits(DataConfig(save(tmp_path, images=grey))).files == "grey 4×4 (of 500 looked at)"
+    assert load_splits(DataConfig(save(tmp_path, images=grey))).files == "grey 4×4 (500 looked at)"
 
 
 def test_sixteen_bits_of_a_pgm_are_grey(tmp_path):

@@ -246,7 +246,7 @@ def test_no_test_image_that_is_left(tmp_path):
 
 def test_what_was_loaded(tmp_path):
     counts = "10 classes, 1,295 training / 143 validation / 359 test images"
-    assert load_splits(DataConfig()).summary() == f"{counts}, grey 8×8 (of 500 looked at)"
+    assert load_splits(DataConfig()).summary() == f"{counts}, grey 8×8 (500 looked at)"
     lay(tmp_path, *classes("bee", "cat", above="train"), *classes("bee", "cat", "dog", above="test", n=2))
     PILImage.new("RGB", (40, 30)).save(tmp_path / "train" / "bee" / "0.png")
     PILImage.new("L", (24, 24)).save(tmp_path / "train" / "bee" / "1.png")

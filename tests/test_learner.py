@@ -209,6 +209,28 @@ def test_a_sharded_model_with_batch_norm_can_be_made_whole(tmp_path):
     )
 
 
+def a_sharded_model_that_predicts(rank: int, folder: str, whole: bool) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
+    jem = timm_jem.create_model("wrn_10_1", num_classes=3, input_size=SHAPE)
+    for block in () if whole else [block for stage in jem.backbone.stages for block in stage]:
+        fully_shard(block)
+    fully_shard(jem)
+    x, y = torch.randn(4, *SHAPE), torch.tensor([0, 1, 2, 0])
+    jem.predict(x)
+    predict(jem, in_batches(Images(2), 0))
+    timm_jem.ood.detector(jem, "energy").score(x)
+    timm_jem.joint_loss(jem(x), y)["loss"].backward()
+    assert [name for name, parameter in jem.named_parameters() if parameter.grad is None] == []
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_sharded_model_still_learns_after_it_predicted(tmp_path, whole):
+    torch.multiprocessing.start_processes(
+        a_sharded_model_that_predicts, (str(tmp_path), whole), nprocs=1, start_method=FORKS.get_start_method()
+    )
+
+
 @pytest.mark.parametrize("norm", [None, "batchnorm2d"])
 def test_a_snapshot_goes_on_bit_for_bit(norm):
     settings = {

@@ -39,8 +39,13 @@ def frozen(model: nn.Module, batch_norm: str = "eval") -> Iterator[nn.Module]:
         raise InputError(f"batch_norm of frozen is {quoted(batch_norm)}: give 'eval' or 'train'")
     mixing = batch_norms(model) if batch_norm == "train" else []
     calm = set(model.modules()) - set(mixing)
-    with in_eval_mode(calm), _set(model.parameters(), "requires_grad", False), statistics_kept(mixing):
-        yield model
+    try:
+        with in_eval_mode(calm), _set(model.parameters(), "requires_grad", False), statistics_kept(mixing):
+            yield model
+    finally:
+        for part in model.modules():
+            if hasattr(part, "reshard"):  # FSDP2's: weights that no backward followed would stay gathered, and get no gradients
+                part.reshard()
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:

@@ -62,7 +62,7 @@ class Headers:
             small, large = (f"{h}×{w}" for h, w in (extreme(self.sizes, key=_area) for extreme in (min, max)))
             differs = [f"files are {small}" if small == large else f"files are {small} to {large}", *differs]
         if self.total > _LOOK:
-            differs.append(f"of {len(self.sizes)} looked at")
+            differs.append(f"{'of ' * bool(differs)}{len(self.sizes)} looked at")
         if set(self.sizes) != {size} and not asked:
             differs.append("--data.image_size sets another")
         shown = f"{'grey' if channels == 1 else 'RGB'} {size[0]}×{size[1]}"
