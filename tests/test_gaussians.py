@@ -134,6 +134,13 @@ def test_classes_have_as_many_components_as_fit_into_a_file(monkeypatch, tmp_pat
         ClassGaussians.fit(images, labels, 3)
 
 
+def test_samples_under_autocast_are_the_same():
+    gaussians = ClassGaussians.fit(low_rank_images(rank=6), rank=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        u = gaussians((4, *SHAPE), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(u, gaussians((4, *SHAPE), generator=torch.Generator().manual_seed(1)))
+
+
 def test_samples_have_the_mean_and_covariance():
     images = low_rank_images(rank=6)
     gaussians = ClassGaussians.fit(images, rank=3)

@@ -149,16 +149,18 @@ def test_a_mean_of_other_units_is_said():
         timm_jem.wrap(model, mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
 
 
-def test_numbers_of_numpy_are_saved(tmp_path):
+def test_numbers_of_numpy_and_tensors_are_saved(tmp_path):
     many = {"num_classes": np.int64(3), "input_size": tuple(np.array([1, 8, 8])), "drop_rate": np.float32(0.5)}
     timm_jem.create_model("wrn_10_1", **many).save_pretrained(tmp_path / "a")
     model = timm.create_model("wrn_10_1", num_classes=3)
-    timm_jem.wrap(model, mean=tuple(np.float32([0.5] * 3)), std=np.array([0.25] * 3)).save_pretrained(tmp_path / "b")
+    timm_jem.wrap(model, mean=tuple(np.float32([0.5] * 3)), std=torch.tensor([0.25] * 3)).save_pretrained(tmp_path / "b")
     assert timm_jem.from_pretrained(tmp_path / "a").num_classes == 3
     assert timm_jem.from_pretrained(tmp_path / "b").std.flatten().tolist() == [0.25] * 3
 
 
 def test_weights_that_can_not_be_read_are_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"checkpoint_path is '.*none.pth', and there is no such file"):
+        timm_jem.create_model("wrn_10_1", num_classes=3, checkpoint_path=tmp_path / "none.pth")
     for name, content in (("empty.pth", b""), ("odd.safetensors", b"x" * 100), ("text.pth", b"hello")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=r"of wrn_10_1 can't be read \((EOFError|.*header)|KeyError: 101") as error:

@@ -307,6 +307,14 @@ def test_what_can_not_be_learned_from_is_one_line_and_changes_nothing(jem, argum
     assert jem.reference is before
 
 
+def test_labels_are_looked_at_before_the_network_runs():
+    jem, asked = well(), []
+    jem.forward = lambda x: asked.append(x)
+    with pytest.raises(InputError, match="y holds the label 2"):
+        jem.fit_reference(levels([0.0] * 50), torch.arange(50) // 49 * 2, batch_size=10)
+    assert not asked
+
+
 @pytest.mark.parametrize("options", [{"accept": 0}, {"accept": 95}, {"accept": "x"}, {"batch_size": 0}, {"batch_size": 1.5}])
 def test_settings_that_are_none(jem, options):
     with pytest.raises(InputError, match=next(iter(options))):

@@ -142,6 +142,11 @@ def test_only_restarted_chains_are_drawn_each_for_its_class():
     assert not asked
 
 
+def test_chains_are_single_precision():
+    buffer = make(restart_prob=1.0, init=lambda shape, **_: torch.ones(shape, dtype=torch.float64))
+    assert buffer.chains.dtype == buffer.draw(2)[0].dtype == torch.float32
+
+
 def test_each_chain_restarts_on_its_own():
     buffer = make(capacity=4, restart_prob=0.3, init=lambda shape, **_: torch.ones(shape))
     buffer.chains.zero_()

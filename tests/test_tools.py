@@ -138,7 +138,7 @@ def test_timms_optimizers_treat_it_as_its_backbone(name, layer_decay):
         return {id(p): (g["weight_decay"], g.get("lr_scale")) for g in optimizer.param_groups for p in g["params"]}
 
     found = of_each(jem)
-    assert found == of_each(jem.backbone)
+    assert found == of_each(jem.backbone) == of_each(torch.compile(jem))
     assert len(found) == len(list(jem.parameters()))
     assert (len({scale for _, scale in found.values()}) > 1) == (layer_decay is not None)
 
@@ -218,6 +218,10 @@ def test_model_input_on_another_device_is_refused_in_a_line():
             with pytest.raises(InputError, match=r"^x is on cpu and the model on cuda:0: give x.to\(jem.device\)$"):
                 ask(x)
         assert jem.energy(x.to(jem.device)).device == jem.device
+    jem = wrn()
+    refused = pytest.raises(InputError, match=r"^x is on cuda:0 and the model on cpu: give x.to\(jem.device\)$")
+    with FakeTensorMode(allow_non_fake_inputs=True), refused:
+        jem.energy(torch.zeros(2, 3, 32, 32, device="cuda"))
 
 
 def test_torch_func_goes_through_energies():

@@ -8,7 +8,7 @@ __all__ = ["keep_freed_memory"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _KEPT = 2**31 - 1  # bytes at the heap's end: the most that mallopt, whose values are C's int, can be told
-_OWN_MAPPING = 2**30
+_OWN_MAPPINGS = (2**30, 2**25)  # glibc refused the first until about 2.35
 
 
 def keep_freed_memory() -> bool:
@@ -18,11 +18,11 @@ def keep_freed_memory() -> bool:
     its pages: once a layer and pass. See ``mallopt(3)``. Call it before the work, as recipes do.
 
     Returns:
-        Whether it does from now on: not where the C library isn't glibc, nor where the environment says how
+        Whether it does from now on: not where the C library isn't glibc, or refuses, nor where the environment says how
         (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, or ``glibc.malloc`` in ``GLIBC_TUNABLES``).
     """
     told = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ)
     if platform.libc_ver()[0] != "glibc" or told or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_MMAP_THRESHOLD, _OWN_MAPPING) and mallopt(_TRIM_THRESHOLD, _KEPT))
+    return any(mallopt(_MMAP_THRESHOLD, size) for size in _OWN_MAPPINGS) and bool(mallopt(_TRIM_THRESHOLD, _KEPT))

@@ -199,13 +199,14 @@ class JEM(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """The backbone's, for ``timm.optim.create_optimizer_v2``: parameters that no weight decay is for."""
-        return {f"backbone.{name}" for name in getattr(self.backbone, "no_weight_decay", set)()}
+        names = getattr(self.backbone, "no_weight_decay", set)()
+        return {f"{compiled}backbone.{name}" for name in names for compiled in ("", "_orig_mod.")}  # torch.compile's prefix
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """The backbone's, for ``timm.optim.create_optimizer_v2(..., layer_decay=...)``: a parameter's layer by its name."""
         layers = parameter_groups(self.backbone, coarse)
-        return lambda name: layers[name.removeprefix("backbone.")]
+        return lambda name: layers[name.removeprefix("_orig_mod.").removeprefix("backbone.")]
 
     def normalize(self, u: Tensor) -> Tensor:
         """Pixels in [-1, 1] to model input: (u − (2·mean − 1)) / (2·std); the identity for mean = std = 0.5."""
@@ -266,8 +267,10 @@ class JEM(nn.Module):
         return energy(self._logits(self.normalize(u)), y)
 
     def _logits(self, x: Tensor) -> Tensor:
-        hooked = (hasattr(part, "_hf_hook") for part in self.modules())  # accelerate's hooks move x themselves
-        if x.device != self.device != torch.device("cpu") and not any(hooked):  # FSDP keeps offloaded weights on the CPU
+        # accelerate's hooks move x themselves, and FSDP keeps offloaded weights on the CPU.
+        moving = (hasattr(part, "_hf_hook") or hasattr(part, "reshard") for part in self.modules())
+        held = any(not parameter.is_meta for parameter in self.parameters())
+        if held and x.device != self.device and not any(moving):
             raise InputError(f"x is on {x.device} and the model on {self.device}: give x.to(jem.device)")
         logits = self(x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] != self.num_classes:

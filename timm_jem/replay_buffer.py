@@ -88,7 +88,7 @@ class ReplayBuffer:
         chains = self.init(shape, generator=self.generator, device=device, y=y)
         if not is_floats(chains) or chains.shape != shape:
             raise InputError(f"init gives {kind(chains)}: a replay buffer's is to give pixels of shape {shape}")
-        return chains
+        return chains.float()
 
     def __len__(self) -> int:
         return len(self.chains)
@@ -125,7 +125,7 @@ class ReplayBuffer:
         if count:
             places = torch.randperm(n, generator=self.generator, device=device)[:count]
             classes = None if self.labels is None else self.labels[slots[places]]
-            fresh = self._fresh((count, *chains.shape[1:]), device, classes).to(chains.dtype)
+            fresh = self._fresh((count, *chains.shape[1:]), device, classes)
             if self.restart_least is not None:  # only the slot's share of them
                 share = (self.restart_least / self.restart_prob) ** (slots[places] * _GOLDEN % 1)
                 restarts = torch.rand(count, generator=self.generator, device=device) < share

@@ -13,7 +13,7 @@ import timm
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from timm.models import resolve_model_input_args
-from torch import nn
+from torch import Tensor, nn
 
 from timm_jem.backbone import (
     check_classifier,
@@ -118,6 +118,8 @@ def create_model(
     check_name(model_name)
     kwargs, input_size = {key: _plain(value) for key, value in kwargs.items()}, _plain(input_size)
     arguments = {"model_name": model_name, **kwargs}
+    if (checkpoint := kwargs.get("checkpoint_path")) and not os.path.isfile(checkpoint):
+        raise InputError(f"checkpoint_path is {quoted(str(checkpoint))}, and there is no such file: give one that is there")
     try:
         with _from_hub(model_name, pretrained, kwargs):
             if input_size is not None:
@@ -146,8 +148,8 @@ def create_model(
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy's as Python's, also in a tuple, since timm could not write them when the model is saved."""
-    if isinstance(value, (np.generic, np.ndarray)):
+    """Numbers of numpy's and tensors' as Python's, also in a tuple, since timm could not write them when the model is saved."""
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
         value = value.tolist()
     return type(value)(map(_plain, value)) if type(value) in (tuple, list) else value
 
