@@ -3,6 +3,7 @@ import unicodedata
 
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 from image_sets import pictures
 from PIL import Image as PILImage
 
@@ -204,6 +205,64 @@ def test_metadata_that_tell_nothing_beside_others_are_named(tmp_path):
     (tmp_path / "train" / "metadata.csv").write_text(rows(*(f"{i}.png" for i in range(6))))
     (tmp_path / "test" / "metadata.csv").write_text("file_name,label\n")
     with pytest.raises(InputError, match=r"has test.metadata\.csv, which tells of no image"):
+        load_splits(DataConfig(str(tmp_path)))
+
+
+def rows_of(path, *names):
+    """Ten images of each class in a .parquet file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = [name for name in names for _ in range(10)]
+    features = Features({"image": Image(), "label": Value("string")})
+    Dataset.from_dict({"image": pictures(len(labels)), "label": labels}, features).to_parquet(path)
+
+
+def test_a_folder_of_parquet_files_is_these_whatever_lies_beside(tmp_path, capsys):
+    for name in ("part.0", "part.1"):
+        rows_of(tmp_path / "none" / f"{name}.parquet", "bee", "cat")
+    lay(tmp_path, "none/figures/1.png", "none/figures/2.png", "none/figures/3.png")
+    (tmp_path / "none" / "README.md").write_text("# Bees and cats")
+    for name in ("a.csv", "b.csv", "c.csv"):
+        (tmp_path / "none" / name).write_text("a\n1\n")
+    splits = load_splits(DataConfig(str(tmp_path / "none")))
+    assert splits.class_names == ["bee", "cat"]
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 40
+    assert "none: passed over 3 .csv, 3 images" in capsys.readouterr().err
+    assert len(load_images(str(tmp_path / "none"), channels=3, size=(4, 4), count=100)) == 40
+    for name in ("train-2023", "test_2023", "data/more-00000-of-00001", "features"):
+        rows_of(tmp_path / "some" / f"{name}.parquet", "bee", "cat")
+    splits = load_splits(DataConfig(str(tmp_path / "some")))
+    assert (len(splits.train) + len(splits.val), len(splits.test)) == (20, 20)
+    assert "some: passed over 1 .parquet" in capsys.readouterr().err
+    assert len(load_images(f"{tmp_path / 'some'}?split=more", channels=3, size=(4, 4), count=100)) == 20
+
+
+def test_a_card_that_tells_files_has_the_last_word(tmp_path):
+    for i in range(2):
+        rows_of(tmp_path / "data" / f"train-0000{i}-of-00002.parquet", "bee", "cat")
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-00000*\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    assert len(load_images(str(tmp_path), channels=3, size=(4, 4), count=100)) == 20
+
+
+def test_a_name_means_itself_alone(tmp_path):
+    rows_of(tmp_path / "a[1].parquet", "bee", "cat")
+    rows_of(tmp_path / "a1.parquet", "dog", "elk")
+    rows_of(tmp_path / "b [1]" / "rows.parquet", "bee", "cat")
+    rows_of(tmp_path / "b 1" / "rows.parquet", "dog", "elk")
+    for name in ("a[1].parquet", "b [1]"):
+        assert load_splits(DataConfig(str(tmp_path / name))).class_names == ["bee", "cat"]
+    (tmp_path / "c[1]").mkdir()
+    (tmp_path / "c[1]" / "rows.csv").write_text("a\n1\n")
+    with pytest.raises(InputError, match=r"c\[1\] has one of .* in its name, which mean others than it: rename it"):
+        load_splits(DataConfig(str(tmp_path / "c[1]")))
+
+
+def test_folders_are_left_out_for_a_reason(tmp_path, monkeypatch):
+    lay(tmp_path, *classes("bee", "__background__", "__MACOSX", ".cache"))
+    assert load_splits(DataConfig(str(tmp_path))).class_names == ["__background__", "bee"]
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed(path if "bee" not in str(path) else tmp_path / "none"))
+    with pytest.raises(InputError, match=r"bee can't be listed \(.*\): make it readable, or remove it"):
         load_splits(DataConfig(str(tmp_path)))
 
 

@@ -221,9 +221,8 @@ class ClassGaussians:
             y = y.to(home)
         z = randn((n, self.scales.shape[1]), generator=generator, device=home, dtype=torch.float32) * self.scales[y]
         u = randn((n, *fitted), generator=generator, device=home, dtype=torch.float32)
-        with torch.autocast(
-            "cpu" if home.type == "meta" else home.type, enabled=False
-        ):  # in half precision they would be others
+        kind_of_device = "cpu" if home.type == "meta" else home.type
+        with torch.autocast(kind_of_device, enabled=False):  # in half precision they would be others
             for part, c, common in (_by_class if home.type == "cpu" else _by_chain)(self.factors, z, y):
                 u[part] = (self.means[c] + common.view(-1, *fitted) + self.residual_std[c] * u[part]).clamp_(-1, 1)
         return u if device is None else u.to(device)

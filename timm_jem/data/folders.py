@@ -12,9 +12,9 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from timm_jem.errors import InputError
+from timm_jem.errors import InputError, one_line
 
-__all__ = ["ImageFiles", "find_image_files", "is_image", "visible_files"]
+__all__ = ["ImageFiles", "find_image_files", "is_image", "parquet_splits", "visible_files"]
 
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -22,6 +22,7 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _IMAGES = frozenset((*ImageFolder.EXTENSIONS, ".avif"))
+_NO_DATA = ("__MACOSX", "__pycache__")
 _TABLES = (".arrow", ".parquet", ".tar")  # images beside them are those of a README
 
 
@@ -131,7 +132,7 @@ def visible_files(folder: Path, refused: Callable[[Path, OSError], None] | None 
                 refused(parent, error)
             continue
         for entry in entries:
-            if entry.name.startswith((".", "__")):
+            if entry.name.startswith(".") or entry.name in _NO_DATA:
                 continue
             if not _is_folder(entry):
                 yield parent / entry.name
@@ -155,10 +156,14 @@ def find_image_files(folder: Path) -> ImageFiles:
     """The visible image files in a folder.
 
     Raises:
-        InputError: one whose name can't be read.
+        InputError: one whose name can't be read, or a folder that can't be listed.
     """
+
+    def refuse(parent: Path, error: OSError) -> None:
+        raise InputError(f"{folder / parent} can't be listed ({one_line(error)}): make it readable, or remove it") from error
+
     files, others, metadata, tables = [], Counter(), [], 0
-    for path in visible_files(folder):
+    for path in visible_files(folder, refuse):
         extension = path.suffix.lower()
         if path.name in ImageFolder.METADATA_FILENAMES:
             metadata.append(path)
@@ -174,6 +179,22 @@ def find_image_files(folder: Path) -> ImageFiles:
     for path in sorted(files, key=str):
         splits.setdefault(_SPLITS[path.parts[0].lower()] if by_split else "train", []).append(path)
     return ImageFiles(folder, splits, int(by_split), others, sorted(metadata, key=str), tables)
+
+
+def parquet_splits(folder: Path) -> dict[str, list[str]]:
+    """The visible .parquet files of a folder by split, as patterns that mean these alone; none: there are none.
+
+    Splits are words in their paths, as for ``datasets``: "train-2023.parquet", "test/0.parquet", and any in
+    "data/WORD-00000-of-00001.parquet". Where some have one the others are no data; where none has they are all of "train".
+    """
+    splits: dict[str, list[str]] = {}
+    for path in sorted(path for path in visible_files(folder) if path.suffix.lower() == ".parquet"):
+        sharded = re.fullmatch(r"data/(\w+)-\d{5}-of-\d+", path.with_suffix("").as_posix())
+        words = re.split(r"[-._ 0-9/]+", path.with_suffix("").as_posix().lower())
+        found = sharded[1] if sharded else next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), "")
+        splits.setdefault(found, []).append(glob.escape(str(folder / path)))
+    rest = splits.pop("", [])
+    return splits or ({"train": rest} if rest else {})
 
 
 def _class_of(path: Path) -> str:

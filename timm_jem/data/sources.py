@@ -1,5 +1,6 @@
 """Data sets by name: the embedded digits, the Hub's, folders and files."""
 
+import glob
 import os
 import re
 import sys
@@ -11,13 +12,13 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import httpx
 from PIL import Image as PILImage
 
-from timm_jem.data.folders import find_image_files
+from timm_jem.data.folders import find_image_files, parquet_splits
 from timm_jem.errors import InputError, one_line
 
 __all__ = ["LOADING_ERRORS", "Asked", "absolute", "digits", "hub_id", "load", "public_name", "read_name"]
@@ -74,24 +75,38 @@ def load(name: str, config_name: str | None, split: str, streaming: bool) -> dic
 
 def _load_local(path: Path, config_name: str | None, split: str, streaming: bool) -> Dataset | dict:
     if path.is_file():
-        return datasets.load_dataset("parquet", data_files={split: str(path)}, streaming=streaming)
+        return datasets.load_dataset("parquet", data_files={split: glob.escape(str(path))}, streaming=streaming)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:
             return datasets.load_from_disk(str(path))
         except IndexError as error:  # of a split without a file
             raise ValueError("a split of it holds no rows: save it without that") from error
     files = find_image_files(path)
+    images = sum(map(len, files.splits.values()))
     if config_name is None and (files.metadata or (files.splits and not files.told)):
         loaded, others = files.load(), dict(files.others)
+        rows = sum(map(len, loaded.values()))
+        if rows < images:
+            others["images that no metadata tells of"] = images - rows
+    elif files.tables and (tables := parquet_splits(path)) and config_name is None and not _card_tells_files(path):
+        # By itself ``datasets`` goes by the most frequent kind of file, which may be a README's pictures.
+        loaded = datasets.load_dataset("parquet", data_files=tables, streaming=streaming)
+        used = sum(map(len, tables.values()))
+        others = {**files.others, ".parquet": files.others[".parquet"] - used, ".md": 0, "images": images}
+        others = {kind: count for kind, count in others.items() if count}
+    elif glob.escape(str(path)) != str(path):
+        raise InputError(f"data set {path} has one of *, ? and [ in its name, which mean others than it: rename it")
     else:
         loaded, others = datasets.load_dataset(str(path), config_name, streaming=streaming), {}
-    images = sum(map(len, files.splits.values()))
-    rows = sum(len(of_split) for of_split in loaded.values() if isinstance(of_split, Dataset))  # a stream's aren't known
-    if 0 < rows < images:
-        others["images that no metadata tells of"] = images - rows
     if others:
         _say(f"{path}: passed over {', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items())[:10])}")
     return loaded
+
+
+def _card_tells_files(path: Path) -> bool:
+    """Whether a data set's README.md says which of its files are which split."""
+    card = path / "README.md"
+    return card.is_file() and "configs" in (metadata_load(card) or {})
 
 
 def _look_for_the_hub(name: str) -> None:
