@@ -149,6 +149,15 @@ def test_a_mean_of_other_units_is_said():
         timm_jem.wrap(model, mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
 
 
+def test_a_clip_embedding_is_no_classes(recwarn):
+    small = {"depth": 1, "embed_dim": 16, "num_heads": 2}
+    for name, classes in (("vit_xsmall_patch16_clip_224", 3), ("test_vit", 512)):
+        timm_jem.create_model(name, num_classes=classes, **(small if "clip" in name else {}))
+    assert not [warning for warning in recwarn if "CLIP" in str(warning.message)]
+    with pytest.warns(UserWarning, match=r"the 512 outputs of vit_xsmall\S* are a CLIP embedding and no classes"):
+        timm_jem.create_model("vit_xsmall_patch16_clip_224", **small)
+
+
 def test_numbers_of_numpy_and_tensors_are_saved(tmp_path):
     many = {"num_classes": np.int64(3), "input_size": tuple(np.array([1, 8, 8])), "drop_rate": np.float32(0.5)}
     timm_jem.create_model("wrn_10_1", **many).save_pretrained(tmp_path / "a")

@@ -26,7 +26,7 @@ from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.data.identity import data_identity
 from timm_jem.evaluation import classification_section, generation_section, pictures_section, subject
 from timm_jem.evaluation.comparison import overlays
-from timm_jem.evaluation.extractors import load_extractors
+from timm_jem.evaluation.extractors import classifier_extractor, load_extractors
 from timm_jem.evaluation.generation import frechet_distance, within_class_distance
 from timm_jem.evaluation.pictures_section import _pairs
 from timm_jem.evaluation.report import Measured, Report, read_report
@@ -35,6 +35,7 @@ from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
 from timm_jem.evaluation.subject import function_of, load_model, load_subject
 from timm_jem.files import left_aside
+from timm_jem.hub.published_chains import PublishedChains
 from timm_jem.pixels import to_pixels
 
 ON_DIGITS = {"config": {"data": {"dataset": "digits"}}}
@@ -466,6 +467,19 @@ def test_too_few_test_images_are_named_before_chains_are_drawn(model):
     config, jem = EvaluationConfig(auto_attack_images=0, test_images=4, real_images=20), load_model(str(model))
     with pytest.raises(InputError, match="generation needs 5 test images, and there are 4: raise --test_images"):
         load_subject(str(model), jem, DataConfig(channels=1, image_size=8), config, alike=True)
+
+
+def test_few_chains_and_images_lose_what_they_cannot_tell_alone(model, loaded, tmp_path):
+    whole, found = replace(loaded, model=load_model(str(model)), test=loaded.test[:7], test_y=loaded.test_y[:7]), Measured("G")
+    whole.model.sgld = replace(whole.model.sgld, num_steps=2, denoise_steps=0)
+    whole.model.chains = PublishedChains(loaded.test[:4], loaded.test_y[:4])
+    whole.extractors, whole.judge = [classifier_extractor(loaded.model, "features")], loaded.model
+    config = EvaluationConfig(samples=20, curve_samples=10, longest_chain=4, judge=str(model))
+    generation_section.generation_section(whole, config, Section(found, tmp_path))
+    scored = {result.row for result in found.results if result.column == "IS"}
+    assert len(scored) == 1
+    assert "fresh chains" in scored.pop()
+    assert "The replay buffer is left out: it has 4 chains, and distances take 5." in found.warnings
 
 
 @pytest.mark.parametrize(

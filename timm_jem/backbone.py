@@ -25,10 +25,12 @@ __all__ = [
     "patch_size",
     "refuse_size",
     "resolve_data_config",
+    "warn_of_projection",
     "warn_of_unseen",
     "warn_of_zero_head",
 ]
 
+_CLIP_WIDTHS = (384, 512, 640, 768, 1024, 1152, 1280)  # of timm's published image towers
 _SIZE_ERRORS = (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 
@@ -166,6 +168,18 @@ def warn_of_unseen(model: nn.Module, input_size: Sequence[int], stacklevel: int)
         warnings.warn(
             f"{architecture(model)} does not look at {unseen:.0%} of the pixels of {height}×{width} images, which chains could "
             f"never move: take sides that {patch[0]} divides",
+            stacklevel=stacklevel,
+        )
+
+
+def warn_of_projection(model: nn.Module, stacklevel: int) -> None:
+    """Warn where the head is no classifier but the projection of a CLIP image tower, whose width timm counts as classes."""
+    name = f"{architecture(model)}.{model.pretrained_cfg.get('tag') or ''}"
+    as_published = model.num_classes == model.pretrained_cfg.get("num_classes") and model.num_classes in _CLIP_WIDTHS
+    if as_published and ("clip" in name or "pe_core" in name):
+        warnings.warn(
+            f"the {model.num_classes} outputs of {name} are a CLIP embedding and no classes, so that energies mean nothing: "
+            "create it with num_classes, and train it",
             stacklevel=stacklevel,
         )
 

@@ -25,4 +25,5 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc" or told or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return any(mallopt(_MMAP_THRESHOLD, size) for size in _OWN_MAPPINGS) and bool(mallopt(_TRIM_THRESHOLD, _KEPT))
+    accepted = [any(mallopt(_MMAP_THRESHOLD, size) for size in _OWN_MAPPINGS), bool(mallopt(_TRIM_THRESHOLD, _KEPT))]
+    return all(accepted)

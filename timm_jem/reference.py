@@ -116,7 +116,7 @@ class Reference:
         if y is None:
             return torch.tensor(np.interp(share, levels, self.quantiles), dtype=torch.float32)
         if self.medians is None or (len(y) and int(y.max()) >= len(self.medians)):
-            raise InputError("the held-out images had no labels, or of fewer classes: call fit_reference with this model's")
+            raise InputError("the reference has energies of no class, or of fewer: call fit_reference with labels")
         check_label_values(y := y.cpu(), len(self.medians))
         return torch.tensor(self.medians)[y] + float(np.interp(share, levels, self.spread))
 

@@ -20,6 +20,7 @@ from timm_jem.backbone import (
     label_names,
     refuse_size,
     resolve_data_config,
+    warn_of_projection,
     warn_of_unseen,
     warn_of_zero_head,
 )
@@ -67,7 +68,7 @@ def wrap(
 
     Warns:
         UserWarning: the head's weights are all zero, so that energies are flat in x and chains can't move; patches leave pixels
-            out, which chains can't move; or a mean of pixels in 0..255.
+            out, which chains can't move; the head is a CLIP projection; or a mean of pixels in 0..255.
     """
     if isinstance(model, nn.Module) and any(isinstance(part, JEM) for part in model.modules()):
         raise InputError("this is a joint energy model already: use it as it is, or wrap its backbone")
@@ -77,6 +78,7 @@ def wrap(
         refuse_size(model, data_config["input_size"])
     warn_of_unseen(model, data_config["input_size"], stacklevel=3)
     warn_of_zero_head(model, stacklevel=3)
+    warn_of_projection(model, stacklevel=3)
     jem = JEM(
         model,
         data_config=data_config,

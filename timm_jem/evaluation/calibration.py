@@ -86,7 +86,8 @@ def binned(probabilities: Tensor, y: Tensor, num_bins: int = 15, *, adaptive: bo
         num_bins: 15 as in Guo et al. (arXiv 1706.04599).
         adaptive: bins of equally many images, by rank of confidence (Nguyen & O'Connor, EMNLP 2015, section 3; their ECE
             is the adaptive ECE of Mukhoti et al., NeurIPS 2020), instead of equal bins of [0, 1], where a confidence on
-            an edge, which is i / num_bins as the probabilities' type rounds it, belongs to the bin below.
+            an edge, which is i / num_bins as the probabilities' type rounds it, belongs to the bin below. Of equal
+            confidences those of earlier rows come first: shuffle images that are in order of their classes.
 
     Raises:
         InputError: no images, probabilities that are none, or labels that don't fit.

@@ -11,6 +11,8 @@ from timm_jem.evaluation.labelled import eight_bit_images, labels, numbers
 from timm_jem.progress import tqdm
 
 __all__ = [
+    "FEWEST_SAMPLES",
+    "FEWEST_SCORED",
     "frechet_distance",
     "inception_score",
     "nearest_neighbours",
@@ -20,6 +22,8 @@ __all__ = [
     "within_class_distance",
 ]
 
+FEWEST_SAMPLES = 5  # whose distances to others are defined
+FEWEST_SCORED = 10  # one for each part of an Inception score
 # (E|z|^½)² of standard normal z.
 _OF_NORMAL = math.sqrt(2) * math.gamma(0.75) ** 2 / math.pi
 
@@ -120,7 +124,7 @@ def sample_quality(fake: Tensor, real: Tensor, *, seed: int = 0) -> dict[str, fl
     Raises:
         InputError: fewer than five images, features of different extractors or not finite; torch-fidelity is missing.
     """
-    fake, real = _features(fake, real, 5, "the quality of samples against real images")
+    fake, real = _features(fake, real, FEWEST_SAMPLES, "the quality of samples against real images")
     if not (fake.isfinite().all() and real.isfinite().all()):
         raise InputError("features are not finite, so they have no precision or recall: check the extractor and its input")
     with importing("torch-fidelity", "the quality of samples", "eval"):
@@ -162,7 +166,7 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float]:
     logits = numbers(logits, "logits")
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise InputError(f"logits have shape {tuple(logits.shape)}: give (N, num_classes)")
-    if len(logits) < 10:
+    if len(logits) < FEWEST_SCORED:
         raise InputError(f"an Inception score of {len(logits)} samples in ten parts: give at least ten")
     with importing("torch-fidelity", "the Inception score", "eval"):
         from torch_fidelity.metric_isc import isc_features_to_metric

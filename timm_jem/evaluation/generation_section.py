@@ -13,6 +13,8 @@ from timm_jem.evaluation.chain_length import chains_by_length
 from timm_jem.evaluation.classification import in_batches, predict
 from timm_jem.evaluation.extractors import Extractor, extract
 from timm_jem.evaluation.generation import (
+    FEWEST_SAMPLES,
+    FEWEST_SCORED,
     frechet_distance,
     inception_score,
     nearest_neighbours,
@@ -65,7 +67,9 @@ def generation_section(subject: Subject, config: EvaluationConfig, section: Sect
     sets = [fresh]
     if subject.model.starts is not None:
         sets.append(_starts(subject, config))
-    if subject.model.chains is not None:
+    if (chains := subject.model.chains) is not None and len(chains) < FEWEST_SAMPLES:
+        section.warn(f"The replay buffer is left out: it has {len(chains)} chains, and distances take {FEWEST_SAMPLES}.")
+    elif chains is not None:
         sets.append(_buffered(subject, config))
     test, test_y = subject.test[: config.samples], subject.test_y[: config.samples]
     sets.append(SampleSet("real test images", test, test_y, "what real images score", config.seed))
@@ -150,7 +154,7 @@ def _quality(config: EvaluationConfig, section: Section, extractor: Extractor, t
         section.add(table, samples.name, quality["frechet"], len(images), way, frechet, **more, **card)
         for key, column in {"kid": "KID", "precision": "precision", "recall": "recall"}.items():
             section.add(table, samples.name, quality[key], len(images), way, column, **more)
-        if extractor.logits is not None:
+        if extractor.logits is not None and len(images) >= FEWEST_SCORED:
             scores = torch.cat([extractor.logits(part).cpu() for part in images.split(config.batch_size)])
             mean, _ = inception_score(scores, seed=config.seed)
             section.add(table, samples.name, mean, len(images), f"{samples.how}; 10 splits", "IS", seed=samples.seed)

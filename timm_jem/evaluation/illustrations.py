@@ -72,9 +72,10 @@ def distal_adversarials(
                 if step == steps or sure.all():
                     break
                 slope = torch.autograd.grad(log_p.sum(), u)[0]
-                # Nowhere to go where the slope is exactly zero.
-                norm = slope.flatten(1).norm(dim=1).clamp_min(torch.finfo(slope.dtype).tiny)
-                move = size * (slope / norm[:, None, None, None])
+                # Of a small slope the squares are 0: make the largest entry 1 first. Nowhere to go where it is exactly zero.
+                peak = slope.abs().amax((1, 2, 3), keepdim=True)
+                slope = slope / torch.where(peak > 0, peak, 1)
+                move = size * slope / slope.flatten(1).norm(dim=1).clamp_min(1)[:, None, None, None]
                 u = torch.where(sure[:, None, None, None], u, (u + move).clamp(-1, 1))
             images.append(u[:count].detach().cpu())
             probabilities.append(log_p[:count].detach().exp().cpu())

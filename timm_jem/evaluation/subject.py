@@ -20,6 +20,7 @@ from timm_jem.data.identity import data_identity, same_held_out
 from timm_jem.data.sources import hub_id
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.evaluation.extractors import Extractor, classifier_extractor, load_extractors
+from timm_jem.evaluation.generation import FEWEST_SAMPLES
 from timm_jem.evaluation.ood_sets import outlier_sets
 from timm_jem.evaluation.refinement import check_second_derivatives
 from timm_jem.evaluation.report import fingerprint
@@ -151,8 +152,10 @@ def load_subject(
         train, train_y = some(splits.train, config.real_images, config.seed, "training images")
     if len(test_y.unique()) < 2:
         raise InputError(f"the {len(test_y)} test images of {data.dataset} are of one class: give a set of several")
-    if "generation" in config.sections and len(test) < 5:  # as real_images
-        raise InputError(f"generation needs 5 test images, and there are {len(test)}: raise --test_images, or leave it out")
+    if "generation" in config.sections and len(test) < FEWEST_SAMPLES:  # as real_images
+        raise InputError(
+            f"generation needs {FEWEST_SAMPLES} test images, and there are {len(test)}: raise --test_images, or leave it out"
+        )
     largest, farthest = max([config.l2_epsilon, *config.l2_epsilons]), math.sqrt(math.prod(model.input_size))
     if "robustness" in config.sections and largest > farthest:
         raise InputError(
