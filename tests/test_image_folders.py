@@ -242,6 +242,10 @@ def test_a_card_that_tells_files_has_the_last_word(tmp_path):
     card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-00000*\n---\n"
     (tmp_path / "README.md").write_text(card)
     assert len(load_images(str(tmp_path), channels=3, size=(4, 4), count=100)) == 20
+    (tmp_path / "README.md").write_text("---\nconfigs: [1, 2\na: : b\n---\n")
+    with pytest.raises(InputError, match=r"README.md begins with what is no YAML \(.*\): mend it, or remove the file") as error:
+        load_splits(DataConfig(str(tmp_path)))
+    assert "\n" not in str(error.value)
 
 
 def test_a_name_means_itself_alone(tmp_path):

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl
 
 import datasets
 import numpy as np
+import yaml
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from huggingface_hub import HfApi, constants, metadata_load
@@ -106,7 +107,10 @@ def _load_local(path: Path, config_name: str | None, split: str, streaming: bool
 def _card_tells_files(path: Path) -> bool:
     """Whether a data set's README.md says which of its files are which split."""
     card = path / "README.md"
-    return card.is_file() and "configs" in (metadata_load(card) or {})
+    try:
+        return card.is_file() and "configs" in (metadata_load(card) or {})
+    except yaml.YAMLError as error:
+        raise InputError(f"{card} begins with what is no YAML ({one_line(error)}): mend it, or remove the file") from error
 
 
 def _look_for_the_hub(name: str) -> None:
