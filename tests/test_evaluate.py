@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, digits, load_splits
+from timm_jem.data.sources import absolute
+from timm_jem.errors import quoted
 from timm_jem.evaluation.ood import SCORES
 from timm_jem.evaluation.report import Report, fingerprint, read_report
 from timm_jem.evaluation.settings import DEFAULT_DETECTORS
@@ -273,7 +275,8 @@ def test_a_model_that_is_no_folder_here_chooses_no_images_of_this_machine(path, 
         (tmp_path / folder).mkdir()
     jem = timm_jem.create_model("test_resnet", num_classes=10, input_size=(1, 8, 8))
     jem.provenance = {"config": {"data": {"dataset": path.format(tmp_path)}}}
-    with pytest.raises(InputError, match=r"user/model is no folder here, .* a local '.*photos': give --data\.dataset"):
+    local = re.escape(f"a local {quoted(absolute(path.format(tmp_path)))}: give --data.dataset")
+    with pytest.raises(InputError, match=f"user/model is no folder here, .* {local}"):
         data_config(jem, "user/model", {})
     assert data_config(jem, "user/model", {"dataset": "photos"})[0].dataset == str(tmp_path / "photos")
     assert data_config(jem, "model", {})[0].dataset.endswith("/photos")

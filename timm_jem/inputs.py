@@ -178,7 +178,6 @@ def batches_of(x: Any, y: Any, batch_size: int, num_classes: int) -> Iterable[An
         y = as_labels(y, num_classes)
         if y.shape != x.shape[:1]:
             raise InputError(f"y has shape {tuple(y.shape)} for x of shape {tuple(x.shape)}: give one label per image")
-        check_labels(y, len(x), num_classes, y.device)  # before the network runs
         return list(zip(parts, y.split(batch_size), strict=True))
     if not isinstance(x, Iterable) or isinstance(x, (str, bytes, Mapping, np.ndarray)):
         raise InputError(f"x is {kind(x)}: give model input, shape (N, C, H, W), or batches of it, e.g. a DataLoader")

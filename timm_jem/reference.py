@@ -151,6 +151,8 @@ def fit(
         InputError: no images, labels that don't fit or that some batches alone have, or energies that are not finite.
     """
     check_number("accept", accept, above=0, most=1)
+    if isinstance(x, Tensor) and x.ndim and y is not None:  # before the network runs
+        check_labels(y, len(x), num_classes, torch.device("cpu"))
     logits, labels = [], []
     for images, of_images in map(of_batch, batches_of(x, y, batch_size, num_classes)):
         logits.append(classify(images))

@@ -125,7 +125,7 @@ class ReplayBuffer:
         if count:
             places = torch.randperm(n, generator=self.generator, device=device)[:count]
             classes = None if self.labels is None else self.labels[slots[places]]
-            fresh = self._fresh((count, *chains.shape[1:]), device, classes)
+            fresh = self._fresh((count, *chains.shape[1:]), device, classes).to(chains.dtype)
             if self.restart_least is not None:  # only the slot's share of them
                 share = (self.restart_least / self.restart_prob) ** (slots[places] * _GOLDEN % 1)
                 restarts = torch.rand(count, generator=self.generator, device=device) < share

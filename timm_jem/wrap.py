@@ -121,7 +121,7 @@ def create_model(
     kwargs, input_size = {key: _plain(value) for key, value in kwargs.items()}, _plain(input_size)
     arguments = {"model_name": model_name, **kwargs}
     if (checkpoint := kwargs.get("checkpoint_path")) and not os.path.isfile(checkpoint):
-        raise InputError(f"checkpoint_path is {quoted(str(checkpoint))}, and there is no such file: give one that is there")
+        raise InputError(f"checkpoint_path is {str(checkpoint)!r}, and there is no such file: give one that is there")
     try:
         with _from_hub(model_name, pretrained, kwargs):
             if input_size is not None:
