@@ -162,13 +162,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     On CPUs PyTorch has one library for products and another for convolutions, of which a product is one, too: on some the
     second is twice as fast.
     """
-    if device.type == "cuda":
-        n, (a, b) = 8192, torch.randn(2, 8192, 8192, device=device, dtype=dtype)
-        ways = [lambda: a @ b]
-    else:
-        n, (a, b) = 2048, torch.randn(2, 2048, 2048, dtype=dtype)
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    ways = [lambda: a @ b]
+    if device.type == "cpu":
         images = a.view(1, 32, 64, n).permute(0, 3, 1, 2)  # channels last
-        ways = [lambda: a @ b, lambda: torch.nn.functional.conv2d(images, b.view(n, n, 1, 1))]
+        ways.append(lambda: torch.nn.functional.conv2d(images, b.view(n, n, 1, 1)))
     return 2 * n**3 / min(seconds(way, device) for way in ways for _ in range(8))
 
 

@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
             built = build(plan, splits, accelerator, kept=folder.classifier.backbone)
         except InputError as error:
             raise InputError(as_told(str(error))) from error
-    if not settings.data.skip_broken:  # with it all have been tried
+    if accelerator.is_main_process and not settings.data.skip_broken:  # with it all have been tried
         check_others([splits.val, splits.test])  # they are met when hours of training are done
     if settings.hub.push_to is not None and accelerator.is_main_process:
         make_repository(settings.hub.push_to, private=settings.hub.private)

@@ -14,7 +14,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from timm_jem.errors import InputError, one_line
 
-__all__ = ["ImageFiles", "find_image_files", "is_image", "parquet_splits", "visible_files"]
+__all__ = ["ImageFiles", "find_image_files", "is_image", "visible_files"]
 
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -41,6 +41,7 @@ class ImageFiles:
         metadata: files such as metadata.csv, relative to ``root``, sorted: where there are any, they tell which images there
             are, and of which class.
         tables: how many files of rows there are, which is what the folder holds where the images are those of a README.
+        parquet: files of rows, which hold their images.
     """
 
     root: Path
@@ -49,6 +50,7 @@ class ImageFiles:
     others: Counter
     metadata: list[Path]
     tables: int
+    parquet: list[Path]
 
     @property
     def told(self) -> bool:
@@ -91,6 +93,22 @@ class ImageFiles:
             split: Dataset.from_dict({name: of_split[name] for name in features}, features).cast_column("image", Image())
             for split, of_split in columns.items()
         }
+
+    def parquet_splits(self) -> dict[str, list[str]]:
+        """The .parquet files by split, as patterns that mean these alone; none: there are none.
+
+        Splits are words in their paths, as for ``datasets``: "train-2023.parquet", "test/0.parquet", and any in
+        "data/WORD-00000-of-00001.parquet". Where some have one the others are no data; where none has they are all of "train".
+        """
+        splits: dict[str, list[str]] = {}
+        for path in self.parquet:
+            name = path.with_suffix("").as_posix()
+            sharded = re.fullmatch(r"data/(\w+)-\d{5}-of-\d+", name)
+            words = reversed(re.split(r"[-._ 0-9/]+", name.lower()))
+            found = sharded[1] if sharded else next((_SPLITS[word] for word in words if word in _SPLITS), "")
+            splits.setdefault(found, []).append(glob.escape(str(self.root / path)))
+        rest = splits.pop("", [])
+        return splits or ({"train": rest} if rest else {})
 
     def _load_metadata(self) -> dict[str, Dataset]:
         # One at a time, since ``datasets`` reads several in any order, and by itself makes splits of words in names.
@@ -162,7 +180,7 @@ def find_image_files(folder: Path) -> ImageFiles:
     def refuse(parent: Path, error: OSError) -> None:
         raise InputError(f"{folder / parent} can't be listed ({one_line(error)}): make it readable, or remove it") from error
 
-    files, others, metadata, tables = [], Counter(), [], 0
+    files, others, metadata, tables, parquet = [], Counter(), [], 0, []
     for path in visible_files(folder, refuse):
         extension = path.suffix.lower()
         if path.name in ImageFolder.METADATA_FILENAMES:
@@ -172,29 +190,14 @@ def find_image_files(folder: Path) -> ImageFiles:
         else:
             others[extension or path.name] += 1
             tables += extension in _TABLES
+            parquet += [path] * (extension == ".parquet")
     if odd := next((path for path in files if any("\ud800" <= letter <= "\udfff" for letter in str(path))), None):
         raise InputError(f"{folder} has the file {str(odd)!r}, whose name is not UTF-8: rename it")
     by_split = all(len(path.parts) > 1 and path.parts[0].lower() in _SPLITS for path in files)
     splits: dict[str, list[Path]] = {}
     for path in sorted(files, key=str):
         splits.setdefault(_SPLITS[path.parts[0].lower()] if by_split else "train", []).append(path)
-    return ImageFiles(folder, splits, int(by_split), others, sorted(metadata, key=str), tables)
-
-
-def parquet_splits(folder: Path) -> dict[str, list[str]]:
-    """The visible .parquet files of a folder by split, as patterns that mean these alone; none: there are none.
-
-    Splits are words in their paths, as for ``datasets``: "train-2023.parquet", "test/0.parquet", and any in
-    "data/WORD-00000-of-00001.parquet". Where some have one the others are no data; where none has they are all of "train".
-    """
-    splits: dict[str, list[str]] = {}
-    for path in sorted(path for path in visible_files(folder) if path.suffix.lower() == ".parquet"):
-        sharded = re.fullmatch(r"data/(\w+)-\d{5}-of-\d+", path.with_suffix("").as_posix())
-        words = re.split(r"[-._ 0-9/]+", path.with_suffix("").as_posix().lower())
-        found = sharded[1] if sharded else next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), "")
-        splits.setdefault(found, []).append(glob.escape(str(folder / path)))
-    rest = splits.pop("", [])
-    return splits or ({"train": rest} if rest else {})
+    return ImageFiles(folder, splits, int(by_split), others, sorted(metadata, key=str), tables, sorted(parquet, key=str))
 
 
 def _class_of(path: Path) -> str:

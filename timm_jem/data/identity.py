@@ -4,14 +4,13 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags
 from PIL import Image as PILImage
 
-from timm_jem.data.images import ImageSet, evenly
+from timm_jem.data.images import ImageSet, evenly, stored_bytes
 from timm_jem.data.splits import Splits
 from timm_jem.decoding import UNREADABLE
 
@@ -75,12 +74,9 @@ def _of_images(images: ImageSet) -> dict[str, Any]:
 def _content(stored: Mapping[str, Any] | None) -> bytes:
     """A digest of an undecoded cell. Small PNGs count by their pixels: what is no file yet is encoded by whatever version of
     Pillow there is. Other files count by their bytes, since pixels depend on their decoder."""
-    data, path = (stored or {}).get("bytes"), (stored or {}).get("path")
-    if data is None and path is not None and "://" not in path:
-        with contextlib.suppress(UNREADABLE):  # as below: a file that isn't there is broken
-            data = Path(path).read_bytes()
+    data = stored_bytes(stored)
     if data is None:
-        data = str(path).encode()  # a file on the Hub, or none
+        data = str((stored or {}).get("path")).encode()  # a file on the Hub, or none
     elif data.startswith(b"\x89PNG") and len(data) <= _SMALL:
         with contextlib.suppress(UNREADABLE), PILImage.open(io.BytesIO(data)) as image:  # broken ones are named when decoded
             data = f"{image.mode} {image.size} ".encode() + image.tobytes() + _beside_pixels(image)

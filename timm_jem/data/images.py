@@ -1,8 +1,11 @@
 """Images of a data set as 8-bit pixels."""
 
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -10,12 +13,12 @@ import torch
 from datasets import Dataset, Image
 from torch import Tensor
 
-from timm_jem.decoding import BrokenImage, Fit, decode, fitted
+from timm_jem.decoding import UNREADABLE, BrokenImage, Fit, decode, fitted
 from timm_jem.errors import InputError
 from timm_jem.files import cores
 from timm_jem.progress import tqdm
 
-__all__ = ["SKIP_HINT", "ImageSet", "cache_small", "check_others", "evenly", "located"]
+__all__ = ["SKIP_HINT", "ImageSet", "cache_small", "check_others", "evenly", "located", "stored_bytes"]
 
 SKIP_HINT = "or leave out all such images with --data.skip_broken true"
 _AT_ONCE = 64  # rows of small images: one by one they would take longer to fetch than to decode
@@ -214,3 +217,12 @@ def located(what: str, stored: dict | None) -> str:
     """``what`` and the file that an undecoded image cell is or was, where it has a name."""
     path = (stored or {}).get("path")
     return f"{what} ({path})" if path else what
+
+
+def stored_bytes(stored: Mapping[str, Any] | None) -> bytes | None:
+    """What the file of an undecoded image cell holds; None: there is none here, which is named when it is decoded."""
+    data, path = (stored or {}).get("bytes"), (stored or {}).get("path")
+    if data is None and path is not None and "://" not in path:
+        with contextlib.suppress(UNREADABLE):
+            data = Path(path).read_bytes()
+    return data

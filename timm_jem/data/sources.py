@@ -4,6 +4,7 @@ import glob
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl
@@ -19,7 +20,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import httpx
 from PIL import Image as PILImage
 
-from timm_jem.data.folders import find_image_files, parquet_splits
+from timm_jem.data.folders import find_image_files
 from timm_jem.errors import InputError, one_line
 
 __all__ = ["LOADING_ERRORS", "Asked", "absolute", "digits", "hub_id", "load", "public_name", "read_name"]
@@ -89,12 +90,12 @@ def _load_local(path: Path, config_name: str | None, split: str, streaming: bool
         rows = sum(map(len, loaded.values()))
         if rows < images:
             others["images that no metadata tells of"] = images - rows
-    elif files.tables and (tables := parquet_splits(path)) and config_name is None and not _card_tells_files(path):
+    elif config_name is None and files.parquet and not _card_tells_files(path):
         # By itself ``datasets`` goes by the most frequent kind of file, which may be a README's pictures.
+        tables = files.parquet_splits()
         loaded = datasets.load_dataset("parquet", data_files=tables, streaming=streaming)
-        used = sum(map(len, tables.values()))
-        others = {**files.others, ".parquet": files.others[".parquet"] - used, ".md": 0, "images": images}
-        others = {kind: count for kind, count in others.items() if count}
+        used = Counter({".parquet": sum(map(len, tables.values())), ".md": files.others[".md"]})
+        others = files.others + Counter(images=images) - used  # those that are left
     elif glob.escape(str(path)) != str(path):
         raise InputError(f"data set {path} has one of *, ? and [ in its name, which mean others than it: rename it")
     else:

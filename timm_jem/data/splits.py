@@ -1,16 +1,11 @@
 """Hugging Face image data sets, split into train, validation and test."""
 
-import contextlib
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
@@ -28,10 +23,11 @@ from timm_jem.data.columns import (
 )
 from timm_jem.data.config import DataConfig
 from timm_jem.data.headers import Headers, read_headers
-from timm_jem.data.images import ImageSet, cache_small, evenly
+from timm_jem.data.images import ImageSet, cache_small
 from timm_jem.data.sources import Asked, load, read_name
 from timm_jem.data.stream_splits import split_stream
 from timm_jem.data.streamed import StreamedSet
+from timm_jem.data.unlabeled import held_out_among
 from timm_jem.decoding import Fit, fitted
 from timm_jem.errors import InputError, check_whole
 
@@ -267,8 +263,7 @@ def _split_stored(
         sets["train"] = sets["train"].joined(others)
     sets, left_out = cache_small(sets, config.cache_gib, skip_broken=config.skip_broken)
     if config.unlabeled is not None:
-        shares = _trained_on(sets) if sets["train"].images is not None else _files_among(others, sets)
-        for name, share in shares.items():
+        for name, share in held_out_among(others, sets).items():
             if share > 0.5:
                 raise InputError(
                     f"data unlabeled is {config.unlabeled}, in which {share:.0%} of the {name} images are: they would be "
@@ -276,52 +271,6 @@ def _split_stored(
                 )
     labeled = int((sets["train"].labels >= 0).sum())
     return sets, None if labeled == len(sets["train"]) else sets["train"].head(labeled), headers, left_out
-
-
-def _trained_on(sets: dict[str, ImageSet]) -> dict[str, float]:
-    """The shares of some validation and some test images that are among the training images without a label, too; all are in
-    memory."""
-    train, shares = sets["train"], {}
-    sums = train.images.flatten(1).sum(1).masked_fill(train.labels != -1, -1)  # few have that of an image
-    for name, held_out in (("validation", sets["val"]), ("test", sets["test"])):
-        some = held_out.images[evenly(len(held_out), 64)]
-        found = [bool((train.images[sums == one.sum()] == one).flatten(1).all(1).any()) for one in some]
-        shares[name] = sum(found) / len(found)
-    return shares
-
-
-def _files_among(others: ImageSet, sets: dict[str, ImageSet]) -> dict[str, float]:
-    """The shares of some validation and some test images whose files are among ``others``, too, byte for byte.
-
-    Of ``others`` only files as long as one of those are read; images that lie on the Hub are none.
-    """
-    cells, wanted = others.data.data.column(others.image_column), {}
-    for name, held_out in (("validation", sets["val"]), ("test", sets["test"])):
-        stored = (held_out.data[row][held_out.image_column] for row in evenly(len(held_out), 64))
-        wanted[name] = [_file(cell) for cell in stored]
-    files = {file for of_set in wanted.values() for file in of_set if file}
-    alike = np.flatnonzero(np.isin(_file_sizes(cells), [len(file) for file in files]))
-    found = {file for row in alike.tolist() if (file := _file(cells[row].as_py())) in files}
-    return {name: sum(file in found for file in of_set) / len(of_set) for name, of_set in wanted.items()}
-
-
-def _file_sizes(cells: pa.ChunkedArray) -> np.ndarray:
-    """How many bytes the file of each undecoded image has, without reading any; −1: unknown."""
-    sizes = pc.fill_null(pc.binary_length(pc.struct_field(cells, "bytes")), -1).to_numpy().copy()
-    paths = pc.struct_field(cells, "path")
-    for row in np.flatnonzero(sizes < 0).tolist():
-        with contextlib.suppress(OSError, TypeError, ValueError):  # none, or none here: those are named when decoded
-            sizes[row] = os.stat(paths[row].as_py()).st_size
-    return sizes
-
-
-def _file(stored: Mapping[str, Any] | None) -> bytes | None:
-    """What the file of an undecoded image holds; None: there is none here."""
-    data, path = (stored or {}).get("bytes"), (stored or {}).get("path")
-    if data is None and path is not None:
-        with contextlib.suppress(OSError, ValueError):
-            data = Path(path).read_bytes()
-    return data
 
 
 def _some_of_each(

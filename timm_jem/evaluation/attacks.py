@@ -28,6 +28,7 @@ __all__ = [
     "check_logits",
     "check_norm",
     "first_logits",
+    "l2_step",
     "margin",
     "pgd",
     "pgd_end",
@@ -260,6 +261,11 @@ def _step(gradient: Tensor, config: PGDConfig) -> Tensor:
     size = 2.5 * config.eps / config.steps if config.step_size is None else config.step_size
     if config.norm == "linf":
         return size * gradient.sign()
+    return l2_step(gradient, size)
+
+
+def l2_step(gradient: Tensor, size: float) -> Tensor:
+    """Along each image's gradient, ℓ2 length ``size``; none where it is zero. Both of shape (B, C, H, W)."""
     # A confident classifier's gradient is so small that its squares are 0: make the largest entry 1 first.
     peak = gradient.abs().amax((1, 2, 3), keepdim=True)
     gradient = gradient / torch.where(peak > 0, peak, 1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_number, check_whole
+from timm_jem.evaluation.attacks import l2_step
 from timm_jem.evaluation.labelled import labels as class_labels
 from timm_jem.inputs import FAR_FROM_PIXELS
 from timm_jem.model import JEM
@@ -72,11 +73,7 @@ def distal_adversarials(
                 if step == steps or sure.all():
                     break
                 slope = torch.autograd.grad(log_p.sum(), u)[0]
-                # Of a small slope the squares are 0: make the largest entry 1 first. Nowhere to go where it is exactly zero.
-                peak = slope.abs().amax((1, 2, 3), keepdim=True)
-                slope = slope / torch.where(peak > 0, peak, 1)
-                move = size * slope / slope.flatten(1).norm(dim=1).clamp_min(1)[:, None, None, None]
-                u = torch.where(sure[:, None, None, None], u, (u + move).clamp(-1, 1))
+                u = torch.where(sure[:, None, None, None], u, (u + l2_step(slope, size)).clamp(-1, 1))
             images.append(u[:count].detach().cpu())
             probabilities.append(log_p[:count].detach().exp().cpu())
     return torch.cat(images), torch.cat(probabilities)

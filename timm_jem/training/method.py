@@ -239,7 +239,7 @@ class MaximumLikelihood:
 
     @torch.no_grad()
     def _told_apart(self, model: nn.Module, u: Tensor, u_neg: Tensor, y: Tensor | None) -> Tensor:
-        with in_eval_mode(model.modules()):  # frozen parameters that no backward follows would stay so under FSDP2
+        with in_eval_mode(model.modules()):
             logits = model(self.jem.normalize(torch.cat([u, u_neg]))).float()
         energies = energy(logits) if y is None else energy_where_known(logits, torch.cat([y, y]))
         return self.ramp.see(*energies.split([len(u), len(u_neg)]))
