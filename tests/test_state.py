@@ -157,6 +157,20 @@ def test_what_a_killed_process_left_is_found_or_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000030"]
 
 
+def test_what_a_killed_save_had_still_to_remove_goes_at_resume(tmp_path):
+    """A run that has all its steps saves no more."""
+    checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True), keep=4)
+    for step in (10, 20, 30, 40):
+        checkpoints.save(step, {"a": step})
+    (tmp_path / "step_00000010").rename(tmp_path / ".old-step_00000010")  # 20 was the next to go
+    checkpoints.keep = 2
+    checkpoints.tidy(tmp_path / "step_00000040")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000030", "step_00000040"]
+    (tmp_path / "step_00000040").rename(tmp_path / ".old-step_00000040")
+    checkpoints.tidy(tmp_path / ".old-step_00000040")  # the one to go on from
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".old-step_00000040", "step_00000030"]
+
+
 @pytest.mark.parametrize(
     "harm", ["truncate", "flip", "no file", "no manifest", "bad manifest", "empty manifest", "no rank", "deep"]
 )

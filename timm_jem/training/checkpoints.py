@@ -81,10 +81,7 @@ class Checkpoints:
                     os.replace(aside, target)
                     _sync_folder(self.folder)
                     self.forget_after(step)
-                    for path in self._all()[: -self.keep]:
-                        self._hide(path)
-                    for path in self.folder.glob(".old-step_*"):
-                        shutil.rmtree(path)
+                    self.tidy(target)
         except InputError:
             if main:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -120,6 +117,15 @@ class Checkpoints:
             for path in self._all(hidden=True):
                 if _step(path) > step:
                     shutil.rmtree(path if path.name.startswith(".") else self._hide(path))
+
+    def tidy(self, newest: Path) -> None:
+        """Remove those that ``newest`` and others before it replace, also where a save was killed before it could; not where
+        ``newest`` itself was on its way out."""
+        if self.accelerator.is_main_process and not newest.name.startswith("."):
+            for path in self._all()[: -self.keep]:
+                self._hide(path)
+            for path in self.folder.glob(".old-step_*"):
+                shutil.rmtree(path)
 
     def _all(self, *, hidden: bool = False) -> list[Path]:
         """By step; with those that were on their way out, which are whole if a process was killed just then."""

@@ -191,6 +191,7 @@ class Run:
             self.guard.load_state_dict(saved["guard"], _snapshots(saved))
             self.rollbacks = list(saved["rollbacks"])
         self.checkpoints.forget_after(self.step)
+        self.checkpoints.tidy(checkpoint)
         accelerator.print(f"goes on from {checkpoint}, step {self.step}")
         return saved["extra"]
 
