@@ -208,6 +208,24 @@ def test_metadata_that_tell_nothing_beside_others_are_named(tmp_path):
         load_splits(DataConfig(str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "names", "tested"),
+    [
+        ("01010101" + " ", ["0", "1", "1", "0"], ["0", "1"], [0, 1, 1, 0]),  # which pandas reads as 0.0 and 1.0
+        ("abababab" + " ", [""] * 4, ["a", "b"], None),  # a test split without labels is none
+    ],
+)
+def test_metadata_of_splits_may_have_gaps(tmp_path, train, test, names, tested):
+    for split, labels in (("train", train), ("test", test)):
+        lay(tmp_path, *(f"{split}/{i}.png" for i in range(len(labels))))
+        text = "".join(f"{i}.png,{label.strip()}\n" for i, label in enumerate(labels))
+        (tmp_path / split / "metadata.csv").write_text("file_name,label\n" + text)
+    splits = load_splits(DataConfig(str(tmp_path), unlabeled_rows=True))
+    assert splits.class_names == names
+    assert tested is None or splits.test.labels.tolist() == tested
+    assert int((splits.train.labels == -1).sum()) == train.count(" ")
+
+
 def rows_of(path, *names):
     """Ten images of each class in a .parquet file."""
     path.parent.mkdir(parents=True, exist_ok=True)

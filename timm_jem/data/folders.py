@@ -1,5 +1,6 @@
 """Folders of image files: which split and which class each file is of, by where it lies."""
 
+import contextlib
 import glob
 import os
 import re
@@ -111,17 +112,20 @@ class ImageFiles:
         return splits or ({"train": rest} if rest else {})
 
     def _load_metadata(self) -> dict[str, Dataset]:
-        # One at a time, since ``datasets`` reads several in any order, and by itself makes splits of words in names.
+        # As splits, since ``datasets`` reads several files of one in any order, and by itself makes splits of words in names.
         files = {f"part{i}": [glob.escape(str(self.root / file))] for i, file in enumerate(self.metadata)}
         try:
             parts = load_dataset("imagefolder", data_files=files)
+            rows = concatenate_datasets([parts[name] for name in files])
         except (IndexError, ValueError) as error:
             empty = re.search(r'"part(\d+)" corresponds to no data', str(error))
-            if not (empty or isinstance(error, IndexError)):
+            if empty or isinstance(error, IndexError):
+                file = self.metadata[int(empty[1]) if empty else 0]
+                raise InputError(f"{self.root} has {file}, which tells of no image: fill it in, or remove it") from error
+            if "have different features" not in str(error):
                 raise
-            file = self.metadata[int(empty[1]) if empty else 0]
-            raise InputError(f"{self.root} has {file}, which tells of no image: fill it in, or remove it") from error
-        rows = concatenate_datasets([parts[name] for name in files])
+            alone = (load_dataset("imagefolder", data_files={"train": pattern})["train"] for pattern in files.values())
+            rows = concatenate_datasets([_without_gaps(part) for part in alone])
         columns = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
         if not (self.depth and columns):
             return {"train": rows}
@@ -130,6 +134,18 @@ class ImageFiles:
             first = Path(os.path.relpath(cell["path"], self.root)).parts[0] if cell else ""
             splits.setdefault(_SPLITS.get(first.lower(), "train"), []).append(row)
         return {split: rows.select(numbers) for split, numbers in splits.items()}
+
+
+def _without_gaps(rows: Dataset) -> Dataset:
+    """Whole numbers stay so where one is missing, which pandas makes 1.0 of; a column of nothing is none, of any type."""
+    for column, feature in rows.features.items():
+        if isinstance(feature, Value) and feature.dtype == "float64":
+            if rows.data.column(column).null_count == len(rows):
+                rows = rows.remove_columns(column)
+            else:
+                with contextlib.suppress(ValueError):  # other numbers stay
+                    rows = rows.cast_column(column, Value("int64"))
+    return rows
 
 
 def visible_files(folder: Path, refused: Callable[[Path, OSError], None] | None = None) -> Iterator[Path]:
