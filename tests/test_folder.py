@@ -459,6 +459,8 @@ def test_chains_to_publish_are_pixels(u, labels, message):
 def test_chains_of_no_file_are_named():
     with pytest.raises(InputError, match=r"there is no file gone\.safetensors: give"):
         PublishedChains.load("gone.safetensors", (1, 8, 8), 3)
+    with pytest.raises(InputError, match=r"chains\.safetensors can't be written .*give a file in a folder that is there"):
+        PublishedChains(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).save("gone/chains.safetensors")
 
 
 def test_chains_in_any_layout_are_saved_and_another_head_refuses_them(jem, tmp_path):

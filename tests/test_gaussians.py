@@ -319,6 +319,7 @@ def test_bad_input_is_named():
         (lambda: replace(fitted, scales=fitted.scales[:, :0]), "disagree"),
         (lambda: replace(fitted, scales=fitted.scales[0]), "disagree"),
         (lambda: ClassGaussians.load("gone.safetensors", SHAPE, 2), r"there is no file gone\.safetensors: give"),
+        (lambda: fitted.save("gone/starts.safetensors"), r"starts\.safetensors can't be written .*give a file in a folder"),
         (lambda: ClassGaussians.fit(None), "NoneType"),
         (lambda: ClassGaussians.fit(images, y.tolist(), 2), "a list"),
         (lambda: ClassGaussians.fit(images, y.float(), 2), "float32"),

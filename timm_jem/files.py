@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_jem.errors import InputError, one_line, quoted
@@ -26,6 +27,7 @@ __all__ = [
     "read_tensors",
     "replaced_file",
     "sha256",
+    "write_tensors",
 ]
 
 
@@ -93,6 +95,22 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_tensors(file: str | os.PathLike, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
+    """Write tensors of the CPU, contiguous, as a safetensors file with texts in its header, whole or not at all.
+
+    Raises:
+        InputError: the file can't be written; one that was there is as before.
+    """
+    try:
+        with replaced_file(as_path(file)) as aside:
+            aside.touch()
+            mode = aside.stat().st_mode  # safetensors gives its files to their owner alone
+            save_file(tensors, aside, header)
+            aside.chmod(mode)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} can't be written ({one_line(error)}): give a file in a folder that is there") from error
 
 
 @contextlib.contextmanager

@@ -7,12 +7,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
 from timm_jem.errors import InputError, check_number, check_whole, quoted
-from timm_jem.files import read_tensors
+from timm_jem.files import read_tensors, write_tensors
 from timm_jem.inputs import FAR_FROM_PIXELS, check_label_values, is_floats, is_labels, kind
 from timm_jem.noise import Generators, draw_classes, randn
 from timm_jem.sampling import filled
@@ -89,9 +88,17 @@ class ClassGaussians:
                 f"{num_classes} classes and images of {tuple(image_shape)}: set jem.starts = None, or to some of this model"
             )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What :meth:`save` writes."""
+        return {field.name: getattr(self, field.name).detach().cpu().contiguous() for field in fields(self)}
+
     def save(self, file: str | os.PathLike) -> None:
-        """Write them as safetensors."""
-        save_file({field.name: getattr(self, field.name).detach().cpu().contiguous() for field in fields(self)}, file)
+        """Write them as safetensors.
+
+        Raises:
+            InputError: the file can't be written; one that was there is as before.
+        """
+        write_tensors(file, self.tensors())
 
     @classmethod
     def load(cls, file: str | os.PathLike, image_shape: Sequence[int], num_classes: int) -> "ClassGaussians":

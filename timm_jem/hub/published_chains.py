@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_jem.errors import InputError, check_whole, quoted
-from timm_jem.files import read_tensors
+from timm_jem.files import read_tensors, write_tensors
 from timm_jem.inputs import is_floats, is_labels, kind
 from timm_jem.pixels import eight_bit, to_pixels
 
@@ -128,10 +127,18 @@ class PublishedChains:
         u = to_pixels(self.images[rows])
         return u, None if self.labels is None else self.labels[rows]
 
-    def save(self, file: str | os.PathLike) -> None:
-        """Write them as safetensors."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What :meth:`save` writes."""
         tensors = {"images": self.images} | ({} if self.labels is None else {"labels": self.labels})
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write them as safetensors.
+
+        Raises:
+            InputError: the file can't be written; one that was there is as before.
+        """
+        write_tensors(file, self.tensors())
 
     @classmethod
     def load(cls, file: str | os.PathLike, image_shape: tuple[int, int, int], num_classes: int) -> "PublishedChains":

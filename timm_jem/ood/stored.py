@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_jem.errors import InputError, check_number, one_line, quoted
-from timm_jem.files import as_path, read_tensors, replaced_file
+from timm_jem.errors import InputError, check_number, quoted
+from timm_jem.files import as_path, read_tensors, write_tensors
 from timm_jem.model import JEM
 from timm_jem.noise import uniform_noise
 from timm_jem.ood.views import view
@@ -34,16 +32,9 @@ def write(file: str | os.PathLike, state: Mapping[str, Tensor], about: dict[str,
     Raises:
         InputError: the file can't be written; one that was there is as before.
     """
-    tensors = {**state, _PROBE: known_by}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in {**state, _PROBE: known_by}.items()}
     header = {_KEY: json.dumps({"format_version": FORMAT_VERSION, **about})}
-    try:
-        with replaced_file(as_path(file)) as aside:
-            aside.touch()
-            mode = aside.stat().st_mode  # safetensors gives its files to their owner alone
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, header)
-            aside.chmod(mode)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} can't be written ({one_line(error)}): give a file in a folder that is there") from error
+    write_tensors(file, tensors, header)
 
 
 def read(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
