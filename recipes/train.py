@@ -233,7 +233,7 @@ def train(settings: Settings, splits: Splits, run: Run, record: Record) -> Rollb
             if due.checkpoint or due.snapshot:
                 run.snapshot(alone=due.checkpoint)  # as a run that goes on from a checkpoint, which has no other
             if due.checkpoint or due.stop:
-                save(run, record, needed=bool(due.stop))
+                save(run, record, needed=bool(due.stop), interim=not due.checkpoint)
             if due.stop:
                 record.close()
                 accelerator.print(f"{due.stop.name}: stopped at step {run.step}; go on with --resume {record.folder.whole}")
@@ -246,7 +246,7 @@ def kept(run: Run, record: Record) -> str:
     """Write a checkpoint of a run that can't read on, and say so; of several processes the others are a step further."""
     if run.step == 0 or run.learner.accelerator.num_processes > 1:
         return ""
-    save(run, record, needed=True)
+    save(run, record, needed=True, interim=True)
     return f"; stopped at step {run.step}, go on with --resume {record.folder.whole}"
 
 
@@ -255,8 +255,8 @@ def validate(settings: Settings, splits: Splits, run: Run, record: Record) -> No
     accelerator, workers = run.learner.accelerator, workers_of(settings.train)
     figures = measure(run.learner.published(), splits.val, "val", accelerator, workers=workers)
     record.log(run.step, figures)
-    if settings.train.best_k and record.is_best(run.step, figures["val_accuracy"]):
-        record.keep_best(run.step, publishable(settings, splits, run, record))
+    if settings.train.best_k:
+        record.keep_best(run.step, figures["val_accuracy"], lambda: publishable(settings, splits, run, record))
 
 
 def publish(settings: Settings, splits: Splits, run: Run, record: Record) -> None:
@@ -271,15 +271,15 @@ def publish(settings: Settings, splits: Splits, run: Run, record: Record) -> Non
             record.say(f"step {run.step} was not pushed, training goes on: {error}")
 
 
-def save(run: Run, record: Record, *, needed: bool) -> None:
+def save(run: Run, record: Record, *, needed: bool, interim: bool) -> None:
     """Write a checkpoint. Where it is the last word of a stopped run, one that can't be written is an error."""
     last = run.step == record.settings.train.steps
     tries = record.patiently if needed or last else (lambda write: write())
     try:
-        tries(lambda: run.save(record.state_dict()))
+        tries(lambda: run.save(record.state_dict(), interim=interim))
     except InputError as error:
         if needed:
-            run.save(record.state_dict(), snapshots=False)  # which takes less
+            run.save(record.state_dict(), snapshots=False, interim=interim)  # which takes less
         else:
             record.say(f"{error}{'' if last else '; training goes on'}")
 

@@ -56,11 +56,16 @@ def test_the_last_step_is_looked_at_logged_and_saved_and_published_once():
 
 
 def test_what_is_kept_has_been_looked_at():
-    cadence = make(checkpoint_every=7, eval_every=15, guard={"check_every": 10, "snapshot_every": 20})
+    cadence = make(
+        checkpoint_every=7,
+        eval_every=15,
+        guard={"check_every": 10, "snapshot_every": 20},
+        hub={"push_to": "user/name", "every": 11},
+    )
     for step in range(1, 200):
         due = cadence.at(step, [])
-        assert due.look or not (due.checkpoint or due.snapshot or due.validate)
-        assert due.look == (step % 7 == 0 or step % 10 == 0 or step % 15 == 0)
+        assert due.look or not (due.checkpoint or due.snapshot or due.validate or due.push)
+        assert due.look == (step % 7 == 0 or step % 10 == 0 or step % 11 == 0 or step % 15 == 0)
 
 
 def test_a_signal_stops_one_process_at_once():
@@ -69,14 +74,29 @@ def test_a_signal_stops_one_process_at_once():
     assert due
 
 
-def test_several_processes_stop_together_at_a_look(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "timm_jem.training.cadence.gather_object", lambda mine: asked.append(mine) or [*mine, signal.SIGINT, signal.SIGTERM]
-    )
+@pytest.mark.parametrize(
+    ("seconds", "asked_at"),
+    [
+        (0.1, [1, 2, 10, 20, 30, 40]),  # at looks, after the first two steps that time it
+        (2.0, [*range(1, 3), *range(4, 10, 2), *range(10, 41, 2)]),  # and so often that they wait for five seconds at most
+        (60.0, [*range(1, 41)]),
+    ],
+)
+def test_several_processes_ask_one_another_at_looks_and_every_few_seconds(monkeypatch, seconds, asked_at):
+    now, asked = [0.0], []
+    monkeypatch.setattr("timm_jem.training.cadence.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("timm_jem.training.cadence.gather_object", lambda mine: asked.append(step) or [*mine, (None, 1e-9)])
     cadence = make(SimpleNamespace(num_processes=2))
-    assert cadence.at(9, [signal.SIGTERM]).stop is None
-    assert asked == []  # agreeing waits for the others
+    for step in range(1, 41):
+        now[0] += seconds
+        assert cadence.at(step, []).stop is None
+    assert asked == asked_at
+
+
+def test_several_processes_stop_together(monkeypatch):
+    others = [(signal.SIGINT, 0.1)]
+    monkeypatch.setattr("timm_jem.training.cadence.gather_object", lambda mine: [*mine, *others])
+    cadence = make(SimpleNamespace(num_processes=2))
     assert cadence.at(10, []).stop == signal.SIGINT
     assert cadence.at(20, [signal.SIGTERM]).stop == signal.SIGTERM
 

@@ -228,17 +228,16 @@ def test_a_run_that_goes_on_counts_the_best_models_that_are_there(tmp_path):
     """One that was displaced after the checkpoint, by a better one that is forgotten now, keeps no place."""
     record = make(tmp_path / "a", best_k=1)
     record.open(0)
-    assert record.is_best(4, 0.5)
-    record.keep_best(4, Model("4"))
+    record.keep_best(4, 0.5, lambda: Model("4"))
     saved = record.state_dict()
-    assert record.is_best(8, 0.6)
-    record.keep_best(8, Model("8"))
+    record.keep_best(8, 0.6, lambda: Model("8"))
     record.close()
     again = make(tmp_path / "a", best_k=1)
     again.load_state_dict(saved)
     again.open(5)
     assert again.best == []
-    assert again.is_best(8, 0.4)
+    again.keep_best(8, 0.4, lambda: Model("8"))
+    assert again.best == [[0.4, 8]]
     again.close()
 
 
@@ -274,8 +273,7 @@ def test_the_best_models_are_kept_and_others_removed(tmp_path):
     record.open(0)
 
     def validate(step, value):
-        if record.is_best(step, value):
-            record.keep_best(step, Model(str(step)))
+        record.keep_best(step, value, lambda: Model(str(step)))
         return sorted(int((folder / "name").read_text()) for folder in (tmp_path / "a" / "best").iterdir())
 
     assert validate(1, 0.5) == [1]
@@ -356,6 +354,28 @@ def test_pictures_of_chains(tmp_path):
     record.close()
 
 
+def test_a_best_model_that_the_disk_does_not_take_ends_no_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("timm_jem.training.record.WAITS", (0.0,))
+    record = make(tmp_path / "a", best_k=1)
+    record.open(0)
+    record.keep_best(1, 0.5, lambda: Model("1"))
+
+    class Refused(Model):
+        def save_pretrained(self, folder, *, replay_buffer):
+            raise self.error from self.cause
+
+    full = Refused("2")
+    full.error, full.cause = InputError("the model can't be written"), OSError(28, "No space left on device")
+    record.keep_best(2, 0.7, lambda: full)
+    assert "the model can't be written; training goes on" in "".join(capsys.readouterr())
+    assert record.best == [[0.5, 1]]
+    assert os.listdir(tmp_path / "a" / "best") == ["step_00000001"]
+    full.error, full.cause = InputError("this backbone can't be saved for timm"), None  # nor can it be at the end
+    with pytest.raises(InputError, match="for timm"):
+        record.keep_best(3, 0.8, lambda: full)
+    record.close()
+
+
 def test_another_process_writes_nothing(tmp_path):
     record = make(tmp_path / "a")
     accelerator = SimpleNamespace(is_main_process=False, trackers=[], log=pytest.fail, reduce=lambda tensor, how: tensor)
@@ -364,7 +384,7 @@ def test_another_process_writes_nothing(tmp_path):
     record.log(1, {"loss": torch.tensor(1.0)})
     record.say("a word")
     record.rollback(Rollback(6, 3, "loss not finite", Remedy(lr=0.5)))
-    record.keep_best(1, Model("1"))
+    record.keep_best(1, 0.5, lambda: Model("1"))
     record.chains(1, None)
     assert record.state_dict()["metrics_bytes"] == 0
     record.close()

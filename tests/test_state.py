@@ -171,6 +171,32 @@ def test_what_a_killed_save_had_still_to_remove_goes_at_resume(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".old-step_00000040", "step_00000030"]
 
 
+def test_interim_checkpoints_push_no_other_out_and_give_way_to_the_next(tmp_path):
+    checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True), keep=2)
+
+    def there():
+        return sorted(int(path.name[-2:]) for path in tmp_path.iterdir())
+
+    for step in (10, 20):
+        checkpoints.save(step, {"a": step})
+    newest = checkpoints.save(25, {"a": 25}, interim=True)
+    assert there() == [10, 20, 25]
+    assert checkpoints.newest()[0] == newest  # a run goes on there
+    assert checkpoints.newest(before=30)[0].name == "step_00000020"  # and never goes back to it
+    checkpoints.tidy(newest)
+    assert there() == [10, 20, 25]
+    checkpoints.save(27, {"a": 27}, interim=True)
+    assert there() == [10, 20, 27]
+    checkpoints.save(30, {"a": 30})
+    assert there() == [20, 30]
+    checkpoints.save(30, {"a": 30}, interim=True)  # stopped before the next step: it is one that would be anyway
+    checkpoints.save(40, {"a": 40})
+    assert there() == [30, 40]
+    (tmp_path / "step_00000030" / "manifest.json").write_text("{")
+    checkpoints.save(50, {"a": 50})
+    assert there() == [40, 50]
+
+
 @pytest.mark.parametrize(
     "harm", ["truncate", "flip", "no file", "no manifest", "bad manifest", "empty manifest", "no rank", "deep"]
 )

@@ -152,19 +152,8 @@ def load_subject(
         train, train_y = some(splits.train, config.real_images, config.seed, "training images")
     if len(test_y.unique()) < 2:
         raise InputError(f"the {len(test_y)} test images of {data.dataset} are of one class: give a set of several")
-    if "generation" in config.sections and len(test) < FEWEST_SAMPLES:  # as real_images
-        raise InputError(
-            f"generation needs {FEWEST_SAMPLES} test images, and there are {len(test)}: raise --test_images, or leave it out"
-        )
-    largest, farthest = max([config.l2_epsilon, *config.l2_epsilons]), math.sqrt(math.prod(model.input_size))
-    if "robustness" in config.sections and largest > farthest:
-        raise InputError(
-            f"an ℓ2 attack has the size {largest:g}, and no two images are further apart than {farthest:.3g} (pixels in "
-            "[0, 1]): divide grey levels by 255 in l2_epsilon and l2_epsilons"
-        )
+    _check_sections(config, model, len(test))
     _check_finite(model, test[: config.batch_size], name)
-    if config.refines:
-        check_second_derivatives(model, "set --refinement_steps 0 to leave the refinement out")
     outliers: dict[str, Tensor] = {}
     if "ood" in config.sections:
         fit = fit_of(model.data_config, model.provenance)
@@ -178,7 +167,7 @@ def load_subject(
     seen = f"{of_split}, which the model may have been trained on"
     held_out = f"{of_split}, as in training" if alike else seen
     of_test = []
-    if splits.test_of_train and not test_alike:
+    if not test_alike and splits.test_of_train:
         of_test.append(f"Test images are {seen}: all numbers may look too good.")
     elif not test_alike and (isinstance(known, dict) or trained_here(model.provenance)):
         of_test.append(
@@ -209,6 +198,22 @@ def load_subject(
         judge=judge,
         seed=config.seed,
     )
+
+
+def _check_sections(config: EvaluationConfig, model: JEM, test_images: int) -> None:
+    """Raise an InputError where a section can't be measured by these settings."""
+    if "generation" in config.sections and test_images < FEWEST_SAMPLES:  # as real_images
+        raise InputError(
+            f"generation needs {FEWEST_SAMPLES} test images, and there are {test_images}: raise --test_images, or leave it out"
+        )
+    largest, farthest = max([config.l2_epsilon, *config.l2_epsilons]), math.sqrt(math.prod(model.input_size))
+    if "robustness" in config.sections and largest > farthest:
+        raise InputError(
+            f"an ℓ2 attack has the size {largest:g}, and no two images are further apart than {farthest:.3g} (pixels in "
+            "[0, 1]): divide grey levels by 255 in l2_epsilon and l2_epsilons"
+        )
+    if config.refines:
+        check_second_derivatives(model, "set --refinement_steps 0 to leave the refinement out")
 
 
 def display_name(name: str) -> str:

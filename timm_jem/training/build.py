@@ -347,5 +347,8 @@ def _scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer) -> Schedule
         )
         scheduler.step_update(train.steps)  # some settings show what is wrong with them after the warm-up
     except (ArithmeticError, TypeError, ValueError) as error:
-        raise InputError(f"train.sched {train.sched} does not fit its settings ({one_line(error)}): change them") from error
+        raise InputError(
+            f"train.sched {train.sched} does not fit its settings ({one_line(error)}): change train.sched_kwargs or "
+            "train.warmup_steps"
+        ) from error
     return scheduler

@@ -1,7 +1,9 @@
 """What is due at a step, and the signals that end a run early."""
 
 import contextlib
+import math
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +13,8 @@ from accelerate.utils import gather_object
 from timm_jem.training.settings import Settings
 
 __all__ = ["Cadence", "Due", "stop_signals"]
+
+_PATIENCE = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Cadence:
 
     def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
         self.settings, self.accelerator = settings, accelerator
+        self._asked: tuple[int, float] | None = None  # at which step, and when
+        self._ask_at = 0
 
     def at(self, step: int, signals: Sequence[signal.Signals]) -> Due:
         """What is due after ``step``; ``signals`` are those that this process has caught."""
@@ -53,12 +59,13 @@ class Cadence:
         last = step == train.steps
         checkpoint = every(train.checkpoint_every) or last
         validate = every(train.eval_every) or (last and train.best_k > 0)
-        # What is kept on disk, and is then all there is to go back to, has been looked at; so has what may be the best.
-        look = every(guard.check_every) or checkpoint or validate
-        stop = list(signals[:1])
-        if self.accelerator.num_processes > 1:  # all stop at the same step, and agreeing waits for the device
-            stop = gather_object(stop)[:1] if look else []
         push = hub.push_to is not None and every(hub.every) and not last
+        # What is kept on disk, and is then all there is to go back to, has been looked at; so has what may be the best, and
+        # what is published.
+        look = every(guard.check_every) or checkpoint or validate or push
+        stop = signals[0] if signals else None
+        if self.accelerator.num_processes > 1:
+            stop = self._agreed(step, stop) if look or step >= self._ask_at else None
         return Due(
             look=look,
             log=every(train.log_every) or last,
@@ -67,8 +74,20 @@ class Cadence:
             push=push,
             checkpoint=checkpoint,
             snapshot=every(guard.snapshot_every),
-            stop=stop[0] if stop else None,
+            stop=stop,
         )
+
+    def _agreed(self, step: int, stop: signal.Signals | None) -> signal.Signals | None:
+        """The signal that any process has caught: all stop at the same step.
+
+        Agreeing waits for the device, so that they ask one another at looks alone, and, where these are far apart, once in
+        ``_PATIENCE`` seconds: a launcher that passes a signal on kills its processes half a minute later.
+        """
+        now = time.monotonic()
+        pace = math.inf if self._asked is None else (now - self._asked[1]) / max(step - self._asked[0], 1)
+        stops, paces = zip(*gather_object([(stop, pace)]), strict=True)
+        self._asked, self._ask_at = (step, now), step + max(1, int(_PATIENCE / max(*paces, 1e-6)))
+        return next((stop for stop in stops if stop is not None), None)
 
 
 @contextlib.contextmanager

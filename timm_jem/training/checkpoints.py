@@ -34,14 +34,14 @@ class Checkpoints:
     Args:
         folder: made at the first :meth:`save`.
         accelerator: tells which process this is.
-        keep: how many to keep; older ones are removed once a newer one is whole.
+        keep: how many to keep, interim ones not counted; older ones are removed once a newer one is whole.
     """
 
     def __init__(self, folder: str | os.PathLike, accelerator: Accelerator, *, keep: int = 2) -> None:
         check_whole("checkpoints to keep", keep, 1)
         self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
 
-    def save(self, step: int, own: Any, shared: Any = None) -> Path:
+    def save(self, step: int, own: Any, shared: Any = None, *, interim: bool = False) -> Path:
         """Write the checkpoint of ``step``; the same one again replaces it, and those of later steps, which training went back
         from, are removed.
 
@@ -49,6 +49,8 @@ class Checkpoints:
             step: optimiser steps done.
             own: this process's part.
             shared: what is the same in all of them, and is written by one; None: nothing is.
+            interim: where a run was stopped, and none would be otherwise. The next one takes its place, so that what there
+                is to go back to is the same as if the run had not been stopped.
 
         Raises:
             InputError: in every process, where one of them could not write; earlier checkpoints are as they were.
@@ -71,7 +73,8 @@ class Checkpoints:
             digests = {name: digest for part in gather_object([digests]) for name, digest in part.items()}
             with self._together(target):
                 if main:
-                    manifest = {"format": _FORMAT, "step": step, "sha256": digests}
+                    interim = interim and (not target.exists() or _is_interim(target))
+                    manifest = {"format": _FORMAT, "step": step, "interim": interim, "sha256": digests}
                     with (aside / _MANIFEST).open("w", encoding="utf-8") as file:
                         json.dump(manifest, file)
                         file.flush()
@@ -96,11 +99,13 @@ class Checkpoints:
         """The newest checkpoint that is whole, or None, and a line for each newer one that is not.
 
         Args:
-            before: only those of earlier steps.
+            before: only those of earlier steps, and none that is interim.
         """
         found: list = [None, []]
         if self.accelerator.is_main_process:
-            paths = [path for path in self._all(hidden=True) if before is None or _step(path) < before]
+            paths = self._all(hidden=True)
+            if before is not None:
+                paths = [path for path in paths if _step(path) < before and not _is_interim(path)]
             for path in reversed(paths):
                 reason = damage(path)
                 if reason is None:
@@ -122,7 +127,10 @@ class Checkpoints:
         """Remove those that ``newest`` and others before it replace, also where a save was killed before it could; not where
         ``newest`` itself was on its way out."""
         if self.accelerator.is_main_process and not newest.name.startswith("."):
-            for path in self._all()[: -self.keep]:
+            there = self._all()
+            interim = [path for path in there if _is_interim(path)]
+            regular = [path for path in there if path not in interim]
+            for path in [*regular[: -self.keep], *(path for path in interim if path.name != newest.name)]:
                 self._hide(path)
             for path in self.folder.glob(".old-step_*"):
                 shutil.rmtree(path)
@@ -174,6 +182,13 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
 def is_current(checkpoint: str | os.PathLike) -> bool:
     """Whether a whole checkpoint is one of this version."""
     return _manifest(checkpoint).get("format") == _FORMAT
+
+
+def _is_interim(checkpoint: Path) -> bool:
+    try:
+        return _manifest(checkpoint).get("interim") is True
+    except (OSError, ValueError, AttributeError, RecursionError):  # it is not whole
+        return False
 
 
 def rank_files(checkpoint: str | os.PathLike) -> list[Path]:

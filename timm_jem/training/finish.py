@@ -125,9 +125,8 @@ def _explanation(broke: Rollback, run: Run, settings: Settings, rate: str = "tra
     times = f"{len(run.rollbacks)} rollback{'s' * (len(run.rollbacks) != 1)}"
     advice = f"lower {rate}, or take a smooth activation"
     if settings.train.objective.needs_chains:
-        advice = (
-            "lower train.lr or sgld.noise_std, raise train.objective.energy_l2 or sgld.num_steps, or take a smooth activation"
-        )
+        chains = "sgld.noise_std" if settings.train.step_cosine is not None else "sgld.step_size or sgld.noise_std"
+        advice = f"lower train.lr, {chains}, raise train.objective.energy_l2 or sgld.num_steps, or take a smooth activation"
     return f"gave up after {times} at step {broke.step}: {broke.reason}; {advice}"
 
 

@@ -163,18 +163,30 @@ class Record:
             slots = torch.linspace(0, len(buffer) - 1, 100).long() if len(buffer) > 100 else slice(None)
             self.picture(step, "buffer.png" if own else "chains.png", image_grid(buffer.chains[slots], 10), tracked=own)
 
-    def is_best(self, step: int, accuracy: float) -> bool:
-        """Note a validation; whether the model of this step is among the ``train.best_k`` best so far."""
-        entry = [accuracy, step]
-        best = sorted([*self.best, entry], key=lambda entry: (-entry[0], entry[1]))
-        self.best = best[: self.settings.train.best_k]
-        return entry in self.best
+    def keep_best(self, step: int, accuracy: float, model: Callable[[], JEM]) -> None:
+        """Note a validation: if it is among the ``train.best_k`` best so far, ``model`` is called and what it gives is saved,
+        and one that no longer is among them is removed.
 
-    def keep_best(self, step: int, jem: JEM) -> None:
-        """Save a model that :meth:`is_best`, and remove those that no longer are."""
+        Where the disk refuses the model all stays as it was, a line says so, and training goes on.
+        """
+        entry = [accuracy, step]
+        best = sorted([*self.best, entry], key=lambda entry: (-entry[0], entry[1]))[: self.settings.train.best_k]
+        if entry not in best:
+            return
+        jem, refused = model(), None
         if self.main:
-            self.patiently(lambda: jem.save_pretrained(self.folder.best(step), replay_buffer=False))
-            self.folder.tidy(int(step) for _, step in self.best)
+            try:
+                self.patiently(lambda: jem.save_pretrained(self.folder.best(step), replay_buffer=False))
+            except (InputError, OSError) as error:
+                if not _is_disks(error):
+                    raise
+                refused = str(error)
+        (refused,) = broadcast_object_list([refused])
+        if refused is not None:
+            return self.say(f"{refused}; training goes on")
+        self.best = best
+        if self.main:
+            self.folder.tidy(int(step) for _, step in best)
 
     @contextlib.contextmanager
     def not_training(self) -> Iterator[None]:
@@ -201,7 +213,7 @@ class Record:
             try:
                 return write()
             except (InputError, OSError) as error:
-                if not isinstance(error, OSError) and not isinstance(error.__cause__, (OSError, SafetensorError)):
+                if not _is_disks(error):
                     raise
                 self.say(f"{one_line(error)}; trying again in {wait:g} s")
             time.sleep(wait)
@@ -275,6 +287,11 @@ class Record:
         self._metrics_bytes = broadcast_object_list([state["metrics_bytes"]])[0]
         for line in differences(state["sections"], self.settings.sections(), called=self.called):
             self.accelerator.print(f"note: {line}")
+
+
+def _is_disks(error: Exception) -> bool:
+    """Whether a file could not be written."""
+    return isinstance(error, OSError) or isinstance(error.__cause__, (OSError, SafetensorError))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -128,13 +128,14 @@ class Run:
         """Keep the present state to go back to, and the one before it as well, unless ``alone``."""
         self.guard.keep(self.step, self._state(), alone=alone)
 
-    def save(self, extra: Mapping[str, Any], *, snapshots: bool = True) -> Path:
+    def save(self, extra: Mapping[str, Any], *, snapshots: bool = True, interim: bool = False) -> Path:
         """Write a checkpoint, whole or not at all, with ``extra`` of this process and the snapshots of earlier steps: the
         steps since the last look may be broken, and a run that goes on from here goes back as this one would.
 
         Args:
             extra: JSON data and tensors.
             snapshots: False: without these, each of which is as large as a checkpoint.
+            interim: see :meth:`Checkpoints.save`.
 
         Raises:
             InputError: it can't be written; earlier ones are as they were.
@@ -146,7 +147,7 @@ class Run:
             of_process.append({"step": kept.step, "state": part, "scales": kept.scales, "broke": kept.broke})
             of_all.append(common)
         own = {"state": state, "guard": self.guard.state_dict(), "snapshots": of_process, "rollbacks": self.rollbacks}
-        return self.checkpoints.save(self.step, own | {"extra": dict(extra)}, shared | {"snapshots": of_all})
+        return self.checkpoints.save(self.step, own | {"extra": dict(extra)}, shared | {"snapshots": of_all}, interim=interim)
 
     def resume(
         self, checkpoint: Path | None = None, accept: Callable[[dict[str, Any]], None] | None = None
