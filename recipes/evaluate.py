@@ -34,6 +34,7 @@ from timm_jem.data import DataConfig
 from timm_jem.errors import need, one_line, program, quoted
 from timm_jem.evaluation.classification_section import classification_section
 from timm_jem.evaluation.comparison import read_reports, write_comparison
+from timm_jem.evaluation.extractors import weights_of
 from timm_jem.evaluation.generation_section import generation_section
 from timm_jem.evaluation.ood_section import ood_section
 from timm_jem.evaluation.pictures_section import pictures_section
@@ -41,20 +42,20 @@ from timm_jem.evaluation.report import Measured, Report, fingerprint
 from timm_jem.evaluation.report_folder import check_comparison_dir, claimed, earlier_report, write_report
 from timm_jem.evaluation.robustness_section import robustness_section
 from timm_jem.evaluation.section import Section
-from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
+from timm_jem.evaluation.settings import SECTIONS, TITLES, EvaluationConfig
 from timm_jem.evaluation.subject import Subject, data_config, display_name, function_of, load_model, load_subject, sampling_of
 from timm_jem.files import folder_aside, left_aside
 from timm_jem.heap import keep_freed_memory
 from timm_jem.preprocessing import timm_settings, trained_here
 from timm_jem.shell import check_one_process, one_line_errors, out_of_memory
 
-MEASURES: dict[str, tuple[str, Callable[[Subject, EvaluationConfig, Section], None], str]] = {
-    # title, what measures it, and what makes it take less memory
-    "classification": ("Classification and calibration", classification_section, "--batch_size or --test_images"),
-    "ood": ("Out-of-distribution detection", ood_section, "--batch_size or --ood_images"),
-    "robustness": ("Robustness", robustness_section, "--batch_size or --attack_images"),
-    "generation": ("Generation", generation_section, "--batch_size, --samples or --real_images"),
-    "pictures": ("Pictures", pictures_section, "--batch_size"),
+MEASURES: dict[str, tuple[Callable[[Subject, EvaluationConfig, Section], None], str]] = {
+    # what measures it, and what makes it take less memory
+    "classification": (classification_section, "--batch_size or --test_images"),
+    "ood": (ood_section, "--batch_size or --ood_images"),
+    "robustness": (robustness_section, "--batch_size or --attack_images"),
+    "generation": (generation_section, "--batch_size, --samples or --real_images"),
+    "pictures": (pictures_section, "--batch_size"),
 }
 
 
@@ -134,7 +135,7 @@ def to_measure(earlier: Report | None, config: EvaluationConfig, overwrite: bool
         return wanted
     missing = []
     for name in wanted:
-        there = earlier.measured(MEASURES[name][0])
+        there = earlier.measured(TITLES[name])
         if there is None:
             missing.append(name)
             continue
@@ -149,6 +150,13 @@ def to_measure(earlier: Report | None, config: EvaluationConfig, overwrite: bool
             if known is not None and other is not None and not is_still(known, other):
                 raise InputError(
                     f"section {name} is there with another model as {key} {quoted(other)}: give a new --output_dir, or "
+                    "--overwrite true, which measures it anew"
+                )
+        known = there.settings.get("extractor_weights", {}).values()
+        for spec in config.extractors if known else ():
+            if (weights := weights_of(spec)) is not None and weights not in known:
+                raise InputError(
+                    f"section {name} is there with other weights of the extractor {spec}: give a new --output_dir, or "
                     "--overwrite true, which measures it anew"
                 )
     return missing
@@ -187,12 +195,14 @@ def placed(earlier: Report | None, subject: dict[str, Any]) -> None:
 
 def measured(name: str, subject: Subject, config: EvaluationConfig, command: str, drawn: Path) -> Measured:
     """A section as a whole, or else only the reason why it is left out."""
-    title, measure, less = MEASURES[name]
+    title, (measure, less) = TITLES[name], MEASURES[name]
     versions = f"timm_jem {timm_jem.__version__}, timm {timm.__version__}, torch {torch.__version__}"
     beside = {key: getattr(subject, key) for key in ("baseline", "judge") if key in config.of_section(name)}
     others = {f"{key}_model": identity_of(other) for key, other in beside.items() if other is not None}
     if "ood" in config.of_section(name):
         others["outliers"] = {of_set: fingerprint({"images": images}) for of_set, images in subject.outliers.items()}
+    if "extractors" in config.of_section(name):
+        others["extractor_weights"] = {extractor.name: extractor.weights for extractor in subject.extractors}
     found = Measured(title, asdict(config) | others, command, f"{versions}, {subject.model.device.type}")
     found.warnings += subject.of_test
     start = time.perf_counter()
@@ -277,13 +287,13 @@ def measure_all(subject: Subject, config: EvaluationConfig, report: Report, fold
         start = time.perf_counter()
         with folder_aside(folder) as drawn:
             found = measured(name, subject, config, command, drawn)
-            report.put(found, [title for title, *_ in MEASURES.values()])
+            report.put(found, list(TITLES.values()))
             if found.left_out is not None:
                 left_out[name] = found.left_out
                 for picture in drawn.iterdir():  # of what failed, beside numbers that are there
                     picture.unlink()
                 clear_device_cache(garbage_collection=True)  # of what filled the memory
-            report.missing = [MEASURES[later][0] for later in config.sections[i:] if not report.measured(MEASURES[later][0])]
+            report.missing = [TITLES[later] for later in config.sections[i:] if not report.measured(TITLES[later])]
             if any(section.left_out is None for section in report.sections):  # a report of reasons alone is none
                 write_report(report, folder, drawn)
         outcome = f"left out: {found.left_out}" if found.left_out is not None else f"{len(found.results)} numbers"

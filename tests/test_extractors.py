@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import timm_jem
 from timm_jem import InputError
 from timm_jem.evaluation import extractors
-from timm_jem.evaluation.extractors import classifier_extractor, extract, load_extractor, load_extractors
+from timm_jem.evaluation.extractors import classifier_extractor, extract, load_extractor, load_extractors, weights_of
 from timm_jem.evaluation.generation import pyramid, thumbnails
 from timm_jem.pixels import to_pixels
 
@@ -105,7 +105,9 @@ def folder(tmp_path_factory):
 def test_timm_features_are_of_images_resized_and_normalised_as_it_was_trained(folder):
     path, model = folder
     extractor = load_extractor(f"timm:local-dir:{path}", input_size=(3, 8, 8))
-    assert extractor.name == f"timm local-dir:{path}"
+    assert extractor.name == "timm local-dir:saved"  # where it lies is nobody's business
+    assert extractor.weights == weights_of(f"timm:local-dir:{path}") is not None
+    assert weights_of(f"timm:local-dir:{path.parent}/gone") is weights_of("pixels") is None
     assert extractor.logits is None
     x = images(5, 3, 8, 8)
     resized = F.interpolate(x.float() / 255, (16, 16), mode="bicubic", antialias=True).clamp(0, 1)

@@ -4,7 +4,7 @@ import torch
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.evaluation import ood_sets
-from timm_jem.evaluation.ood_sets import constant_images, interpolations, uniform_images
+from timm_jem.evaluation.ood_sets import constant_images, interpolations, outlier_sets, uniform_images
 
 
 def seeded(seed=0):
@@ -91,6 +91,14 @@ def test_bad_input_is_named():
     for make in (uniform_images, constant_images):
         with pytest.raises(InputError, match="n is 0"):
             make(0, (1, 2, 2), seeded())
+
+
+def test_few_images_make_few_interpolations():
+    images, labels = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8, generator=seeded()), torch.tensor([0] * 4 + [1] * 4)
+    mixed = outlier_sets(["interpolation"], images, labels, count=1000, seed=0)["interpolation"]
+    assert len(mixed) == len(mixed.unique(dim=0)) == 16
+    many = torch.randint(256, (100, 1, 8, 8), dtype=torch.uint8, generator=seeded())
+    assert len(outlier_sets(["interpolation"], many, torch.arange(100) % 2, count=100, seed=0)["interpolation"]) == 100
 
 
 def test_parts_of_a_data_set_are_sets_of_their_own(monkeypatch):

@@ -51,7 +51,7 @@ def test_a_folder_may_have_an_equals_sign_in_its_path(tmp_path):
 def test_comparison_averages_runs_of_a_name():
     text, data = comparison({"ours": [report("a", 0.5), report("b", 0.7)], "plain": [report("c", 0.1)]})
     assert "| ε = 8/255, PGD | 0.600 ± 0.141 | 0.100 |" in text
-    assert data[0]["values"] == {"ours": [0.5, 0.7], "plain": [0.1]}
+    assert data["rows"][0]["values"] == {"ours": [0.5, 0.7], "plain": [0.1]}
     assert "Measured differently" not in text
     twice = report("a", 0.5)
     twice.sections[0].results *= 2
@@ -73,7 +73,7 @@ def test_runs_that_lack_a_number_or_name_it_after_themselves():
     assert "| fresh chains | 20.000 ± 17.321 | 20.000 |" in text
     assert "| Noise is harmless | 0.250 ± 0.000 | 0.250 |" in text
     assert "| T | 1.500 ± 0.707 (2) |  |" in text
-    assert [row["row"] for row in data] == ["fresh chains", "Noise is harmless", "T"]
+    assert [row["row"] for row in data["rows"]] == ["fresh chains", "Noise is harmless", "T"]
     assert "| T | 3.000 (1) |" in comparison({"jem": [run(10, "passed", T=3.0), run(10, "passed")]})[0]
 
 
@@ -108,15 +108,43 @@ def test_judges_and_outliers_of_one_name_that_are_others_are_not_alike():
         kept.sections[0].settings |= settings
         return kept
 
-    first = beside(judge_model={"weights": "a"}, outliers={"textures": "a", "noise": "a"})
+    first = beside(
+        judge_model={"weights": "a"},
+        outliers={"textures": "a", "noise": "a"},
+        extractor_weights={"timm x": "a", "timm y": None},
+    )
     for alike in (first, report(), beside(outliers={"other": "b"})):
         assert "Not alike" not in comparison({"a": [first], "b": [alike]})[0]
     for other, what in (
         (beside(judge_model={"weights": "b"}), "judges of section Robustness"),
         (beside(outliers={"textures": "b", "noise": "a"}), "out-of-distribution sets of one name (textures)"),
+        (beside(extractor_weights={"timm x": "b", "timm y": None}), "extractors of one name (timm x)"),
     ):
-        text = comparison({"a": [first], "b": [other]})[0]
+        text, data = comparison({"a": [first], "b": [other]})
         assert f"- **Not alike**: {what} differ between these reports\n" in text
+        assert data["warnings"] == [f"Not alike: {what} differ between these reports"]
+
+
+def test_other_transforms_held_out_and_training_images_are_not_alike():
+    def on(title, transform=None, **images):
+        subject = {"name": "a", "images": {"image_shape": [1, 8, 8], "test": {"rows": "x"}, **images}, "transform": transform}
+        return Report(subject, [Measured(title, results=[Result(title, "Table", "row", "", 0.5, 100, "p")])])
+
+    for title, split, what in (
+        ("Robustness", "val", None),
+        ("Robustness", "train", None),
+        ("Classification and calibration", "val", "held-out images"),
+        ("Classification and calibration", "train", None),
+        ("Out-of-distribution detection", "val", "held-out images"),
+        ("Generation", "train", "training images"),
+        ("Generation", "val", None),
+    ):
+        told = comparison({"a": [on(title, **{split: {"rows": "x"}})], "b": [on(title, **{split: {"rows": "y"}})]})[1][
+            "warnings"
+        ]
+        assert told == ([] if what is None else [f"Not alike: {what} differ between these reports"])
+    told = comparison({"a": [on("Robustness")], "b": [on("Robustness", {"crop_pct": 0.5})]})[1]["warnings"]
+    assert [line.split(" (")[0] for line in told] == ["Not alike: transforms of images differ between these reports"]
 
 
 def test_a_run_of_nan_is_shown_among_others():

@@ -32,7 +32,7 @@ from timm_jem.evaluation.pictures_section import _pairs
 from timm_jem.evaluation.report import Measured, Report, read_report
 from timm_jem.evaluation.report_folder import claimed
 from timm_jem.evaluation.section import Section
-from timm_jem.evaluation.settings import SECTIONS, EvaluationConfig
+from timm_jem.evaluation.settings import SECTIONS, TITLES, EvaluationConfig
 from timm_jem.evaluation.subject import function_of, load_model, load_subject
 from timm_jem.files import left_aside
 from timm_jem.hub.published_chains import PublishedChains
@@ -83,11 +83,9 @@ def measure(model, loaded, tmp_path, monkeypatch):
 
             return section_of_one
 
-        measures = {
-            name: (name.capitalize(), sections.get(name) or simple(name), less)
-            for name, (*_, less) in evaluate.MEASURES.items()
-        }
+        measures = {name: (sections.get(name) or simple(name), less) for name, (_, less) in evaluate.MEASURES.items()}
         monkeypatch.setattr(evaluate, "MEASURES", measures)
+        monkeypatch.setattr(evaluate, "TITLES", {name: name.capitalize() for name in SECTIONS})
         monkeypatch.setattr(evaluate, "load_subject", lambda *given, **more: loaded)
         return evaluate.main(shlex.split(f"{model} --output_dir {tmp_path / 'out'} {flags}"))
 
@@ -291,7 +289,7 @@ def test_a_killed_evaluation_leaves_what_was_measured_and_nothing_else(model, tm
     out = tmp_path / "out"
     flags = f"{model} --sections [classification,ood] --test_images 60 --ood_images 20 --output_dir {out}"
     with monkeypatch.context() as patch:
-        patch.setitem(evaluate.MEASURES, "ood", ("Out-of-distribution detection", kill, ""))
+        patch.setitem(evaluate.MEASURES, "ood", (kill, ""))
         process = multiprocessing.get_context("fork").Process(target=evaluate.main, args=(shlex.split(flags),))
         process.start()
         process.join(60)
@@ -429,7 +427,7 @@ def test_the_network_never_sees_more_than_batch_size_images(model, loaded, tmp_p
     first = next(module for module in whole.model.backbone.modules() if isinstance(module, torch.nn.Conv2d))
     first.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
     found = Measured(name)
-    evaluate.MEASURES[name][1](whole, config, Section(found, tmp_path))
+    evaluate.MEASURES[name][0](whole, config, Section(found, tmp_path))
     assert found.results or found.pictures
     assert max(seen) <= 5
     refined = [result.protocol for result in found.results if "refinement" in result.table]
@@ -601,9 +599,7 @@ def test_vits_come_to_the_end(vit, tmp_path):
         "--test_images 60 --ood_images 20"
     )
     assert evaluate.main(shlex.split(f"{vit} {flags} --output_dir {tmp_path / 'out'}")) is None
-    assert [section.title for section in read_report(tmp_path / "out").sections] == [
-        title for title, *_ in evaluate.MEASURES.values()
-    ]
+    assert [section.title for section in read_report(tmp_path / "out").sections] == list(TITLES.values())
 
 
 def test_pairs_of_classes_where_one_image_alone_is_of_another():

@@ -1,7 +1,9 @@
 """What ends a run early, as the shell sees it."""
 
+import io
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 
@@ -26,6 +28,15 @@ def left(error: BaseException, capsys) -> tuple[int, str]:
     assert said.out == ""
     assert said.err.count("\n") == 1
     return end.value.code, said.err.strip()
+
+
+def test_names_that_are_no_text_can_be_told(monkeypatch):
+    """Where standard output takes UTF-8 alone, as in most languages' settings."""
+    told = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(told, "utf-8", errors="strict"))
+    with one_line_errors():
+        print("other.\udcff")
+    assert told.getvalue() == b"other.\\udcff\n"
 
 
 @pytest.mark.parametrize(

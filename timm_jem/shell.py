@@ -36,6 +36,8 @@ def one_line_errors(
     Raises:
         SystemExit: with the line.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text; so has stderr by itself
     try:
         yield
         sys.stdout.flush()  # a pipe whose reader has left

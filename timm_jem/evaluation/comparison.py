@@ -11,9 +11,16 @@ from timm_jem.evaluation import plots
 from timm_jem.evaluation.report import Report, Result, cell, in_order, number, read_report
 from timm_jem.evaluation.report_folder import write_files
 from timm_jem.evaluation.robustness import NORMS
+from timm_jem.evaluation.settings import TITLES
 from timm_jem.evaluation.strict_json import dumps
 
 __all__ = ["comparison", "overlays", "read_reports", "write_comparison"]
+
+# Images besides those of the test that numbers of these sections depend on.
+_READ = {
+    "val": ("held-out images", [TITLES["classification"], TITLES["ood"]]),
+    "train": ("training images", [TITLES["generation"]]),
+}
 
 # What a row's name says of one run: the length that was found best for its chains, and whether a check of its attacks failed.
 _OF_A_RUN = re.compile(r"(?<=^fresh chains), \d+ steps$|: (passed|FAILED)$")
@@ -57,7 +64,7 @@ def write_comparison(reports: dict[str, list[Report]], folder: Path) -> None:
     )
 
 
-def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str, Any]]]:
+def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, dict[str, Any]]:
     """One table of several models: rows are results, columns models.
 
     A model with several reports, e.g. of several seeds, is shown as mean ± standard deviation over them; a cell that fewer of
@@ -67,7 +74,8 @@ def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str
         reports: by the models' names.
 
     Returns:
-        Markdown, and the same as JSON data: section, table, row, column, and of each model the values.
+        Markdown, and the same as JSON data: ``rows``, each with section, table, row, column, and of each model the values; and
+        ``warnings``.
     """
     keys = in_order([_key(result) for group in reports.values() for report in group for result in report.results])
     values: dict[tuple, dict[str, list[float]]] = {key: {} for key in keys}
@@ -81,7 +89,8 @@ def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str
         lines.append(f"- **{name}**: {'; '.join(in_order([report.subject['name'] for report in group]))}{runs}")
         told = [(f"{report.subject['name']}: " * (len(group) > 1), report.warnings) for report in group]
         lines += in_order([f"  - {whose}{cell(warning)}" for whose, warnings in told for warning in warnings])
-    lines += _differences(reports)
+    differences = _differences(reports)
+    lines += [f"- {line}" for line in differences]
     for section in in_order([key[0] for key in keys]):
         lines += ["", f"## {section}", ""]
         for table in in_order([key[1] for key in keys if key[0] == section]):
@@ -96,10 +105,12 @@ def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, list[dict[str
                 if key[:2] == (section, table):
                     cells = [_mean(values[key].get(name, []), len(group)) for name, group in reports.items()]
                     lines.append(f"| {cell(', '.join(filter(None, key[2:])))} | " + " | ".join(cells) + " |")
-    data = [
+    rows = [
         {"section": key[0], "table": key[1], "row": key[2], "column": key[3], "values": of_models}
         for key, of_models in values.items()
     ]
+    of_reports = [f"{name}: {warning}" for name, group in reports.items() for report in group for warning in report.warnings]
+    data = {"warnings": in_order([line.replace("**", "") for line in differences] + of_reports), "rows": rows}
     return "\n".join(lines).rstrip() + "\n", data
 
 
@@ -120,49 +131,59 @@ def _mean(values: Sequence[float], runs: int) -> str:
 def _differences(reports: dict[str, Sequence[Report]]) -> list[str]:
     """Warn where numbers of the same name were not measured alike."""
     every = [report for group in reports.values() for report in group]
-    images = set(map(_test_images, every))
-    kinds = {"presets or seeds": lambda report: report.presets}
+    images = {_images(report, "test") for report in every}
+    kinds = {
+        "presets or seeds": lambda report: report.presets,
+        "transforms of images": lambda report: report.subject.get("transform") or "those of training here",
+    }
     if len(images) > 1 or None in images:  # the same images may lie elsewhere
         kinds = {"data sets": lambda report: report.subject.get("data"), **kinds}
     lines = [
-        f"- **Not alike**: {what} differ between these reports ({'; '.join(sorted(found))})"
+        f"**Not alike**: {what} differ between these reports ({'; '.join(sorted(found))})"
         for what, kind in kinds.items()
         if len(found := {str(kind(report)) for report in every}) > 1
     ]
     for name, group in reports.items():
-        lines += [f"- **{name} is no one model in several runs**: {why}" for why in _mixed(group)]
+        lines += [f"**{name} is no one model in several runs**: {why}" for why in _mixed(group)]
     if len(images - {None}) > 1:
-        lines.append("- **Not alike**: test images differ between these reports")
-    lines += [f"- **Not alike**: {what} differ between these reports" for what in _others(every)]
+        lines.append("**Not alike**: test images differ between these reports")
+    for split, (what, titles) in _READ.items():
+        of_split = {_images(report, split) for report in every if any(report.measured(title) for title in titles)}
+        if len(of_split - {None}) > 1:
+            lines.append(f"**Not alike**: {what} differ between these reports")
+    lines += [f"**Not alike**: {what} differ between these reports" for what in _others(every)]
     ways: dict[tuple, set[tuple]] = {}
     for report in every:
         for result in report.results:
             ways.setdefault(_key(result), set()).add((result.protocol, result.n, result.split))
     unlike = in_order([f"{key[1]}" for key, found in ways.items() if len(found) > 1])
-    return lines + ([f"- **Measured differently** (protocol, n or split): {', '.join(unlike)}"] if unlike else [])
+    return lines + ([f"**Measured differently** (protocol, n or split): {', '.join(unlike)}"] if unlike else [])
 
 
 def _others(reports: Sequence[Report]) -> list[str]:
     """What rows name by the last part of a path, and what was not the same in these reports."""
     models: dict[str, set[str]] = {}
-    outliers: dict[str, set[str]] = {}
+    named: dict[str, dict[str, set[str]]] = {"outliers": {}, "extractor_weights": {}}
     for section in (section for report in reports for section in report.sections):
         for key in ("judge", "baseline"):
             if (model := section.settings.get(f"{key}_model")) is not None:
                 models.setdefault(f"{key}s of section {cell(section.title)}", set()).add(dumps(model))
-        if isinstance(sets := section.settings.get("outliers"), dict):
-            for name, images in sets.items():
-                outliers.setdefault(cell(name), set()).add(dumps(images))
-    unlike = [name for name, found in outliers.items() if len(found) > 1]
-    told = [f"out-of-distribution sets of one name ({', '.join(unlike)})"] if unlike else []
+        for key, of_kind in named.items():
+            if isinstance(kept := section.settings.get(key), dict):
+                for name, what in kept.items():
+                    of_kind.setdefault(cell(name), set()).add(dumps(what))
+    told = []
+    for what, of_kind in zip(("out-of-distribution sets", "extractors"), named.values(), strict=True):
+        if unlike := [name for name, found in of_kind.items() if len(found) > 1]:
+            told.append(f"{what} of one name ({', '.join(unlike)})")
     return [what for what, found in models.items() if len(found) > 1] + told
 
 
-def _test_images(report: Report) -> str | None:
-    """Which they are, or None where the report doesn't tell, as of a stream."""
+def _images(report: Report, split: str) -> str | None:
+    """Which those of a split are, or None where the report doesn't tell, as of a stream."""
     images = report.subject.get("images")
-    known = isinstance(images, dict) and images.get("test") is not None
-    return dumps([images.get("image_shape"), images["test"]]) if known else None
+    known = isinstance(images, dict) and images.get(split) is not None
+    return dumps([images.get("image_shape"), images[split]]) if known else None
 
 
 def _mixed(group: Sequence[Report]) -> list[str]:

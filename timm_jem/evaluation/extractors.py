@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from timm_jem.errors import InputError, check_whole, importing, one_line, quoted
 from timm_jem.evaluation.generation import pyramid, thumbnails
 from timm_jem.evaluation.labelled import eight_bit_images
+from timm_jem.evaluation.report import fingerprint
 from timm_jem.model import JEM
 from timm_jem.models.names import BUILD_ERRORS, check_name
 from timm_jem.modes import frozen
@@ -24,7 +25,7 @@ from timm_jem.ood.views import check_features, view
 from timm_jem.pixels import to_pixels
 from timm_jem.progress import tqdm
 
-__all__ = ["Extractor", "classifier_extractor", "extract", "load_extractor", "load_extractors"]
+__all__ = ["Extractor", "classifier_extractor", "extract", "load_extractor", "load_extractors", "weights_of"]
 
 # Covariances of more dimensions than a few thousand can't be estimated from as many images as there are.
 _MAX_PIXELS = 3072
@@ -36,7 +37,8 @@ class Extractor:
     """What makes features of images.
 
     Attributes:
-        name: exactly what it is: it stands beside every number.
+        name: what it is: it stands beside every number.
+        weights: their digest, for those that could be others under the same name; None: there are none such.
         features: from 8-bit images, uint8, shape (B, C, H, W), to (B, D).
         logits: from the same to the logits of a classifier, for Inception scores, or None.
     """
@@ -44,6 +46,7 @@ class Extractor:
     name: str
     features: Callable[[Tensor], Tensor]
     logits: Callable[[Tensor], Tensor] | None = None
+    weights: str | None = None
 
 
 def load_extractor(spec: str, *, input_size: tuple[int, int, int], device: torch.device | str = "cpu") -> Extractor:
@@ -82,19 +85,15 @@ def load_extractor(spec: str, *, input_size: tuple[int, int, int], device: torch
         return Extractor(name, lambda images: pyramid(to_pixels(images)))
     if spec == "inception" or (kind == "inception" and rest):
         _check_channels(spec, input_size[0], 3)
-        network, name = _inception(Path(rest) if rest else None)
+        network, name, weights = _inception(Path(rest) if rest else None)
         network.to(device)
 
         def run(images: Tensor, part: int) -> Tensor:
             return network(images.expand(-1, 3, -1, -1).to(device))[part]
 
-        return Extractor(name, lambda images: run(images, 0), lambda images: run(images, 1))
+        return Extractor(name, lambda images: run(images, 0), lambda images: run(images, 1), weights)
     if kind == "timm" and rest:
-        check_name(rest)
-        try:
-            model = timm.create_model(rest, pretrained=True, num_classes=0).to(device).eval().requires_grad_(False)
-        except BUILD_ERRORS as error:
-            raise InputError(f"extractor {spec} can't be loaded ({one_line(error)}): give a pretrained timm model") from error
+        model = _timm_model(rest).to(device)
         config = resolve_model_data_config(model)
         channels, *size = config["input_size"]
         _check_channels(spec, input_size[0], channels)
@@ -106,7 +105,9 @@ def load_extractor(spec: str, *, input_size: tuple[int, int, int], device: torch
                 x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
             return model((x - mean) / std)
 
-        return Extractor(f"timm {rest}", features)
+        source, _, place = rest.partition(":")
+        shown = f"{source}:{Path(place).name}" if source == "local-dir" else rest  # its folder is nobody's business
+        return Extractor(f"timm {shown}", features, weights=fingerprint(model.state_dict()))
     raise InputError(f"extractor is {quoted(spec)}: {_KINDS}")
 
 
@@ -124,6 +125,27 @@ def load_extractors(
     auto = "pixels" if math.prod(input_size) <= 192 else "thumbnails"
     specs = dict.fromkeys(auto if spec == "auto" else spec for spec in specs)
     return [load_extractor(spec, input_size=input_size, device=device) for spec in specs]
+
+
+def weights_of(spec: str) -> str | None:
+    """What :attr:`Extractor.weights` is of the extractor that ``spec`` names; None also where it can't be had any more."""
+    kind, _, rest = spec.partition(":")
+    try:
+        if kind == "timm" and rest:
+            return fingerprint(_timm_model(rest).state_dict())
+        if kind == "inception" and rest:
+            return _inception(Path(rest))[2]
+    except InputError:  # it is missed only where something is to be measured
+        pass
+    return None
+
+
+def _timm_model(name: str) -> nn.Module:
+    check_name(name)
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).eval().requires_grad_(False)
+    except BUILD_ERRORS as error:
+        raise InputError(f"extractor timm:{name} can't be loaded ({one_line(error)}): give a pretrained timm model") from error
 
 
 def _check_channels(spec: str, channels: int, wanted: int) -> None:
@@ -161,8 +183,11 @@ def extract(extractor: Extractor, images: Tensor, *, batch_size: int = 256, desc
     return torch.cat([extractor.features(x).double().cpu() for x in tqdm(images.split(batch_size), desc=desc, leave=False)])
 
 
-def _inception(file: Path | None) -> tuple[nn.Module, str]:
-    """FID's Inception and its name. Its library would unpickle the file; here it gets only tensors that were read safely."""
+def _inception(file: Path | None) -> tuple[nn.Module, str, str | None]:
+    """FID's Inception, its name, and a digest of weights that are not the published ones.
+
+    Its library would unpickle the file; here it gets only tensors that were read safely.
+    """
     with importing("torch-fidelity", "FID's Inception", "eval"):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
     published = URL_INCEPTION_V3.rsplit("/", 1)[1]
@@ -202,4 +227,6 @@ def _inception(file: Path | None) -> tuple[nn.Module, str]:
             ) from error
     name = "FID's Inception (2048 dimensions)"
     # The same network with other weights would fit as well, and only the published file can be told from it.
-    return network, name if digest.startswith(sha256) else f"{name} with the unchecked weights of {file.name}"
+    if digest.startswith(sha256):
+        return network, name, None
+    return network, f"{name} with the unchecked weights of {file.name}", digest

@@ -82,7 +82,7 @@ def outlier_sets(
         specs: interpolation, uniform, constant, or the Hub names, folders or .parquet files of data sets.
         images: 8-bit images in distribution, shape (N, C, H, W), in a random order.
         labels: their classes, integers, shape (N,).
-        count: images in a set; a data set may have fewer.
+        count: images in a set; a data set may have fewer, and so have interpolations of few images.
         seed: of all sets.
         fit: how images of data sets become pixels of this size.
 
@@ -97,7 +97,9 @@ def outlier_sets(
     for i, spec in enumerate(specs):
         generator = torch.Generator().manual_seed(seed + i)
         if spec == "interpolation":
-            sets[spec] = interpolations(images, labels, count, generator)
+            mixed = interpolations(images, labels, count, generator)
+            distinct = mixed.unique(dim=0)  # few images make few pairs, and the same one again is no other image
+            sets[spec] = distinct if len(distinct) < 0.95 * count else mixed
         elif spec == "uniform":
             sets["uniform noise"] = uniform_images(count, shape, generator)
         elif spec == "constant":

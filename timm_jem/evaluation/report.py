@@ -204,6 +204,8 @@ def in_order(names: Sequence[str]) -> list[str]:
 
 def number(value: float) -> str:
     """A value as tables show it."""
+    if 0 < abs(value) < 5e-4:  # KID may be so small
+        return f"{value:.1e}"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"  # NaN is "nan"
 
 

@@ -57,6 +57,8 @@ def _pgd(
         options = {"generator": subject.generator(), "batch_size": config.batch_size, "desc": f"PGD {NORMS[norm]}"}
         correct = robust_correct(classifier, images, y, attack, [0.0, *sorted(epsilons)], **options)
         way = f"PGD, {attack.steps} steps of 2.5 ε / {attack.steps}, {attack.restarts} random restarts, [0, 1] pixel units"
+        sizes = ", ".join(sized(norm, epsilon) for epsilon in sorted(epsilons))
+        way += f"; what one of {sizes} breaks is broken at larger ones"
         table = f"Accuracy under PGD, {NORMS[norm]}"
         curve = {"PGD": section.curve(table, correct, partial(sized, norm), way, **_more(subject))}
         section.curves[f"accuracy under PGD, {norm}"] = curve

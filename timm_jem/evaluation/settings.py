@@ -7,10 +7,17 @@ from typing import Any, Literal, get_args
 from timm_jem.errors import InputError, check_number, check_whole, need, quoted
 from timm_jem.ood import METHODS
 
-__all__ = ["DEFAULT_DETECTORS", "PRESETS", "SECTIONS", "EvaluationConfig", "check_libraries"]
+__all__ = ["DEFAULT_DETECTORS", "PRESETS", "SECTIONS", "TITLES", "EvaluationConfig", "check_libraries"]
 
 SectionName = Literal["classification", "ood", "robustness", "generation", "pictures"]
 SECTIONS: tuple[SectionName, ...] = get_args(SectionName)
+TITLES: dict[SectionName, str] = {
+    "classification": "Classification and calibration",
+    "ood": "Out-of-distribution detection",
+    "robustness": "Robustness",
+    "generation": "Generation",
+    "pictures": "Pictures",
+}
 
 # Every number states its own n and interval; "full" is what a paper would report.
 PRESETS: dict[str, dict[str, int]] = {
@@ -94,7 +101,7 @@ class EvaluationConfig:
         extractors: features for distances of samples: pixels, thumbnails, pyramid (thumbnails and the strength of finer
             detail), inception (FID's; inception:PATH where there is no network), timm:NAME; auto: pixels up to 8×8,
             thumbnails above.
-        test_images: how many test images, at most, for accuracy and calibration.
+        test_images: how many test images, at most, for accuracy and calibration; and as many held-out ones, for what is fitted.
         ood_images: how many images of each set, at most.
         attack_images: how many test images to attack, at most.
         attack_steps: steps of PGD.
