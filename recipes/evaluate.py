@@ -38,13 +38,13 @@ from timm_jem.evaluation.extractors import weights_of
 from timm_jem.evaluation.generation_section import generation_section
 from timm_jem.evaluation.ood_section import ood_section
 from timm_jem.evaluation.pictures_section import pictures_section
-from timm_jem.evaluation.report import Measured, Report, fingerprint
+from timm_jem.evaluation.report import Measured, Report
 from timm_jem.evaluation.report_folder import check_comparison_dir, claimed, earlier_report, write_report
 from timm_jem.evaluation.robustness_section import robustness_section
 from timm_jem.evaluation.section import Section
 from timm_jem.evaluation.settings import SECTIONS, TITLES, EvaluationConfig
 from timm_jem.evaluation.subject import Subject, data_config, display_name, function_of, load_model, load_subject, sampling_of
-from timm_jem.files import folder_aside, left_aside
+from timm_jem.files import fingerprint, folder_aside, left_aside
 from timm_jem.heap import keep_freed_memory
 from timm_jem.preprocessing import timm_settings, trained_here
 from timm_jem.shell import check_one_process, one_line_errors, out_of_memory

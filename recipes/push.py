@@ -10,8 +10,9 @@ import sys
 import timm_jem
 from timm_jem import InputError
 from timm_jem.command_line import make_parser, parse_flags, read_flags
-from timm_jem.evaluation.report import REPORT_FILE, fingerprint, read_report
+from timm_jem.evaluation.report import REPORT_FILE, read_report
 from timm_jem.evaluation.subject import function_of, sampling_of
+from timm_jem.files import fingerprint
 from timm_jem.hub.card import PICTURES
 from timm_jem.hub.provenance import Provenance
 from timm_jem.shell import one_line_errors
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
         measured = report.card_results()
         kinds = {result["type"] for result in measured}
         kept = [result for result in (jem.provenance.get("results") or []) if result["type"] not in kinds]
-        jem.provenance = {**jem.provenance, "results": kept + measured}
+        jem.provenance = {**jem.provenance, "results": kept + measured, "results_of": report.subject["weights"]}
     url = jem.push_to_hub(
         settings.repo_id,
         commit_message=f"Push {run.path.name} using timm_jem",

@@ -8,6 +8,7 @@ import pytest
 import timm
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from safetensors.torch import save_file
 from timm.models import register_model
 from timm.models.resnet import resnet18
 
@@ -256,21 +257,39 @@ def test_nothing_is_made_up_of_a_model_that_does_not_tell_how_it_was_trained():
 @pytest.mark.parametrize(
     ("provenance", "expected"),
     [
-        ({}, ("apache-2.0", "timm/test_resnet.r160_in1k")),
-        ({"license": "mit"}, ("mit", "timm/test_resnet.r160_in1k")),
+        ({}, (None, None)),  # weights may be random, or one's own: timm gives all of them the tag of its own
+        ({"license": "mit"}, ("mit", None)),
         ({"base_model": "user/x"}, ("apache-2.0", "user/x")),
         ({"config": {"train": {}}}, (None, None)),  # which would tell of weights that training started from
     ],
 )
-def test_weights_of_timm_itself_keep_their_licence(provenance, expected, hub):
+def test_weights_of_timm_itself_keep_their_licence_where_they_are_known(provenance, expected, hub):
     jem = timm_jem.wrap(timm.create_model("test_resnet", num_classes=3).eval(), input_size=(3, 32, 32), provenance=provenance)
     jem.push_to_hub("user/x")
-    about = metadata(hub.files("user/x")["README.md"].decode())
-    assert (about.license, about.base_model) == expected
+    text = hub.files("user/x")["README.md"].decode()
+    assert (metadata(text).license, metadata(text).base_model) == expected
+    perhaps = "If its weights began as timm's [timm/test_resnet.r160_in1k]"
+    assert (f"{perhaps}(https://huggingface.co/timm/test_resnet.r160_in1k), their licence (apache-2.0) holds" in text) == (
+        not provenance
+    )
     jem.backbone.pretrained_cfg["tag"] = "of_somebody_else"
     jem.push_to_hub("user/x")
-    about = metadata(hub.files("user/x")["README.md"].decode())
-    assert about.base_model == provenance.get("base_model")
+    text = hub.files("user/x")["README.md"].decode()
+    assert metadata(text).base_model == provenance.get("base_model")
+    assert "If its weights began" not in text
+
+
+def test_pretrained_weights_are_the_base_model_of_what_they_become(hub, tmp_path):
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "model.safetensors")
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    hub.create("timm/test_resnet.r160_in1k", {"model.safetensors": weights})
+    ours = timm_jem.create_model("test_resnet", pretrained=True, num_classes=3, input_size=(3, 32, 32)).eval()
+    timm.models.save_for_hf(timm.create_model("test_resnet"), tmp_path / "plain", safe_serialization=True)
+    hub.create("user/plain", {file.name: file.read_bytes() for file in (tmp_path / "plain").iterdir()})
+    for jem, base in ((ours, "timm/test_resnet.r160_in1k"), (timm_jem.from_pretrained("user/plain"), "user/plain")):
+        jem.push_to_hub("user/x")
+        about = metadata(hub.files("user/x")["README.md"].decode())
+        assert (about.license, about.base_model) == ("apache-2.0", base)
 
 
 def test_what_is_known_of_a_conversion_is_told():

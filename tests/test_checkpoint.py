@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import struct
 import tracemalloc
 import zipfile
 from collections import Counter, OrderedDict
@@ -69,6 +70,24 @@ def write_zip(file: Path, obj, storages=None, compress=zipfile.ZIP_STORED, extra
         archive.writestr("archive/version", "3\n")
         for name, data in (extra or {}).items():
             archive.writestr(f"archive/{name}", data)
+
+
+def two_tables(file: Path, obj, shown) -> None:
+    """A zip of two tables of contents: its end record points at that of ``obj``, and just before it is that of ``shown``."""
+    found = []
+    for content in (obj, shown):
+        write_zip(file, content)
+        data = file.read_bytes()
+        size, offset = struct.unpack("<II", data[-10:-2])
+        found.append((data[:offset], data[offset : offset + size], data[-22:]))
+    (first, table, end), (records, later, _) = found
+    later, at = bytearray(later), 0
+    while at < len(later):  # Python adds to these what it takes for a prefix of the file
+        (offset,) = struct.unpack("<I", later[at + 42 : at + 46])
+        later[at + 42 : at + 46] = struct.pack("<I", offset + len(first) - len(records))
+        at += 46 + sum(struct.unpack("<HHH", later[at + 28 : at + 34]))
+    end = end[:12] + struct.pack("<II", len(later), len(first)) + end[20:]
+    file.write_bytes(first + table + records + later + end)
 
 
 def write_legacy(file: Path, obj, storages=(), keys=None) -> None:
@@ -141,6 +160,7 @@ HOSTILE = {
         lambda f: write_zip(f, b"\x80\x02}" + b"\0" * 2**24 + b".", compress=zipfile.ZIP_DEFLATED),
         "packed or encrypted",
     ),
+    "two tables of contents": (lambda f: two_tables(f, {"w": Call(bytearray, 10**11)}, {}), "has two tables of contents"),
     # What is no checkpoint, or a broken one.
     "a counter": (
         lambda f: write_zip(f, Counter("abc")),

@@ -22,9 +22,10 @@ from timm_jem.data import DataConfig, digits, load_splits
 from timm_jem.data.sources import absolute
 from timm_jem.errors import quoted
 from timm_jem.evaluation.ood import SCORES
-from timm_jem.evaluation.report import Report, fingerprint, read_report
+from timm_jem.evaluation.report import Report, read_report
 from timm_jem.evaluation.settings import DEFAULT_DETECTORS
 from timm_jem.evaluation.subject import data_config, sampling_of, some
+from timm_jem.files import fingerprint
 from timm_jem.pixels import to_pixels
 
 SMALL = (

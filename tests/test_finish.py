@@ -16,16 +16,15 @@ from timm_jem import InputError
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.evaluation import accuracy, expected_calibration_error, predict
 from timm_jem.evaluation.calibration import fit_temperature
+from timm_jem.models.names import weights_id
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
 from timm_jem.training import Checkpoints, DivergenceGuard, Rollback, Run, check_plan, open_accelerator, parse_settings
 from timm_jem.training import finish as end
 from timm_jem.training.build import build_learner, build_stream
 from timm_jem.training.measure import in_batches
-from timm_jem.training.publish import _base_model
 from timm_jem.training.record import Record
 from timm_jem.training.run_folder import RunFolder
-from timm_jem.training.settings import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("precision_of_its_own")
 
@@ -216,12 +215,12 @@ def test_a_hub_that_says_no_loses_nothing(tmp_path, splits, monkeypatch):
 
 
 def test_a_revision_is_no_part_of_the_base_model():
-    assert _base_model(ModelConfig("hf-hub:user/name@main")) == _base_model(ModelConfig("hf-hub:user/name")) == "user/name"
+    assert weights_id("hf-hub:user/name@main", {}) == weights_id("hf-hub:user/name", {}) == "user/name"
 
 
 def test_the_base_model_is_that_of_the_weights():
     def base(**kwargs) -> str | None:
-        return _base_model(ModelConfig("resnet18", pretrained=True, kwargs=kwargs))
+        return weights_id("resnet18", kwargs)
 
     assert base() == "timm/resnet18.a1_in1k"
     assert base(pretrained_cfg="tv_in1k") == "timm/resnet18.tv_in1k"

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from loopback_hub import Hub
 
 import timm_jem
 from timm_jem import InputError, PublishedChains, SGLDConfig
+from timm_jem.files import fingerprint
 from timm_jem.hub import repository as hub_module
 from timm_jem.hub.card import is_generated
 
@@ -324,6 +327,61 @@ def test_names_that_nothing_can_be_pushed_to(hub, jem, name):
         jem.push_to_hub(name)
     assert len(str(error.value)) < 200
     assert hub.calls == []
+
+
+def test_results_are_of_the_weights_that_were_measured(hub, jem):
+    result = {"name": "Accuracy", "type": "accuracy", "value": 0.9, "split": "test", "n": 10, "protocol": "p"}
+    weights = fingerprint(jem.backbone.state_dict())
+    jem.provenance = {"dataset": "digits", "results": [result], "results_of": weights}
+
+    def shown() -> bool:
+        return "| Accuracy | 0.9000 |" in hub.files(REPO)["README.md"].decode()
+
+    jem.push_to_hub(REPO)
+    assert shown()
+    again = timm_jem.from_pretrained(REPO)
+    again.push_to_hub(REPO)
+    assert shown()
+    with torch.no_grad():
+        next(again.backbone.parameters()).add_(1)
+    with pytest.warns(UserWarning, match="were measured with other weights, and don't go on its card"):
+        again.push_to_hub(REPO)
+    assert not shown()
+    assert timm_jem.from_pretrained(REPO).provenance["results"] == []
+
+
+def test_a_name_without_its_owner_would_be_another_models(hub, jem):
+    with pytest.raises(InputError, match="'digits' has no owner: give user/name"):
+        jem.push_to_hub("digits")
+    for name in ("digits", "."):
+        with pytest.raises(InputError, match="is no repository on the Hub, and has no revision 'main'"):
+            timm_jem.from_pretrained(name, revision="main")
+    assert hub.calls == []
+
+
+def test_published_chains_that_a_cache_lacks_are_missed(hub, jem):
+    jem.push_to_hub(REPO)
+    timm.create_model(f"hf-hub:{REPO}", pretrained=True)  # caches what timm reads
+    with pytest.warns(UserWarning, match=f"{REPO} was saved with a replay_buffer.* load it once while online"):
+        assert timm_jem.from_pretrained(REPO, local_files_only=True).chains is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert timm_jem.from_pretrained(REPO, local_files_only=True, replay_buffer=False).chains is None
+        assert timm_jem.from_pretrained(REPO).chains is not None
+
+
+@pytest.mark.parametrize("pictures", [["samples.png"], {"samples.png": None}])
+def test_pictures_are_files_by_their_names(hub, jem, pictures):
+    with pytest.raises(InputError, match=r"pictures are \['samples.png'\]: give|picture samples.png is None: give its file"):
+        jem.push_to_hub(REPO, pictures=pictures)
+
+
+def test_a_full_temporary_folder_and_an_odd_token_are_one_line(hub, jem, monkeypatch):
+    with pytest.raises(InputError, match="the token holds 'ü', as none does: copy it again"):
+        jem.push_to_hub(REPO, token="hf_ü")
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match=r"can't be written to a temporary folder \(.*No space left.*\): make room"):
+        jem.push_to_hub(REPO)
 
 
 def test_a_push_without_a_hub_is_explained(hub, jem, monkeypatch):

@@ -107,18 +107,24 @@ def test_every_family(family):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: timm_jem.create_model("inception_v4", num_classes=2, input_size=(3, 64, 64)), "Kernel size"),
+        (lambda: timm_jem.create_model("inception_v4", num_classes=2, input_size=(3, 64, 64)), "Kernel size.*another size$"),
         (
             lambda: timm_jem.create_model("test_resnet", num_classes=2, global_pool="", input_size=(3, 64, 64)),
-            "test_resnet can't",
+            "test_resnet can't.*build it with pooling$",
         ),
-        (lambda: timm_jem.wrap(timm.create_model("test_vit", dynamic_img_size=True), input_size=(3, 50, 50)), "divisible by"),
+        (lambda: timm_jem.wrap(timm.create_model("wrn_10_1", num_classes=2, global_pool="")), "build it with pooling$"),
+        (
+            lambda: timm_jem.wrap(timm.create_model("test_vit", dynamic_img_size=True), input_size=(3, 50, 50)),
+            (
+                lambda: timm_jem.wrap(timm.create_model("test_vit", dynamic_img_size=True), input_size=(3, 50, 50)),
+                "divisible by.*another size$",
+            ),
+        ),
     ],
 )
 def test_a_size_that_a_backbone_can_not_take_is_said_at_once(build, message):
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(InputError, match=message):
         build()
-    assert str(error.value).endswith("take images of another size")
 
 
 def test_a_size_is_tried_without_a_trace():

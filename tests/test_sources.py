@@ -9,10 +9,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from huggingface_hub import HfApi
 from huggingface_hub.utils import httpx
 from image_sets import marked, pictures, save
+from PIL import Image as PILImage
 
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_images, load_splits
-from timm_jem.data.sources import Asked, absolute, hub_id, public_name, read_name
+from timm_jem.data.sources import Asked, absolute, hub_id, load, public_name, read_name
 
 
 def test_which_names_are_the_hubs(tmp_path, monkeypatch):
@@ -22,6 +23,21 @@ def test_which_names_are_the_hubs(tmp_path, monkeypatch):
     assert {name: hub_id(name) for name in hubs} == hubs
     local = ("digits", "photos", "photos?split=a", "./elsewhere", str(tmp_path / "photos"), "rows.parquet", "~/photos")
     assert [hub_id(name) for name in local] == [None] * len(local)
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "csv", "pandas", "webdataset"])
+def test_readers_of_datasets_do_not_read_the_current_folder(tmp_path, monkeypatch, name):
+    """A stranger's config.json may name one."""
+    monkeypatch.chdir(tmp_path)
+    for label in ("bee", "cat"):
+        (tmp_path / label).mkdir()
+        PILImage.new("L", (8, 8)).save(tmp_path / label / "1.png")
+    with pytest.raises(InputError, match=f"no folder or file here is called {name}, a reader of datasets'"):
+        load(name, None, "train", False)
+    (tmp_path / name).mkdir()
+    (tmp_path / "bee").rename(tmp_path / name / "bee")
+    (tmp_path / "cat").rename(tmp_path / name / "cat")
+    assert len(load(name, None, "train", False)["train"]) == 2
 
 
 def test_local_paths_mean_the_same_from_any_folder(tmp_path, monkeypatch):

@@ -105,9 +105,15 @@ def refuse_size(model: nn.Module, input_size: Sequence[int]) -> None:
     try:
         _try(model, torch.zeros(1, *input_size, device=first.device, dtype=first.dtype))
     except _SIZE_ERRORS as error:
+        remedy = "build it with pooling" if is_unpooled(model) else "take images of another size"
         raise InputError(
-            f"{architecture(model)} can't take images of {tuple(input_size)} ({one_line(error)}): take images of another size"
+            f"{architecture(model)} can't take images of {tuple(input_size)} ({one_line(error)}): {remedy}"
         ) from error
+
+
+def is_unpooled(model: nn.Module) -> bool:
+    """Whether pooling is turned off somewhere: of most networks there are no logits then."""
+    return any(getattr(part, name, None) == "" for part in model.modules() for name in ("global_pool", "pool_type"))
 
 
 def _without_memory(tensor: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,6 +21,7 @@ __all__ = [
     "check_header",
     "cores",
     "files_left_aside",
+    "fingerprint",
     "folder_aside",
     "folder_there",
     "left_aside",
@@ -213,6 +215,16 @@ def sha256(file: str | os.PathLike) -> str:
     with open(file, "rb") as stream:
         while block := stream.read(2**20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors, a state dict say: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -7,15 +7,16 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from timm_jem import changes
 from timm_jem.backbone import architecture, normalisation, parameter_groups
 from timm_jem.energy import energy
-from timm_jem.errors import InputError, check_whole, quoted
+from timm_jem.errors import InputError, check_whole, one_line, quoted
 from timm_jem.gaussians import ClassGaussians
 from timm_jem.hub.folder import write_folder
-from timm_jem.hub.publish import publish
+from timm_jem.hub.publish import of_these_weights, publish
 from timm_jem.hub.published_chains import PublishedChains
 from timm_jem.inputs import (
     as_labels,
@@ -572,34 +573,42 @@ class JEM(nn.Module):
 
         Raises:
             InputError: what :meth:`save_pretrained` refuses, before anything is sent; or what the Hub refuses.
+
+        Warns:
+            UserWarning: the provenance has results of other weights, which are left out.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, replay_buffer=replay_buffer)
-            chains = self.chains if replay_buffer else None
-            about = {
-                "architecture": architecture(self.backbone),
-                "parameters": sum(p.numel() for p in self.parameters()),
-                "input_size": self.input_size,
-                "class_names": self.class_names,
-                "num_classes": self.num_classes,
-                "sgld": asdict(self.sgld),
-                "provenance": self.provenance,
-                "chains": 0 if chains is None else len(chains),
-                "starts": 0 if self.starts is None else len(self.starts.means),
-                "chains_have_classes": chains is not None and chains.labels is not None,
-            }
-            return publish(
-                folder,
-                repo_id,
-                about=about,
-                pictures=pictures or {},
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                branch=branch,
-                create_pr=create_pr,
-                overwrite_card=overwrite_card,
-            )
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_pretrained(folder, replay_buffer=replay_buffer)
+                chains = self.chains if replay_buffer else None
+                about = {
+                    "architecture": architecture(self.backbone),
+                    "parameters": sum(p.numel() for p in self.parameters()),
+                    "input_size": self.input_size,
+                    "class_names": self.class_names,
+                    "num_classes": self.num_classes,
+                    "sgld": asdict(self.sgld),
+                    "provenance": of_these_weights(self.provenance, unwrap_model(self.backbone).state_dict()),
+                    "chains": 0 if chains is None else len(chains),
+                    "starts": 0 if self.starts is None else len(self.starts.means),
+                    "chains_have_classes": chains is not None and chains.labels is not None,
+                }
+                return publish(
+                    folder,
+                    repo_id,
+                    about=about,
+                    pictures=pictures or {},
+                    commit_message=commit_message,
+                    private=private,
+                    token=token,
+                    branch=branch,
+                    create_pr=create_pr,
+                    overwrite_card=overwrite_card,
+                )
+        except OSError as error:
+            raise InputError(
+                f"what is pushed can't be written to a temporary folder ({one_line(error)}): make room, or set TMPDIR"
+            ) from error
 
     def _check_weights(self) -> None:
         first = next(self.backbone.parameters(), None)

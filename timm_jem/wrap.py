@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from timm_jem.backbone import (
     check_classifier,
+    is_unpooled,
     label_names,
     refuse_size,
     resolve_data_config,
@@ -33,7 +34,7 @@ from timm_jem.hub.reading import CONFIG_FILE, KEY, WEIGHTS_FILE, model_folder, r
 from timm_jem.hub.repository import check_reach, explained, fetch
 from timm_jem.hub.shipped import shipped
 from timm_jem.model import JEM
-from timm_jem.models.names import BUILD_ERRORS, check_name
+from timm_jem.models.names import BUILD_ERRORS, check_name, weights_id
 from timm_jem.reference import Reference
 from timm_jem.sampling import SGLDConfig
 
@@ -64,7 +65,7 @@ def wrap(
         sgld, provenance: see :class:`JEM`.
 
     Raises:
-        InputError: not a timm model, no classification head, or an input size that the model can't take.
+        InputError: not a timm model, no classification head, no pooling before it, or an input size that the model can't take.
 
     Warns:
         UserWarning: the head's weights are all zero, so that energies are flat in x and chains can't move; patches leave pixels
@@ -74,7 +75,7 @@ def wrap(
         raise InputError("this is a joint energy model already: use it as it is, or wrap its backbone")
     check_classifier(model)
     data_config, fixed_input_size = resolve_data_config(model, _plain(input_size), _plain(mean), _plain(std))
-    if input_size is not None:
+    if input_size is not None or is_unpooled(model):
         refuse_size(model, data_config["input_size"])
     warn_of_unseen(model, data_config["input_size"], stacklevel=3)
     warn_of_zero_head(model, stacklevel=3)
@@ -146,7 +147,9 @@ def create_model(
                 "reads its settings of chains, held-out reference, provenance, starts and published chains, too",
                 stacklevel=2,
             )
-    return wrap(backbone, input_size=input_size, class_names=class_names, sgld=sgld)
+    base_model = weights_id(model_name, kwargs) if pretrained else None
+    provenance = None if base_model is None else {"base_model": base_model}
+    return wrap(backbone, input_size=input_size, class_names=class_names, sgld=sgld, provenance=provenance)
 
 
 def _plain(value: Any) -> Any:
@@ -225,14 +228,21 @@ def from_pretrained(
         replay_buffer: with published chains, where there are some.
 
     Raises:
-        InputError: nothing there, a folder that is no such model, or what the Hub refuses.
+        InputError: nothing there, a folder that is no such model, a ``revision`` of what is no repository, or what the Hub
+            refuses.
 
     Warns:
-        UserWarning: the model was saved with starts of its chains, and their file is missing.
+        UserWarning: the model was saved with starts of its chains, or with published chains, and their file is missing.
     """
-    folder = as_path(name)
-    if not os.path.isdir(folder):  # Path.is_dir raises where a name is too long
-        folder = shipped(name) or fetch(
+    folder, base_model = as_path(name), None
+    if os.path.isdir(folder):  # Path.is_dir raises where a name is too long
+        if (inside := model_folder(folder)) != folder:
+            name = folder = inside
+    elif (of_package := shipped(name)) is not None:
+        folder = of_package
+    else:
+        base_model = str(name)
+        folder = fetch(
             str(name),
             revision=revision,
             token=token,
@@ -241,14 +251,21 @@ def from_pretrained(
             force_download=force_download,
             replay_buffer=replay_buffer,
         )
-    elif (inside := model_folder(folder)) != folder:
-        name = folder = inside
+    if revision is not None and base_model is None:
+        raise InputError(f"{name} is no repository on the Hub, and has no revision {quoted(revision)}: leave it out")
     try:
         backbone, ours = read_folder(folder)
-        jem = wrap(backbone, sgld=_sgld_config(ours.get("sgld", {})), provenance=ours.get("provenance"))
+        known = {"base_model": base_model} if base_model is not None and not ours else None  # a repository of plain timm
+        jem = wrap(backbone, sgld=_sgld_config(ours.get("sgld", {})), provenance=ours.get("provenance", known))
         jem.reference = None if ours.get("reference") is None else _reference(ours["reference"], jem.num_classes)
         if replay_buffer and (folder / CHAINS_FILE).is_file():
             jem.chains = _chains(folder / CHAINS_FILE, jem)
+        elif replay_buffer and ours.get("chains"):
+            warnings.warn(
+                f"{name} was saved with a {CHAINS_FILE}, which is not there: no published chains can go on, and a push would "
+                "leave them out; load it once while online, or copy the whole folder",
+                stacklevel=2,
+            )
         if (folder / STARTS_FILE).is_file():
             jem.starts = ClassGaussians.load(folder / STARTS_FILE, jem.input_size, jem.num_classes)
         elif ours.get("starts"):  # timm's own readers leave it out of the cache

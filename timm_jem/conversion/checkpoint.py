@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C import PyTorchFileReader
 
 from timm_jem.conversion.claims import ClaimedStorage, read_claims
 from timm_jem.errors import InputError, one_line, quoted
@@ -72,7 +73,11 @@ def _claims_of_zip(file: Path) -> Any:
                 raise InputError("its records are packed or encrypted, as torch.save writes none: give the authors' file")
             if sizes[pickles[0]] > _MOST_PICKLED or sum(sizes.values()) > file.stat().st_size:
                 raise InputError("its records are larger than it is, or its pickle than any checkpoint's: it is broken")
-            claimed, storages = read_claims(BytesIO(archive.read(pickles[0])))
+            pickled, begin = archive.read(pickles[0]), min(record.header_offset for record in records)
+            # Of a zip with two tables of contents each reader may take another one.
+            if begin or pickled != PyTorchFileReader(str(file)).get_record("data.pkl"):
+                raise InputError("it has two tables of contents, as torch.save writes none: give the authors' file")
+            claimed, storages = read_claims(BytesIO(pickled))
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise

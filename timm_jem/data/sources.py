@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl
@@ -60,6 +61,8 @@ def load(name: str, config_name: str | None, split: str, streaming: bool) -> dic
         elif local:
             loaded = _load_local(path, config_name, split, streaming)
         else:
+            if name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}"):  # it would read the current folder
+                raise InputError(f"no folder or file here is called {name}, a reader of datasets': give what it is to read")
             _look_for_the_hub(name)
             loaded = datasets.load_dataset(name, config_name, streaming=streaming)
     except InputError:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from timm_jem.errors import InputError, check_whole, importing, one_line, quoted
 from timm_jem.evaluation.generation import pyramid, thumbnails
 from timm_jem.evaluation.labelled import eight_bit_images
-from timm_jem.evaluation.report import fingerprint
+from timm_jem.files import fingerprint
 from timm_jem.model import JEM
 from timm_jem.models.names import BUILD_ERRORS, check_name
 from timm_jem.modes import frozen

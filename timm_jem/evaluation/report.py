@@ -1,21 +1,17 @@
 """What was measured, with how many images, which seed and which protocol: as JSON and as Markdown."""
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from timm_jem.errors import InputError, one_line, program
 from timm_jem.evaluation.strict_json import built, dumps, fits, restored
 
-__all__ = ["REPORT_FILE", "Measured", "Report", "Result", "cell", "fingerprint", "in_order", "number", "read_report"]
+__all__ = ["REPORT_FILE", "Measured", "Report", "Result", "cell", "in_order", "number", "read_report"]
 
 REPORT_FILE = "report.json"
 FORMAT_VERSION = 3
@@ -308,13 +304,3 @@ def _check_curves(name: str, curves: dict[str, Any]) -> None:
             lists, alike = list(curve), len(curve) == (2 if name.endswith(" against length") else 4)
         if not alike or not fits(lists, list[list[float]]) or len({len(values) for values in lists}) != 1 or not lists[0]:
             raise TypeError(f"the curves of {name!r:.80} are none")
-
-
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a state dict: names, types, shapes and bytes. A report holds that of the model it is about."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

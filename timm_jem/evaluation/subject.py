@@ -23,8 +23,8 @@ from timm_jem.evaluation.extractors import Extractor, classifier_extractor, load
 from timm_jem.evaluation.generation import FEWEST_SAMPLES
 from timm_jem.evaluation.ood_sets import outlier_sets
 from timm_jem.evaluation.refinement import check_second_derivatives
-from timm_jem.evaluation.report import fingerprint
 from timm_jem.evaluation.settings import EvaluationConfig, check_libraries
+from timm_jem.files import fingerprint
 from timm_jem.model import JEM
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels

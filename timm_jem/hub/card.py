@@ -42,6 +42,7 @@ def model_card(
     sgld: dict[str, Any],
     provenance: Provenance,
     weights_license: str | None = None,
+    timms_weights: str | None = None,
     chains: int,
     starts: int,
     chains_have_classes: bool = False,
@@ -61,6 +62,7 @@ def model_card(
         provenance: how the model came to be.
         weights_license: licence of the pretrained weights of this architecture and tag, by timm; it holds where
             ``provenance`` has a base model and no licence of its own.
+        timms_weights: the Hub's id of those, where nobody knows whether this model has them.
         chains: how many published chains go with it.
         starts: how many Gaussians of images fresh chains start from, one for all or one a class; 0: from noise.
         chains_have_classes: whether each of them has a class.
@@ -88,6 +90,8 @@ def model_card(
         conditional=chains_have_classes or provenance.class_conditional,
         chains=min(chains, 16),
         starts=starts,
+        timms_weights=timms_weights,
+        timms_license=weights_license,
         starts_elsewhere=provenance.starts_elsewhere,
         provenance=provenance,
         density=density,

@@ -73,7 +73,12 @@ def write_folder(
                     backbone,
                     aside,
                     model_config={
-                        KEY: {"format_version": FORMAT_VERSION, **ours, "starts": starts is not None},
+                        KEY: {
+                            "format_version": FORMAT_VERSION,
+                            **ours,
+                            "starts": starts is not None,
+                            "chains": chains is not None,
+                        },
                         "label_names": class_names,
                     },
                     data_config=data_config,

@@ -11,11 +11,13 @@ import yaml
 
 __all__ = ["without_local_paths"]
 
-_START = r"(?:(?:~|\.{1,2})?/|[A-Za-z]:[\\/]|\\\\)"  # /x, ~/x, ./x, ../x, C:\x and \\x
-_WHOLE = re.compile(rf"(?:local-dir:|file://|{_START})")
+# /x, ~/x, ~user/x, ./x, ../x, $HOME/x, C:\x and \\x
+_START = r"(?:(?:~(?:[A-Za-z_][\w.-]*)?|\.{1,2}|\$\{?\w+\}?)?/|[A-Za-z]:[\\/]|\\\\)"
+_SCHEMES = r"(?:local-dir:|(?i:file):(?://(?=[/.])|(?=/))|[a-z]+:///)"
+_WHOLE = re.compile(rf"(?:{_SCHEMES}|{_START})")
 _REST = r"[^\s'\"()\[\]{},;]"
-_WITHIN = re.compile(rf"(?:local-dir:|file://|(?<![\w:/.~\\-]){_START}){_REST}+")
-_SCHEME = re.compile(r"(local-dir:|file://)?(.*)", re.DOTALL)
+_WITHIN = re.compile(rf"(?:{_SCHEMES}|(?<![\w:/.~\\-]){_START}){_REST}+")
+_SCHEME = re.compile(rf"({_SCHEMES})?(.*)", re.DOTALL)
 
 
 def without_local_paths(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,21 +3,23 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
+from torch import Tensor
 
 from timm_jem.errors import InputError, quoted
+from timm_jem.files import fingerprint
 from timm_jem.hub.card import CARD_FILE, CHAINS_PICTURE, PICTURES, model_card
 from timm_jem.hub.local_paths import without_local_paths
 from timm_jem.hub.provenance import Provenance, license_id
 from timm_jem.hub.reading import CONFIG_FILE, KEY
 from timm_jem.hub.repository import check_repository_name, push
+from timm_jem.models.names import weights_id
 
-__all__ = ["publish"]
+__all__ = ["of_these_weights", "publish"]
 
 
 def publish(
@@ -46,16 +48,20 @@ def publish(
             is sent; or what the Hub refuses.
     """
     check_repository_name(repo_id)
+    if not isinstance(pictures, Mapping):
+        raise InputError(f"pictures are {quoted(pictures)}: give a mapping from names on the card to files")
     folder = Path(folder)
     provenance = without_local_paths(about["provenance"])
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     weights_license = license_id(config["pretrained_cfg"].get("license"))
-    about = {**about, "provenance": _with_base(Provenance.read(provenance), config, weights_license)}
+    about = {**about, "provenance": Provenance.read(provenance)}
     if not about["chains"]:
         pictures = {name: file for name, file in pictures.items() if name != CHAINS_PICTURE}
     for name, file in pictures.items():
         if name not in PICTURES:
             raise InputError(f"no card shows a picture {quoted(name)}: its pictures are {', '.join(PICTURES)}")
+        if not isinstance(file, (str, os.PathLike)):
+            raise InputError(f"picture {name} is {quoted(file)}: give its file")
         if not Path(file).is_file() or Path(file).is_symlink():
             raise InputError(f"picture {file} is not a file of its own: leave it out")
         (folder / name).parent.mkdir(exist_ok=True)
@@ -65,6 +71,7 @@ def publish(
     card = model_card(
         repo_id=repo_id,
         weights_license=weights_license,
+        timms_weights=_timms_weights(about["provenance"], config),
         pictures=[name for name in PICTURES if name in pictures],
         **about,
     )
@@ -72,14 +79,31 @@ def publish(
     return push(folder, repo_id, **options)
 
 
-def _with_base(provenance: Provenance, config: Mapping[str, Any], weights_license: str | None) -> Provenance:
-    """With base model and licence of timm's own weights, where nothing else is known and ``pretrained_cfg`` has their tag."""
+def of_these_weights(provenance: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Provenance without results where these were measured with other weights, which is warned of.
+
+    Args:
+        provenance: as it is kept with a model; ``results_of`` in it is the digest of the weights that were measured, if known.
+        weights: the backbone's state dict.
+    """
+    known = provenance.get("results_of")
+    offloaded = any(tensor.is_meta for tensor in weights.values())
+    if not provenance.get("results") or known is None or offloaded or known == fingerprint(weights):
+        return provenance
+    warnings.warn(
+        "the results in this model's provenance were measured with other weights, and don't go on its card: evaluate it again",
+        stacklevel=3,
+    )
+    return {**provenance, "results": [], "results_of": None}
+
+
+def _timms_weights(provenance: Provenance, config: Mapping[str, Any]) -> str | None:
+    """The Hub's id of timm's own weights, where ``pretrained_cfg`` has their tag and nothing is known of where these came from:
+    ``timm.create_model`` gives the tag to random weights as well."""
     tag = config["pretrained_cfg"].get("tag")
     if not tag or provenance.base_model is not None or provenance.has_density is not None:
-        return provenance
+        return None
     try:
-        timms = timm.get_pretrained_cfg(f"{config['architecture']}.{tag}")
+        return weights_id(f"{config['architecture']}.{tag}", {})
     except RuntimeError:  # somebody else's tag
-        return provenance
-    base_model = None if timms is None else timms.hf_hub_id
-    return replace(provenance, base_model=base_model, license=provenance.license or weights_license)
+        return None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,11 +111,13 @@ def check_nesting(data: Any, what: str) -> None:
 def model_folder(folder: Path) -> Path:
     """The folder itself where a model is saved in it, else, as of a run's folder, ``model`` in it if there is one."""
     inside = folder / "model"
-    return inside if (inside / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file() else folder
+    return inside if os.path.isfile(inside / CONFIG_FILE) and not os.path.isfile(folder / CONFIG_FILE) else folder
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not os.access(folder, os.X_OK) or (os.path.isfile(folder / file) and not os.access(folder / file, os.R_OK)):
+            raise InputError(f"{folder / file} can't be read: its permissions don't allow it")
         if not (folder / file).is_file():
             raise InputError(
                 "a run without a model: wait for it to end, or give one of its best/ models"

@@ -113,6 +113,8 @@ def check_repository_name(repo_id: str) -> None:
         validate_repo_id(repo_id if isinstance(repo_id, str) else "")
     except HFValidationError as error:
         raise InputError(f"{quoted(repo_id)} is not the name of a Hub repository: give user/name") from error
+    if "/" not in repo_id:  # the Hub would add its owner, and what the card says would load another model
+        raise InputError(f"{quoted(repo_id)} has no owner: give user/name")
 
 
 def make_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
@@ -228,6 +230,8 @@ def explained(what: str, *, pushing: bool = False, cached: bool = False) -> Iter
         raise InputError(f"{what}: {_reason(error, pushing)}") from error
     except FileMetadataError as error:
         raise InputError(f"{what}: what answers is no Hub ({one_line(error)})") from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what}: the token holds {error.object[error.start]!r}, as none does: copy it again") from error
     except OSError as error:
         if not cached:
             raise

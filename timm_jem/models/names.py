@@ -1,12 +1,15 @@
 """Which names timm knows, and how it says that it can't build one."""
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 import timm
+from timm.models import split_model_name_tag
 
 from timm_jem.errors import InputError, quoted
 
-__all__ = ["BUILD_ERRORS", "check_name", "registered_by"]
+__all__ = ["BUILD_ERRORS", "check_name", "registered_by", "weights_id"]
 
 # What timm raises, here and there, when it can't build a model from its arguments.
 BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -28,3 +31,16 @@ def check_name(name: str) -> None:
 def registered_by(name: str) -> str | None:
     """The package that registered an architecture with timm: "timm", "timm_jem" or another; None: none did."""
     return timm.models.model_entrypoint(name).__module__.split(".")[0] if timm.is_model(name) else None
+
+
+def weights_id(name: str, kwargs: Mapping[str, Any]) -> str | None:
+    """The Hub repository whose weights ``timm.create_model(name, pretrained=True, **kwargs)`` loads; None: it is none."""
+    told = kwargs.get("pretrained_cfg")  # a tag of timm's, or where weights are
+    source, is_source, place = name.partition(":")
+    elsewhere = kwargs.get("checkpoint_path") or "pretrained_cfg_overlay" in kwargs or isinstance(told, dict)
+    if elsewhere or source == "local-dir":
+        return None
+    if is_source:
+        return place.partition("@")[0]  # a revision is no part of the id
+    found = timm.get_pretrained_cfg(name if told is None else f"{split_model_name_tag(name)[0]}.{told}")
+    return None if found is None else found.hf_hub_id

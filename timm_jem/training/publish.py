@@ -8,21 +8,23 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from timm.models import split_model_name_tag
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from timm_jem.data import Splits
 from timm_jem.data.sources import hub_id, public_name
 from timm_jem.errors import program
+from timm_jem.files import fingerprint
 from timm_jem.hub.published_chains import PublishedChains
 from timm_jem.model import JEM
+from timm_jem.models.names import weights_id
 from timm_jem.training.build import build_model
 from timm_jem.training.processes import is_sharded
 from timm_jem.training.record import Record
 from timm_jem.training.run import Run
 from timm_jem.training.run_folder import RunFolder
-from timm_jem.training.settings import ModelConfig, Settings
+from timm_jem.training.settings import Settings
 from timm_jem.version import __version__
 
 __all__ = ["of_classifier", "publishable", "push", "whole_state"]
@@ -69,7 +71,7 @@ def publishable(
         "dataset": public_name(data.dataset),
         "dataset_id": hub_id(data.dataset),
         "datasets": [name for source in (data.dataset, data.unlabeled, data.starts) if source and (name := hub_id(source))],
-        "base_model": _base_model(model),
+        "base_model": weights_id(model.name, model.kwargs) if model.starts_pretrained else None,
         "command": shlex.join([*_launcher(accelerator), *program("train").split()[1:], *record.command]),
         "config": settings.sections(),
         "steps": run.step,
@@ -83,6 +85,7 @@ def publishable(
         "mixed_precision": accelerator.mixed_precision,
         "versions": {"timm_jem": __version__, "timm": timm.__version__, "torch": torch.__version__},
         "results": list(results),
+        **({"results_of": fingerprint(unwrap_model(jem.backbone).state_dict())} if results else {}),
         **({} if outcome is None else {"outcome": outcome, "explanation": explanation}),
     }
     buffer = learner.method.buffer
@@ -97,18 +100,6 @@ def _launcher(accelerator: Accelerator) -> list[str]:
     flags = ["--num_processes", str(accelerator.num_processes)] if accelerator.num_processes > 1 else []
     flags += ["--mixed_precision", accelerator.mixed_precision] if accelerator.mixed_precision != "no" else []
     return ["accelerate", "launch", *flags]
-
-
-def _base_model(model: ModelConfig) -> str | None:
-    """The Hub repository whose weights training started from."""
-    told = model.kwargs.get("pretrained_cfg")  # a tag of timm's, or where weights are
-    elsewhere = model.name.startswith("local-dir:") or "pretrained_cfg_overlay" in model.kwargs or isinstance(told, dict)
-    if elsewhere or not model.starts_pretrained:
-        return None
-    if model.has_source:
-        return model.name.partition(":")[2].partition("@")[0]  # a revision is no part of the id
-    name = model.name if told is None else f"{split_model_name_tag(model.name)[0]}.{told}"
-    return timm.get_pretrained_cfg(name).hf_hub_id
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
