@@ -281,9 +281,12 @@ def test_a_model_that_is_no_folder_here_chooses_no_images_of_this_machine(path, 
         data_config(jem, "user/model", {})
     assert data_config(jem, "user/model", {"dataset": "photos"})[0].dataset == str(tmp_path / "photos")
     assert data_config(jem, "model", {})[0].dataset.endswith("/photos")
-    for anywhere in ("digits", "user/photos", "user/photos?config_name=small"):
-        jem.provenance = {"config": {"data": {"dataset": anywhere}}}
+    asked = []
+    monkeypatch.setattr("timm_jem.evaluation.subject.check_remote", lambda *of: asked.append(of))
+    for anywhere in ("digits", "user/photos"):
+        jem.provenance = {"config": {"data": {"dataset": anywhere, "config_name": "small"}}}
         assert data_config(jem, "user/model", {})[0].dataset == anywhere
+    assert asked == [("user/photos", "small")]  # whose README may name files here
 
 
 def test_flags_of_data_change_the_settings_of_training_one_by_one(run, tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_images, load_splits
-from timm_jem.data.sources import Asked, absolute, hub_id, load, public_name, read_name
+from timm_jem.data.sources import Asked, absolute, check_remote, hub_id, load, public_name, read_name
 
 
 def test_which_names_are_the_hubs(tmp_path, monkeypatch):
@@ -38,6 +38,21 @@ def test_readers_of_datasets_do_not_read_the_current_folder(tmp_path, monkeypatc
     (tmp_path / "bee").rename(tmp_path / name / "bee")
     (tmp_path / "cat").rename(tmp_path / name / "cat")
     assert len(load(name, None, "train", False)["train"]) == 2
+
+
+def test_a_set_on_the_hub_may_be_made_of_files_of_this_machine(tmp_path, monkeypatch):
+    """``datasets`` resolves what a README names, wherever it lies."""
+    path, build = save(tmp_path), datasets.load_dataset_builder
+    remote = "hf://datasets/user/name@0123/train.parquet"
+    for file, refused in ((path, True), (f"file://{path}", True), (remote, False), (f"zip://a.parquet::{remote}", False)):
+        builder = build("parquet", data_files={"train": path})
+        builder.config.data_files = {"train": [file]}
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, builder=builder: builder)
+        if refused:
+            with pytest.raises(InputError, match=r"user/name on the Hub asks for '.* of this machine: give another"):
+                check_remote("user/name", None)
+        else:
+            check_remote("user/name", None)
 
 
 def test_local_paths_mean_the_same_from_any_folder(tmp_path, monkeypatch):

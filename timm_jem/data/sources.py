@@ -22,9 +22,9 @@ from huggingface_hub.utils import httpx
 from PIL import Image as PILImage
 
 from timm_jem.data.folders import find_image_files
-from timm_jem.errors import InputError, one_line
+from timm_jem.errors import InputError, one_line, quoted
 
-__all__ = ["LOADING_ERRORS", "Asked", "absolute", "digits", "hub_id", "load", "public_name", "read_name"]
+__all__ = ["LOADING_ERRORS", "Asked", "absolute", "check_remote", "digits", "hub_id", "load", "public_name", "read_name"]
 
 LOADING_ERRORS = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError)
 _STREAM_SHARDS = 64  # of a stored set that is read as a stream: many numbers of processes divide it
@@ -76,6 +76,23 @@ def load(name: str, config_name: str | None, split: str, streaming: bool) -> dic
         key: rows.to_iterable_dataset(min(_STREAM_SHARDS, len(rows))) if isinstance(rows, Dataset) and len(rows) else rows
         for key, rows in loaded.items()
     }
+
+
+def check_remote(name: str, config_name: str | None) -> None:
+    """Raise an InputError where a data set on the Hub is made of files of this machine, as ``datasets`` lets its README say.
+
+    Raises:
+        InputError: also where there is no such data set.
+    """
+    try:
+        builder = datasets.load_dataset_builder(name, config_name)
+    except LOADING_ERRORS as error:
+        raise InputError(_why_not(name, False, error)) from error
+    for files in (builder.config.data_files or {}).values():
+        for file in map(str, files):
+            scheme, mark, _ = file.split("::")[-1].partition("://")
+            if not mark or scheme.lower() in ("file", "local"):
+                raise InputError(f"data set {name} on the Hub asks for {quoted(file)} of this machine: give another")
 
 
 def _load_local(path: Path, config_name: str | None, split: str, streaming: bool) -> Dataset | dict:

@@ -17,7 +17,7 @@ from torch import Tensor
 from timm_jem.backbone import architecture
 from timm_jem.data import DataConfig, ImageSet, Splits, StreamedSet, load_splits
 from timm_jem.data.identity import data_identity, same_held_out
-from timm_jem.data.sources import hub_id
+from timm_jem.data.sources import check_remote, hub_id
 from timm_jem.errors import InputError, one_line, quoted
 from timm_jem.evaluation.extractors import Extractor, classifier_extractor, load_extractors
 from timm_jem.evaluation.generation import FEWEST_SAMPLES
@@ -256,8 +256,9 @@ def data_config(jem: JEM, name: str, told: Mapping[str, Any]) -> tuple[DataConfi
         told: settings that are others than in its training, by name.
 
     Raises:
-        InputError: no dataset is ``told``, and the model's provenance doesn't say what it was trained on, or names files here
-            where the model is none of these: nobody's model chooses what of this machine is read and shown.
+        InputError: no dataset is ``told``, and the model's provenance doesn't say what it was trained on, or names files here,
+            itself or by a data set on the Hub, where the model is none of these: nobody's model chooses what of this machine
+            is read and shown.
     """
     own = None
     if trained_here(jem.provenance):
@@ -268,8 +269,10 @@ def data_config(jem: JEM, name: str, told: Mapping[str, Any]) -> tuple[DataConfi
             raise InputError(f"the data settings of {name} are broken ({one_line(error)}): give --data.dataset") from error
     if own is None and "dataset" not in told:
         raise InputError(f"{name} doesn't say what it was trained on: give --data.dataset")
-    if "dataset" not in told and not Path(name).is_dir() and own.dataset != "digits" and hub_id(own.dataset) is None:
-        raise InputError(f"{name} is no folder here, and was trained on a local {quoted(own.dataset)}: give --data.dataset")
+    if "dataset" not in told and not Path(name).is_dir() and own.dataset != "digits":
+        if hub_id(own.dataset) is None:
+            raise InputError(f"{name} is no folder here, and was trained on a local {quoted(own.dataset)}: give --data.dataset")
+        check_remote(own.dataset, own.config_name)
     config = replace(own or DataConfig(), **{**told, "labels_per_class": None, "unlabeled": None})
     channels, height, width = jem.input_size
     if config.channels is None:
