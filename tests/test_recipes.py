@@ -73,7 +73,8 @@ def test_everything_is_written(run):
 
 
 def test_a_stopped_run_is_saved_where_there_is_no_room_for_its_snapshots():
-    def write(extra, *, snapshots=True):
+    def write(extra, *, snapshots=True, interim):
+        assert interim
         if snapshots:
             raise InputError("no room")
         written.append(extra)
@@ -83,9 +84,9 @@ def test_a_stopped_run_is_saved_where_there_is_no_room_for_its_snapshots():
     of_run = SimpleNamespace(
         settings=Settings(), state_dict=lambda: {"seconds": 1.0}, say=said.append, patiently=lambda tried: tried()
     )
-    train.save(stopped, of_run, needed=False)
+    train.save(stopped, of_run, needed=False, interim=True)
     assert (written, said) == ([], ["no room; training goes on"])
-    train.save(stopped, of_run, needed=True)
+    train.save(stopped, of_run, needed=True, interim=True)
     assert written == [{"seconds": 1.0}]
 
 
