@@ -98,8 +98,9 @@ def outlier_sets(
         generator = torch.Generator().manual_seed(seed + i)
         if spec == "interpolation":
             mixed = interpolations(images, labels, count, generator)
-            distinct = mixed.unique(dim=0)  # few images make few pairs, and the same one again is no other image
-            sets[spec] = distinct if len(distinct) < 0.95 * count else mixed
+            pairs = (len(labels) ** 2 - int(labels.unique(return_counts=True)[1].square().sum())) // 2
+            # Of few images many pairs come twice, which are no more images; else one in twenty does at most.
+            sets[spec] = mixed.unique(dim=0) if pairs < 10 * count else mixed
         elif spec == "uniform":
             sets["uniform noise"] = uniform_images(count, shape, generator)
         elif spec == "constant":
