@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import yaml
 
@@ -224,4 +225,6 @@ def test_the_base_model_is_that_of_the_weights():
 
     assert base() == "timm/resnet18.a1_in1k"
     assert base(pretrained_cfg="tv_in1k") == "timm/resnet18.tv_in1k"
-    assert base(pretrained_cfg={"file": "weights.safetensors"}) is None
+    for elsewhere in ({"file": "weights.safetensors"}, timm.get_pretrained_cfg("resnet18")):
+        assert base(pretrained_cfg=elsewhere) is None
+    assert base(checkpoint_path="model_best.pth.tar") is None

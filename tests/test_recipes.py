@@ -32,6 +32,7 @@ import timm_jem
 from timm_jem import InputError
 from timm_jem.data import DataConfig, StreamedSet, digits, load_splits
 from timm_jem.evaluation import frechet_distance
+from timm_jem.files import fingerprint
 from timm_jem.pixels import to_pixels
 from timm_jem.training import ModelConfig, Settings, TrainConfig, check_plan, damage, parse_settings, record
 from timm_jem.training.learner import Learner
@@ -93,6 +94,7 @@ def test_a_stopped_run_is_saved_where_there_is_no_room_for_its_snapshots():
 def test_what_is_reported_is_what_is_saved(run):
     summary = json.loads((run / "summary.json").read_text())
     jem = timm_jem.from_pretrained(run / "model")
+    assert jem.provenance["results_of"] == fingerprint(jem.backbone.state_dict())
     plain = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
     test = load_splits(DataConfig()).test
     with torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 
 import timm_jem
 from timm_jem.data import DataConfig, load_splits
+from timm_jem.files import fingerprint
 from timm_jem.hub.shipped import SHIPPED, shipped
 from timm_jem.pixels import to_pixels
 
@@ -35,6 +36,7 @@ def test_a_shipped_model_does_all_that_a_model_does(name, monkeypatch, tmp_path)
     with torch.no_grad():
         assert torch.equal(plain(x), jem(x))
     assert jem.reference.accept == 0.95
+    assert jem.provenance["results_of"] == fingerprint(jem.backbone.state_dict())
     assert len(jem.reference.medians) == jem.num_classes  # so that chains of a class can rest
     assert jem.predict(x)[0].percentile is not None
     assert len(jem.class_names) == 10

@@ -37,8 +37,8 @@ def weights_id(name: str, kwargs: Mapping[str, Any]) -> str | None:
     """The Hub repository whose weights ``timm.create_model(name, pretrained=True, **kwargs)`` loads; None: it is none."""
     told = kwargs.get("pretrained_cfg")  # a tag of timm's, or where weights are
     source, is_source, place = name.partition(":")
-    elsewhere = kwargs.get("checkpoint_path") or "pretrained_cfg_overlay" in kwargs or isinstance(told, dict)
-    if elsewhere or source == "local-dir":
+    elsewhere = kwargs.get("checkpoint_path") or "pretrained_cfg_overlay" in kwargs
+    if elsewhere or source == "local-dir" or not (told is None or isinstance(told, str)):
         return None
     if is_source:
         return place.partition("@")[0]  # a revision is no part of the id
