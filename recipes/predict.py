@@ -12,6 +12,7 @@ each line.
 
 import csv
 import json
+import math
 import os
 import sys
 import warnings
@@ -134,7 +135,9 @@ def about(jem: JEM, name: str) -> str:
         temperature, why = jem.reference.temperature, jem.reference.uncalibrated
         own = f"p is not calibrated but the network's own: {why}"
         calibrated = own if temperature is None else f"p is calibrated, temperature {temperature:.3g}"
-        compared = f"compared with {jem.reference.n:,} held-out images, of which {jem.reference.accept:.0%} are accepted; "
+        n, accept = jem.reference.n, jem.reference.accept
+        accepted = "all" if math.ceil(n * accept) == n else f"{accept:.0%}"  # too few to leave some out
+        compared = f"compared with {n:,} held-out images, of which {accepted} are accepted; "
         compared += calibrated
     return f"{name}: images are taken {taken}; {compared}"
 

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torchmetrics.classification import MulticlassCalibrationError
 
 from timm_jem import InputError
@@ -14,6 +15,7 @@ from timm_jem.evaluation.calibration import (
     negative_log_likelihood,
     reliability,
 )
+from timm_jem.temperature import best_temperature, is_told
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,29 @@ def test_calibration_errors_equal_torchmetrics(predictions, norm, name):
     probabilities, y = predictions[0].softmax(1), predictions[1]
     expected = MulticlassCalibrationError(5, n_bins=15, norm=norm)(probabilities, y).item()
     assert getattr(reliability(probabilities, y), name) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scale", "n", "least", "most"),
+    [(0.3, 9, 0, 0), (0.3, 50, 0, 10), (1.0, 9, 0, 0), (1.0, 200, 50, 50), (4.0, 50, 50, 50)],
+)
+def test_a_temperature_is_told_by_enough_images_that_differ(scale, n, least, most):
+    """Labels drawn from softmax(f), whose temperature is 1."""
+    generator, told = torch.Generator().manual_seed(0), []
+    for _ in range(50):
+        logits = scale * torch.randn(n, 3, generator=generator)
+        y = torch.multinomial(logits.softmax(1), 1, generator=generator).flatten()
+        if is_told(logits, y, temperature := best_temperature(logits, y)):
+            told.append(temperature)
+    assert least <= len(told) <= most
+    if least == 50:
+        assert all(0.4 < temperature < 2 for temperature in told)
+
+
+def test_labels_that_are_all_right_and_logits_that_are_all_alike_tell_no_temperature():
+    y = torch.arange(300) % 3
+    for logits in (5 * F.one_hot(y).double(), torch.zeros(300, 3)):
+        assert not is_told(logits, y, best_temperature(logits, y))
 
 
 def test_adaptive_bins_equal_numpy(predictions):

@@ -42,6 +42,7 @@ def shown() -> Exhibit:
     jem = small_model(class_names=NAMES, sgld=timm_jem.SGLDConfig(num_steps=STEPS, step_size=0.1))
     u = torch.rand(100, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     jem.fit_reference(jem.normalize(u), torch.arange(100) % 10)
+    jem.reference = replace(jem.reference, temperature=0.5)  # which so few can't tell of a network that was not trained
     return Exhibit("a model", jem, NAMES, jem.normalize(u[:4]), "pictures")
 
 

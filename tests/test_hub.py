@@ -384,6 +384,22 @@ def test_a_full_temporary_folder_and_an_odd_token_are_one_line(hub, jem, monkeyp
         jem.push_to_hub(REPO)
 
 
+@pytest.mark.parametrize("error", [ConnectionError("404"), TimeoutError("60 s"), PermissionError("expired")])
+def test_a_transfer_that_fails_is_not_the_caches(error):
+    """What the Hub's storage raises has these classes, and no number of the system's."""
+    with (
+        pytest.raises(InputError, match=r"user/x: the transfer failed \(.*\): try again"),
+        hub_module.explained("user/x", cached=True),
+    ):
+        raise error
+    full = OSError(28, "No space left on device")
+    with (
+        pytest.raises(InputError, match=r"the cache can't be used .*No space left"),
+        hub_module.explained("user/x", cached=True),
+    ):
+        raise full
+
+
 def test_a_push_without_a_hub_is_explained(hub, jem, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="the Hub is off: unset HF_HUB_OFFLINE to push"):

@@ -296,7 +296,7 @@ class JEM(nn.Module):
         Args:
             x: model input, shape (N, C, H, W), or batches of that, or of (x, y), as a DataLoader gives them.
             y: labels, integers, shape (N,), for the temperature; of batches each has its own. None: no temperature. There is
-                none either where the images can't tell it, as where the network is right about all of them.
+                none either where the images can't tell it, as a few can't, or some that the network is all right about.
             accept: share of these images that are no outliers.
             batch_size: images through the network at once; batches that are given are taken as they are.
 

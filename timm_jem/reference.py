@@ -12,7 +12,7 @@ from torch import Tensor
 from timm_jem.energy import energy
 from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.inputs import batches_of, check_label_values, check_labels, of_batch
-from timm_jem.temperature import at_bound, best_temperature
+from timm_jem.temperature import best_temperature, is_told
 
 __all__ = ["Reference", "accepting", "fit"]
 
@@ -170,7 +170,7 @@ def fit(
     temperature = None if y is None else best_temperature(f, y)
     ordered, levels, top = energies.double().sort().values.numpy(), np.arange(_LEVELS), _LEVELS - 1
     return Reference(
-        temperature=None if y is None or at_bound(temperature) else temperature,
+        temperature=temperature if y is not None and is_told(f, y, temperature) else None,
         quantiles=tuple(ordered[np.maximum((len(f) * levels + top - 1) // top - 1, 0)].tolist()),
         threshold=accepting(energies.double(), accept),
         accept=float(accept),

@@ -19,7 +19,7 @@ from timm_jem.evaluation.plots import reliability_diagram
 from timm_jem.evaluation.section import BASIC_BOOTSTRAP, BOOTSTRAP, Section
 from timm_jem.evaluation.settings import EvaluationConfig
 from timm_jem.evaluation.subject import Subject
-from timm_jem.temperature import at_bound
+from timm_jem.temperature import is_told
 
 __all__ = ["classification_section"]
 
@@ -39,7 +39,7 @@ def classification_section(subject: Subject, config: EvaluationConfig, section: 
     if subject.model.num_classes > 5:
         section.share(TABLE, "Accuracy, top-5", top_correct(logits, y, 5), WAY, "as it is", **more)
     bins = {"as it is": _calibration(section, logits, y, WAY, "as it is", subject)}
-    if at_bound(temperature):
+    if not is_told(held_out, held_out_y, temperature):
         section.warn(f"p(y|x) is the network's own: {len(held_out_y):,} {subject.held_out} can't tell a temperature.")
     else:
         way, scaled = f"{WAY}; f(x)/T, T fitted on {len(held_out_y):,} {subject.held_out}", "temperature scaled"

@@ -233,6 +233,8 @@ def explained(what: str, *, pushing: bool = False, cached: bool = False) -> Iter
     except UnicodeEncodeError as error:
         raise InputError(f"{what}: the token holds {error.object[error.start]!r}, as none does: copy it again") from error
     except OSError as error:
+        if isinstance(error, (ConnectionError, TimeoutError)) or error.errno is None:  # of a transfer, and not of this machine
+            raise InputError(f"{what}: the transfer failed ({one_line(error)}): try again") from error
         if not cached:
             raise
         raise InputError(
