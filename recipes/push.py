@@ -58,7 +58,8 @@ def main(argv: list[str]) -> None:
         Provenance.read(jem.provenance)  # a file has it, in which results may be anything
         measured = report.card_results()
         kinds = {result["type"] for result in measured}
-        kept = [result for result in (jem.provenance.get("results") or []) if result["type"] not in kinds]
+        own = jem.provenance.get("results") if jem.provenance.get("results_of") == report.subject["weights"] else None
+        kept = [result for result in own or [] if result["type"] not in kinds]
         jem.provenance = {**jem.provenance, "results": kept + measured, "results_of": report.subject["weights"]}
     url = jem.push_to_hub(
         settings.repo_id,

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "sampling": {"noise", "inputs", "errors"},
     "captured": {"errors"},
     "replay_buffer": {"inputs", "errors"},
-    "refinement": {"noise", "sampling", "errors"},
+    "refinement": {"noise", "sampling", "inputs", "errors"},
     "counterfactual": {"energy", "sampling", "inputs", "errors"},
     "restoration": {"noise", "sampling", "inputs", "errors"},
     "adaptation": {"energy", "modes", "errors"},

@@ -13,7 +13,7 @@ from timm_families import SMALLEST, ZERO_HEADS
 from torch import nn
 
 import timm_jem
-from timm_jem import InputError, SGLDConfig
+from timm_jem import InputError, SGLDConfig, modes
 from timm_jem.data import DataConfig, load_splits
 from timm_jem.modes import frozen
 from timm_jem.pixels import to_pixels
@@ -700,3 +700,15 @@ def test_a_normalisation_may_be_an_array(tmp_path, make):
 def test_a_size_that_is_none_is_one_line():
     with pytest.raises(InputError, match=r"'resnet18' can't be built .* for images of 32 "):
         timm_jem.create_model("resnet18", input_size=32)
+
+
+def test_flags_are_put_back_whatever_one_of_them_raises():
+    """Weights that were made in inference mode take no requires_grad outside of it."""
+    jem = timm_jem.create_model("wrn_10_1", num_classes=3, input_size=(1, 8, 8))
+    with torch.inference_mode():
+        copied = copy.deepcopy(jem)
+    list(copied.backbone.parameters())[-1].data = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="inference"):
+        copied.sample(1, num_steps=1)
+    assert modes._held == {}
+    assert all(part.training for part in copied.modules())

@@ -209,3 +209,10 @@ def test_logits_and_labels_of_another_kind_are_named():
         with pytest.raises(InputError, match=message) as error:
             joint_loss(*arguments)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("balance", [torch.ones(2), "x", torch.tensor(1)])
+def test_a_balance_is_one_number(balance):
+    logits, y = torch.randn(2, 3), torch.tensor([0, 1])
+    with pytest.raises(InputError, match=r"balance is .*: give one number as a floating-point tensor"):
+        joint_loss(logits, y, logits, config=ObjectiveConfig(), balance=balance)

@@ -261,3 +261,15 @@ def test_bad_input_of_refine_is_said_in_a_line(jem, images, options, message):
     with pytest.raises(InputError, match=message) as error:
         jem.refine(**{"x": images, **options})
     assert "\n" not in str(error.value)
+
+
+def test_a_gradient_through_the_steps_needs_energies_one_by_one():
+    config, u = SGLDConfig(noise_std=0, step_size=0.1), torch.ones(10, 1, 2, 2)
+    energies = lambda u: u.square().flatten(1).sum(1)  # noqa: E731
+    moved = refine(energies, u.clone().requires_grad_(), config, steps=1, create_graph=True)
+    assert torch.allclose(moved, torch.full_like(u, 0.8))
+    for energy_fn, given in ((lambda u: energies(u).mean(), u.clone().requires_grad_()), (energies, u)):
+        with pytest.raises(InputError, match=r"energy_fn gives .* for 10 images: give energies of shape \(10,\)"):
+            refine(energy_fn, given, config, steps=1, create_graph=True)
+    with pytest.raises(InputError, match=r"settings of chains are a NoneType: give a timm_jem\.SGLDConfig"):
+        refine(energies, u, None, steps=1)

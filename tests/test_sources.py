@@ -55,6 +55,32 @@ def test_a_set_on_the_hub_may_be_made_of_files_of_this_machine(tmp_path, monkeyp
             check_remote("user/name", None)
 
 
+def test_cells_of_a_set_on_the_hub_name_no_files_of_this_machine(tmp_path, monkeypatch):
+    for place in ("cache", "home"):
+        (tmp_path / place).mkdir()
+        PILImage.new("L", (8, 8)).save(tmp_path / place / "1.png")
+    os.symlink(tmp_path / "home" / "1.png", tmp_path / "cache" / "link.png")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("timm_jem.data.sources._look_for_the_hub", lambda name: None)
+
+    def asked(path, checksums=None):
+        found = Dataset.from_dict({"image": [{"bytes": None, "path": path}, None]}, Features({"image": Image()}))
+        found.info.download_checksums = checksums
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: DatasetDict({"train": found}))
+        return load("user/name", None, "train", False)
+
+    remote = "hf://datasets/user/name@0123/train.parquet"
+    for path in (str(tmp_path / "cache" / "1.png"), "hf://datasets/user/name@0123/1.png"):
+        assert len(asked(path, {remote: {}})["train"]) == 2
+    for path in (str(tmp_path / "home" / "1.png"), str(tmp_path / "cache" / ".." / "home" / "1.png"), "/dev/zero", "1.png"):
+        with pytest.raises(InputError, match=r"data set user/name on the Hub asks for .* of this machine: give another"):
+            asked(path)
+    with pytest.raises(InputError, match="of this machine"):
+        asked(str(tmp_path / "cache" / "link.png"))
+    with pytest.raises(InputError, match=r"asks for '/home/me/x\.parquet' of this machine"):
+        asked(remote, {"/home/me/x.parquet": {}})
+
+
 def test_local_paths_mean_the_same_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = save(tmp_path)

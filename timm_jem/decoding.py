@@ -22,6 +22,7 @@ __all__ = [
     "BrokenImage",
     "Fit",
     "as_channels",
+    "check_file",
     "covering",
     "decode",
     "fitted",
@@ -37,6 +38,7 @@ UNREADABLE = (
 )
 MODES = {1: "L", 3: "RGB"}  # by the number of channels
 _MOST_PIXELS = 2**26  # of an image that was enlarged: 200 MB
+_MOST_BYTES = 2**28  # of a file on the Hub
 
 
 class BrokenImage(InputError):
@@ -155,12 +157,27 @@ def open_lazily(stored: dict) -> PILImage.Image:
     if stored["bytes"] is not None:
         return PILImage.open(io.BytesIO(stored["bytes"]))
     if "://" in path:
-        from datasets import Image  # a second to import, for those who train
-
-        return Image().decode_example(stored)
-    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would be to wait for its writer
-        raise OSError(errno.EINVAL, "not a file", path)
+        return PILImage.open(io.BytesIO(_fetched(path)))
+    check_file(path)
     return PILImage.open(path)
+
+
+def check_file(path: str) -> None:
+    """Raise an OSError where ``path`` is no ordinary file: to open a pipe would be to wait for its writer."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a file", path)
+
+
+def _fetched(address: str) -> bytes:
+    """A file on the Hub, which may lie in an archive there; other addresses are nobody's to choose."""
+    if not address.split("::")[-1].startswith("hf://"):
+        raise OSError(errno.EINVAL, "no file here and none on the Hub: store the image's bytes", address)
+    from datasets.utils.file_utils import xopen  # a second to import, for those who train
+
+    with xopen(address, "rb") as file:
+        if len(content := file.read(_MOST_BYTES + 1)) > _MOST_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {_MOST_BYTES >> 20} MiB", address)
+    return content
 
 
 def _broken(error: BaseException, what: str) -> BrokenImage:

@@ -257,6 +257,8 @@ class JEM(nn.Module):
     def pixel_energy(self, u: Tensor, y: Tensor | None = None) -> Tensor:
         """The energy of pixels in [-1, 1], shape (B, C, H, W), whatever their values: what chains descend; shape (B,).
 
+        In the mode that the model is in: for chains of your own call ``eval()`` before, as :meth:`sample` does for its own.
+
         Raises:
             InputError: pixels of another shape, type or device, or labels that are not int64, shape (B,).
         """

@@ -124,21 +124,21 @@ def _keeping_biases(modules: Iterable[nn.Module]) -> list[nn.Module]:
 @contextlib.contextmanager
 def _set(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
     """Within the context the attribute ``name`` of ``objects`` is ``value``; the last of several to end restores it."""
-    done = []
-    try:
+    with contextlib.ExitStack() as stack:  # which restores all, whatever one of them raises
         with _lock:
             # Read all before any is set: a compiled module's flag is that of the module within.
             found = [(item, *_held.get((id(item), name), (0, getattr(item, name)))) for item in objects]
             for item, count, before in found:
                 _held[id(item), name] = count + 1, before
-                done.append(item)
+                stack.callback(_restore, item, name)
                 setattr(item, name, value)
         yield
-    finally:
-        with _lock:
-            for item in done:
-                count, before = _held.pop((id(item), name))
-                if count > 1:
-                    _held[id(item), name] = count - 1, before
-                else:
-                    setattr(item, name, before)
+
+
+def _restore(item: Any, name: str) -> None:
+    with _lock:
+        count, before = _held.pop((id(item), name))
+        if count > 1:
+            _held[id(item), name] = count - 1, before
+        else:
+            setattr(item, name, before)

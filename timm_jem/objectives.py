@@ -1,5 +1,6 @@
 """The joint objective of energy-based classifiers, on logits."""
 
+import numbers
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,6 +108,8 @@ def joint_loss(
     """
     if not isinstance(config, ObjectiveConfig):
         raise InputError(f"config is a {type(config).__name__}: give a timm_jem.ObjectiveConfig")
+    if not (balance is None or isinstance(balance, numbers.Real) or (is_floats(balance) and balance.ndim == 0)):
+        raise InputError(f"balance is {kind(balance)}: give one number as a floating-point tensor, shape ()")
     _check("logits", logits, "y", y)
     _check("logits_neg", logits_neg, "y_neg", y_neg, like=logits)
     logits_ce, y_ce = logits if logits_ce is None else logits_ce, y if y_ce is None else y_ce

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from timm_jem.errors import check_whole
+from timm_jem.errors import InputError, check_whole
+from timm_jem.inputs import kind
 from timm_jem.noise import Generators, randn
 from timm_jem.sampling import MOST_STEPS, SGLDConfig, sgld, sgld_step
 
@@ -41,11 +42,19 @@ def refine(
         InputError: ``steps`` below 1, or as :func:`timm_jem.sgld`.
     """
     check_whole("steps of a refinement", steps, 1, MOST_STEPS)
+    if not isinstance(config, SGLDConfig):
+        raise InputError(f"the settings of chains are a {type(config).__name__}: give a timm_jem.SGLDConfig")
     config = replace(config, jitter=0)
     if not create_graph:
         return sgld(energy_fn, u, config, generator=generator, num_steps=steps, batch_size=batch_size)
     for step in range(steps):
-        slope = torch.autograd.grad(energy_fn(u).sum(), u, create_graph=True)[0]
+        energies = energy_fn(u)
+        if not (isinstance(energies, Tensor) and energies.shape == u.shape[:1] and u.requires_grad):
+            raise InputError(
+                f"energy_fn gives {kind(energies)} for {len(u)} images: give energies of shape ({len(u)},), of images that "
+                "require a gradient"
+            )
+        slope = torch.autograd.grad(energies.sum(), u, create_graph=True)[0]
         noise = randn(u.shape, generator=generator, device=u.device, dtype=u.dtype) if config.noise_std else None
         u = sgld_step(u, slope, noise, config.of_step(step, steps))
     return u

@@ -78,6 +78,10 @@ def restore(
     Raises:
         InputError: a noise out of range, or one with chains that have none themselves, or as :func:`timm_jem.sgld`.
     """
+    if not isinstance(config, SGLDConfig):
+        raise InputError(f"the settings of chains are a {type(config).__name__}: give a timm_jem.SGLDConfig")
+    if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == u.shape):
+        raise InputError(f"the mask of a restoration is {kind(mask)}: give bool, shape {tuple(u.shape)}")
     if noise is not None:
         check_number("noise of the known pixels", noise, least=1e-6, most=2)
         if not config.noise_std:

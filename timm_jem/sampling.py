@@ -188,7 +188,8 @@ def sgld(
     alike where the network rounds alike in batches of any size: see :meth:`timm_jem.JEM.sample`.
 
     Args:
-        energy_fn: ``energy_fn(u)``, or ``energy_fn(u, y)`` when ``y`` is given, to energies of shape (B,).
+        energy_fn: ``energy_fn(u)``, or ``energy_fn(u, y)`` when ``y`` is given, to energies of shape (B,). A network in train
+            mode may mix images, and moves its BatchNorm statistics: put it into eval mode before.
         u: initial chains, pixels, shape (B, C, H, W); not changed.
         config: see :class:`SGLDConfig`; ``jitter`` counts here, too, but not ``sample_steps``, ``denoise_steps`` and ``rest``.
         y: labels of the chains, shape (B,); chains of E(x, y) instead of E(x).

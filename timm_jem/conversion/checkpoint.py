@@ -75,7 +75,7 @@ def _claims_of_zip(file: Path) -> Any:
                 raise InputError("its records are larger than it is, or its pickle than any checkpoint's: it is broken")
             pickled, begin = archive.read(pickles[0]), min(record.header_offset for record in records)
             # Of a zip with two tables of contents each reader may take another one.
-            if begin or pickled != PyTorchFileReader(str(file)).get_record("data.pkl"):
+            if begin or _has_far_directory(file) or pickled != PyTorchFileReader(str(file)).get_record("data.pkl"):
                 raise InputError("it has two tables of contents, as torch.save writes none: give the authors' file")
             claimed, storages = read_claims(BytesIO(pickled))
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
@@ -86,6 +86,14 @@ def _claims_of_zip(file: Path) -> Any:
     for storage in storages:
         _check_bytes(storage, sizes.get(f"{prefix}data/{storage.key}", -1))
     return claimed
+
+
+def _has_far_directory(file: Path) -> bool:
+    """Whether a zip's locator of its 64-bit end record points elsewhere than just before it, where Python reads it."""
+    with file.open("rb") as stream:
+        stream.seek(-42, os.SEEK_END)
+        place, locator = stream.tell(), stream.read(20)
+    return locator.startswith(b"PK\x06\x07") and int.from_bytes(locator[8:16], "little") != place - 56
 
 
 def _claims_of_legacy(file: Path) -> Any:

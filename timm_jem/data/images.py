@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, Image
 from torch import Tensor
 
-from timm_jem.decoding import UNREADABLE, BrokenImage, Fit, decode, fitted
+from timm_jem.decoding import UNREADABLE, BrokenImage, Fit, check_file, decode, fitted
 from timm_jem.errors import InputError
 from timm_jem.files import cores
 from timm_jem.progress import tqdm
@@ -224,5 +224,6 @@ def stored_bytes(stored: Mapping[str, Any] | None) -> bytes | None:
     data, path = (stored or {}).get("bytes"), (stored or {}).get("path")
     if data is None and path is not None and "://" not in path:
         with contextlib.suppress(UNREADABLE):
+            check_file(path)
             data = Path(path).read_bytes()
     return data

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from urllib.parse import parse_qsl
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
@@ -64,7 +67,11 @@ def load(name: str, config_name: str | None, split: str, streaming: bool) -> dic
             if name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}"):  # it would read the current folder
                 raise InputError(f"no folder or file here is called {name}, a reader of datasets': give what it is to read")
             _look_for_the_hub(name)
+            if streaming:
+                check_remote(name, config_name)
             loaded = datasets.load_dataset(name, config_name, streaming=streaming)
+            for rows in loaded.values() if isinstance(loaded, dict) and not streaming else ():
+                _check_stored(rows, name)
     except InputError:
         raise
     except LOADING_ERRORS as error:
@@ -89,10 +96,31 @@ def check_remote(name: str, config_name: str | None) -> None:
     except LOADING_ERRORS as error:
         raise InputError(_why_not(name, False, error)) from error
     for files in (builder.config.data_files or {}).values():
-        for file in map(str, files):
-            scheme, mark, _ = file.split("::")[-1].partition("://")
-            if not mark or scheme.lower() in ("file", "local"):
-                raise InputError(f"data set {name} on the Hub asks for {quoted(file)} of this machine: give another")
+        _check_addresses(map(str, files), name)
+
+
+def _check_addresses(files: Iterable[str], name: str) -> None:
+    for file in files:
+        scheme, mark, _ = file.split("::")[-1].partition("://")
+        if not mark or scheme.lower() in ("file", "local"):
+            raise InputError(f"data set {name} on the Hub asks for {quoted(file)} of this machine: give another")
+
+
+def _check_stored(rows: Dataset, name: str) -> None:
+    """Raise an InputError where a data set from the Hub is made of files of this machine, or has cells that name some: files
+    of its own are on the Hub, or in the caches."""
+    _check_addresses(rows.info.download_checksums or {}, name)
+    places = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+    caches = tuple(os.path.join(os.path.realpath(place), "") for place in places)
+    for name_of_column in rows.column_names:
+        for cells in rows.data.column(name_of_column).chunks:
+            if not pa.types.is_struct(cells.type) or not {"bytes", "path"} <= {field.name for field in cells.type}:
+                continue
+            alone = pc.and_(cells.is_valid(), cells.field("bytes").is_null())
+            paths = cells.field("path").filter(alone).drop_null()
+            for path in paths.unique().to_pylist():
+                if "://" not in path and not os.path.realpath(path).startswith(caches):
+                    raise InputError(f"data set {name} on the Hub asks for {quoted(path)} of this machine: give another")
 
 
 def _load_local(path: Path, config_name: str | None, split: str, streaming: bool) -> Dataset | dict:

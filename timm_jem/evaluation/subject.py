@@ -272,13 +272,13 @@ def data_config(jem: JEM, name: str, told: Mapping[str, Any]) -> tuple[DataConfi
     if "dataset" not in told and not Path(name).is_dir() and own.dataset != "digits":
         if hub_id(own.dataset) is None:
             raise InputError(f"{name} is no folder here, and was trained on a local {quoted(own.dataset)}: give --data.dataset")
-        check_remote(own.dataset, own.config_name)
-    config = replace(own or DataConfig(), **{**told, "labels_per_class": None, "unlabeled": None})
+        if own.streaming:  # whose images could be any files
+            raise InputError(f"{name} is no folder here, and was trained on a stream: give --data.dataset {own.dataset}")
+        check_remote(own.dataset, told.get("config_name", own.config_name))
     channels, height, width = jem.input_size
-    if config.channels is None:
-        config = replace(config, channels=channels)
-    if config.image_size is None and height == width:
-        config = replace(config, image_size=height)
+    # How much memory is taken is nothing that a model's settings choose: images have its size, whatever these say.
+    by_model = {"channels": channels, "image_size": height if height == width else None, "cache_gib": DataConfig.cache_gib}
+    config = replace(own or DataConfig(), **{**by_model, **told, "labels_per_class": None, "unlabeled": None})
     # Which images are held out depends on these alone.
     held = ("dataset", "config_name", "train_split", "test_split", "test_fraction", "val_fraction", "split_seed", "streaming")
     alike = own is not None and all(getattr(own, key) == getattr(config, key) for key in held)

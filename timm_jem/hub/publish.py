@@ -80,18 +80,18 @@ def publish(
 
 
 def of_these_weights(provenance: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Provenance without results where these were measured with other weights, which is warned of.
+    """Provenance without results unless these were measured with the very weights, which is warned of.
 
     Args:
-        provenance: as it is kept with a model; ``results_of`` in it is the digest of the weights that were measured, if known.
+        provenance: as it is kept with a model; ``results_of`` in it is the digest of the weights that were measured.
         weights: the backbone's state dict.
     """
-    known = provenance.get("results_of")
     offloaded = any(tensor.is_meta for tensor in weights.values())
-    if not provenance.get("results") or known is None or offloaded or known == fingerprint(weights):
+    if not provenance.get("results") or (not offloaded and provenance.get("results_of") == fingerprint(weights)):
         return provenance
     warnings.warn(
-        "the results in this model's provenance were measured with other weights, and don't go on its card: evaluate it again",
+        "the results in this model's provenance were measured with other weights, or nobody knows with which, and don't go on "
+        "its card: evaluate it again",
         stacklevel=3,
     )
     return {**provenance, "results": [], "results_of": None}
