@@ -28,6 +28,7 @@ from accelerate import PartialState
 from timm_jem import JEM, InputError, Prediction
 from timm_jem.command_line import make_parser, parse_flags, read_flags
 from timm_jem.data.folders import is_image, visible_files
+from timm_jem.data.sources import told_kinds
 from timm_jem.decoding import BrokenImage
 from timm_jem.errors import check_whole, one_line, quoted
 from timm_jem.evaluation.subject import load_model
@@ -188,7 +189,7 @@ def main(argv: list[str]) -> str | None:
         with replaced_file(output) as aside, open(aside, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             WRITERS[output.suffix.lower()](rows(), file)
     if others:
-        print(f"passed over {', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items())[:10])}")
+        print(f"passed over {told_kinds(others)}")
     outliers = "" if jem.reference is None else f", {counts['outliers']:,} outlier{'s' * (counts['outliers'] != 1)}"
     total, broken = len(files) + len(refused), counts["broken"]
     print(f"{total:,} row{'s' * (total != 1)}{outliers}, {broken:,} with errors: {output}")

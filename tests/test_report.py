@@ -354,3 +354,15 @@ def test_files_of_two_comparisons_are_never_mixed(tmp_path):
     with pytest.raises(InputError, match=r"compare\.md is a folder"):
         write_files(tmp_path, write, last="compare.json", stale=["pgd_l2.png"])
     assert {file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()} == dict.fromkeys(old, "old")
+
+
+def test_names_are_no_markup():
+    hostile = "a\n\n| forged | 1 |\n<img src=http://evil/x> ![x](http://evil/y)"
+    kept = report(hostile)
+    kept.subject["headline"] = {"Data": hostile}
+    kept.sections[0].warnings.append(hostile)
+    kept.sections[0].results += [Result("Robustness", hostile, hostile, str(i), 0.5, i, hostile) for i in (1, 2)]
+    for text in (kept.as_markdown(), comparison({hostile: [kept], "b": [kept]})[0]):
+        assert "\n| forged" not in text
+        assert "<img" not in text
+        assert "![x]" not in text

@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 
 from timm_jem import InputError
 from timm_jem.data import DataConfig, load_images, load_splits
-from timm_jem.data.sources import Asked, absolute, check_remote, hub_id, load, public_name, read_name
+from timm_jem.data.sources import Asked, absolute, check_remote, hub_id, load, public_name, read_name, told_kinds
 
 
 def test_which_names_are_the_hubs(tmp_path, monkeypatch):
@@ -79,6 +79,10 @@ def test_cells_of_a_set_on_the_hub_name_no_files_of_this_machine(tmp_path, monke
         asked(str(tmp_path / "cache" / "link.png"))
     with pytest.raises(InputError, match=r"asks for '/home/me/x\.parquet' of this machine"):
         asked(remote, {"/home/me/x.parquet": {}})
+
+
+def test_extensions_are_told_without_what_a_terminal_obeys():
+    assert told_kinds({".heic": 1200, ".\x1b[31mred": 1}) == r"1 '.\x1b[31mred', 1,200 .heic"
 
 
 def test_local_paths_mean_the_same_from_any_folder(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,18 @@ from PIL import Image as PILImage
 from timm_jem.data.folders import find_image_files
 from timm_jem.errors import InputError, one_line, quoted
 
-__all__ = ["LOADING_ERRORS", "Asked", "absolute", "check_remote", "digits", "hub_id", "load", "public_name", "read_name"]
+__all__ = [
+    "LOADING_ERRORS",
+    "Asked",
+    "absolute",
+    "check_remote",
+    "digits",
+    "hub_id",
+    "load",
+    "public_name",
+    "read_name",
+    "told_kinds",
+]
 
 LOADING_ERRORS = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError)
 _STREAM_SHARDS = 64  # of a stored set that is read as a stream: many numbers of processes divide it
@@ -149,8 +160,13 @@ def _load_local(path: Path, config_name: str | None, split: str, streaming: bool
     else:
         loaded, others = datasets.load_dataset(str(path), config_name, streaming=streaming), {}
     if others:
-        _say(f"{path}: passed over {', '.join(f'{count:,} {kind}' for kind, count in sorted(others.items())[:10])}")
+        _say(f"{path}: passed over {told_kinds(others)}")
     return loaded
+
+
+def told_kinds(others: Mapping[str, int]) -> str:
+    """How many files there are of each kind, in words; a kind is an extension, and may hold anything."""
+    return ", ".join(f"{count:,} {kind if kind.isprintable() else quoted(kind)}" for kind, count in sorted(others.items())[:10])
 
 
 def _card_tells_files(path: Path) -> bool:

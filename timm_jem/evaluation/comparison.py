@@ -86,17 +86,17 @@ def comparison(reports: dict[str, Sequence[Report]]) -> tuple[str, dict[str, Any
     lines = ["# Models side by side", ""]
     for name, group in reports.items():
         runs = f", {len(group)} runs: mean ± standard deviation; (n): of n of them" if len(group) > 1 else ""
-        lines.append(f"- **{name}**: {'; '.join(in_order([report.subject['name'] for report in group]))}{runs}")
-        told = [(f"{report.subject['name']}: " * (len(group) > 1), report.warnings) for report in group]
+        lines.append(f"- **{cell(name)}**: {'; '.join(in_order([cell(report.subject['name']) for report in group]))}{runs}")
+        told = [(f"{cell(report.subject['name'])}: " * (len(group) > 1), report.warnings) for report in group]
         lines += in_order([f"  - {whose}{cell(warning)}" for whose, warnings in told for warning in warnings])
     differences = _differences(reports)
-    lines += [f"- {line}" for line in differences]
+    lines += [f"- {cell(line)}" for line in differences]
     for section in in_order([key[0] for key in keys]):
-        lines += ["", f"## {section}", ""]
+        lines += ["", f"## {cell(section)}", ""]
         for table in in_order([key[1] for key in keys if key[0] == section]):
             lines += [
                 "",
-                f"### {table}",
+                f"### {cell(table)}",
                 "",
                 "| | " + " | ".join(map(cell, reports)) + " |",
                 "| --- |" + " --- |" * len(reports),

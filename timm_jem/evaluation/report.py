@@ -155,20 +155,20 @@ class Report:
             "Versions": "; ".join(in_order([section.versions for section in there])),
             "Took": f"{sum(section.seconds for section in self.sections):.0f} s",
         }
-        lines = [f"# Evaluation of {subject['name']}", ""]
-        lines += [f"- **{key}**: {value}" for key, value in headline.items() if value]
+        lines = [f"# Evaluation of {cell(subject['name'])}", ""]
+        lines += [f"- **{cell(key)}**: {cell(value)}" for key, value in headline.items() if value]
         commands = in_order([section.command for section in there if section.command])
         lines += ["", "```bash", *commands, "```", ""] if commands else [""]
         if self.warnings:
-            lines += ["**Warnings**", "", *(f"- {warning}" for warning in self.warnings), ""]
+            lines += ["**Warnings**", "", *(f"- {cell(warning)}" for warning in self.warnings), ""]
         for section in there:
-            lines += [f"## {section.title}", ""]
+            lines += [f"## {cell(section.title)}", ""]
             for table in in_order([result.table for result in section.results]):
                 of_table = [result for result in section.results if result.table == table]
-                lines += [f"### {table}", "", *_table(of_table), ""]
+                lines += [f"### {cell(table)}", "", *_table(of_table), ""]
                 lines += [f"{_protocols(of_table)}", ""]
             for file, caption in section.pictures:
-                lines += [f"![{caption}]({file})", "", f"*{caption}*", ""]
+                lines += [f"![{cell(caption)}]({file})", "", f"*{cell(caption)}*", ""]
         return "\n".join(lines).rstrip() + "\n"
 
     def card_results(self) -> list[dict[str, Any]]:
@@ -206,8 +206,8 @@ def number(value: float) -> str:
 
 
 def cell(text: str) -> str:
-    """Text in a table of Markdown: one line, in which no bar ends the cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text in a table of Markdown: one line, in which no bar ends the cell and no mark-up begins."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("![", "!\\[")
 
 
 def _table(results: Sequence[Result]) -> list[str]:
@@ -230,7 +230,7 @@ def _protocols(results: Sequence[Result]) -> str:
     for result in results:
         seed = "" if result.seed is None else f", seed {result.seed}"
         interval = f"; [intervals]: {result.interval}" if result.interval else ""
-        ways.setdefault(f"{result.protocol}; n = {result.n:,}{seed}{interval}.", []).append(result)
+        ways.setdefault(cell(f"{result.protocol}; n = {result.n:,}{seed}{interval}."), []).append(result)
     if len(ways) == 1:
         return next(iter(ways))
     columns = [in_order([result.column for result in alike]) for alike in ways.values()]
@@ -238,7 +238,7 @@ def _protocols(results: Sequence[Result]) -> str:
     lines = []
     for way, alike in ways.items():
         names = [result.column for result in alike] if by_column else [result.row for result in alike]
-        lines.append(f"- *{'; '.join(in_order(names))}*: {way}")
+        lines.append(f"- *{cell('; '.join(in_order(names)))}*: {way}")
     return "\n".join(lines)
 
 
