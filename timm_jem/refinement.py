@@ -9,7 +9,7 @@ from torch import Tensor
 from timm_jem.errors import InputError, check_whole
 from timm_jem.inputs import kind
 from timm_jem.noise import Generators, randn
-from timm_jem.sampling import MOST_STEPS, SGLDConfig, sgld, sgld_step
+from timm_jem.sampling import MOST_STEPS, SGLDConfig, check_settings, sgld, sgld_step
 
 __all__ = ["refine"]
 
@@ -42,8 +42,7 @@ def refine(
         InputError: ``steps`` below 1, or as :func:`timm_jem.sgld`.
     """
     check_whole("steps of a refinement", steps, 1, MOST_STEPS)
-    if not isinstance(config, SGLDConfig):
-        raise InputError(f"the settings of chains are a {type(config).__name__}: give a timm_jem.SGLDConfig")
+    check_settings(config)
     config = replace(config, jitter=0)
     if not create_graph:
         return sgld(energy_fn, u, config, generator=generator, num_steps=steps, batch_size=batch_size)

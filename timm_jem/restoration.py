@@ -8,7 +8,7 @@ from torch import Tensor
 from timm_jem.errors import InputError, check_number, check_whole
 from timm_jem.inputs import is_floats, kind
 from timm_jem.noise import Generators
-from timm_jem.sampling import MOST_STEPS, SGLDConfig, sgld
+from timm_jem.sampling import MOST_STEPS, SGLDConfig, check_settings, sgld
 
 __all__ = ["restore", "with_unknown"]
 
@@ -78,8 +78,7 @@ def restore(
     Raises:
         InputError: a noise out of range, or one with chains that have none themselves, or as :func:`timm_jem.sgld`.
     """
-    if not isinstance(config, SGLDConfig):
-        raise InputError(f"the settings of chains are a {type(config).__name__}: give a timm_jem.SGLDConfig")
+    check_settings(config)
     if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == u.shape):
         raise InputError(f"the mask of a restoration is {kind(mask)}: give bool, shape {tuple(u.shape)}")
     if noise is not None:

@@ -16,7 +16,7 @@ from timm_jem.errors import InputError, check_number, check_whole, quoted
 from timm_jem.inputs import is_floats, kind
 from timm_jem.noise import Generators, check_generators, randn
 
-__all__ = ["FEWEST", "MOST_STEPS", "SGLDConfig", "filled", "sgld", "sgld_step", "shifted"]
+__all__ = ["FEWEST", "MOST_STEPS", "SGLDConfig", "check_settings", "filled", "sgld", "sgld_step", "shifted"]
 
 # Of a chain: far above any in use, and what a file that is to keep its reader busy for ever may ask for.
 MOST_STEPS = 100_000
@@ -121,6 +121,12 @@ class SGLDConfig:
         return turn // side - self.jitter, turn % side - self.jitter
 
 
+def check_settings(config: object) -> None:
+    """Raise an InputError unless these are settings of chains."""
+    if not isinstance(config, SGLDConfig):
+        raise InputError(f"the settings of chains are a {type(config).__name__}: give a timm_jem.SGLDConfig")
+
+
 def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig) -> Tensor:
     """One step of SGLD, ``u − step_size · grad + noise_std · noise``, normalised and clamped as ``config`` says; pure.
 
@@ -133,8 +139,7 @@ def sgld_step(u: Tensor, grad: Tensor, noise: Tensor | None, config: SGLDConfig)
     Returns:
         The chains one step later, a new tensor. Source: JEM (arXiv 1912.03263), eq. 3, with untied step and noise.
     """
-    if not isinstance(config, SGLDConfig):
-        raise InputError(f"the settings of chains are a {type(config).__name__}: give a timm_jem.SGLDConfig")
+    check_settings(config)
     for name, given in (("chains", u), ("gradients", grad), ("noise", u if noise is None else noise)):
         if not is_floats(given) or given.shape != u.shape or given.is_meta != u.is_meta:
             raise InputError(f"{name} of an SGLD step are {kind(given)}: give floating-point tensors of one shape")
@@ -214,8 +219,7 @@ def sgld(
         InputError: no chains, fewer than no steps, a ``batch_size`` below 1, another number of generators or labels than of
             chains, an ``on_step`` that can't be called, or energies that are not of shape (B,) or don't depend on ``u``.
     """
-    if not isinstance(config, SGLDConfig):
-        raise InputError(f"the settings of chains are a {type(config).__name__}: give a timm_jem.SGLDConfig")
+    check_settings(config)
     if not callable(energy_fn):
         raise InputError(f"energy_fn is {quoted(energy_fn)}: give a function of chains that returns their energies")
     num_steps = config.num_steps if num_steps is None else num_steps
