@@ -85,7 +85,11 @@ def of_these_weights(provenance: dict[str, Any], weights: Mapping[str, Tensor]) 
     Args:
         provenance: as it is kept with a model; ``results_of`` in it is the digest of the weights that were measured.
         weights: the backbone's state dict.
+
+    Raises:
+        InputError: provenance that no card can tell.
     """
+    Provenance.read(provenance)
     offloaded = any(tensor.is_meta for tensor in weights.values())
     if not provenance.get("results") or (not offloaded and provenance.get("results_of") == fingerprint(weights)):
         return provenance
