@@ -222,7 +222,7 @@ def test_unknown_hub_names_are_named(monkeypatch):
     def offline(*args, **kwargs):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'cifar_10' doesn't exist on the Hub\nor cannot be accessed.")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr("timm_jem.data.sources._load_remote", offline)
     with pytest.raises(InputError, match="'cifar_10' can't be loaded from the Hub; give its exact name") as error:
         load_splits(DataConfig("cifar_10"))
     assert "\n" not in str(error.value)

@@ -1,4 +1,3 @@
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -101,7 +100,9 @@ def test_sets_without_images(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"empty\.parquet' can't be loaded") as error:
         asked(tmp_path / "empty.parquet")
     assert "\n" not in str(error.value)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: DatasetDict({"train": marked([0]), "test": marked([])}))
+    monkeypatch.setattr(
+        "timm_jem.data.sources._load_remote", lambda *a, **k: DatasetDict({"train": marked([0]), "test": marked([])})
+    )
     assert len(asked("user/half", split="train")) == 1
     with pytest.raises(InputError, match="split test of user/half is empty: choose another"):
         asked("user/half")
@@ -112,5 +113,5 @@ def test_a_configuration_of_a_set_on_the_hub(monkeypatch):
         assert (name, config_name, streaming) == ("user/numbers", "cropped", False)
         return DatasetDict({"train": marked([0] * 3), "test": marked([0] * 2, start=9)})
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("timm_jem.data.sources._load_remote", load_dataset)
     assert asked("user/numbers?config_name=cropped")[:, 0, 0, 0].tolist() == [9, 10]

@@ -1,5 +1,6 @@
 import io
 import os
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -63,22 +64,39 @@ def test_cells_of_a_set_on_the_hub_name_no_files_of_this_machine(tmp_path, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("timm_jem.data.sources._look_for_the_hub", lambda name: None)
 
-    def asked(path, checksums=None):
+    remote = "hf://datasets/user/name@0123/train.parquet"
+
+    def asked(path, files=(remote,)):
         found = Dataset.from_dict({"image": [{"bytes": None, "path": path}, None]}, Features({"image": Image()}))
-        found.info.download_checksums = checksums
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: DatasetDict({"train": found}))
+        builder = SimpleNamespace(
+            config=SimpleNamespace(data_files={"train": list(files)}),
+            download_and_prepare=lambda: None,
+            as_dataset=lambda: DatasetDict({"train": found}),
+        )
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder)
         return load("user/name", None, "train", False)
 
-    remote = "hf://datasets/user/name@0123/train.parquet"
     for path in (str(tmp_path / "cache" / "1.png"), "hf://datasets/user/name@0123/1.png"):
-        assert len(asked(path, {remote: {}})["train"]) == 2
+        assert len(asked(path)["train"]) == 2
     for path in (str(tmp_path / "home" / "1.png"), str(tmp_path / "cache" / ".." / "home" / "1.png"), "/dev/zero", "1.png"):
         with pytest.raises(InputError, match=r"data set user/name on the Hub asks for .* of this machine: give another"):
             asked(path)
     with pytest.raises(InputError, match="of this machine"):
         asked(str(tmp_path / "cache" / "link.png"))
     with pytest.raises(InputError, match=r"asks for '/home/me/x\.parquet' of this machine"):
-        asked(remote, {"/home/me/x.parquet": {}})
+        asked(remote, ["/home/me/x.parquet"])
+
+
+def test_a_set_that_its_builder_makes_is_the_one_that_datasets_loads(tmp_path, monkeypatch):
+    path, build = save(tmp_path), datasets.load_dataset_builder
+    whole = datasets.load_dataset("parquet", data_files={"train": path})["train"]
+    monkeypatch.setattr("timm_jem.data.sources._look_for_the_hub", lambda name: None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: build("parquet", data_files={"train": path}))
+    with pytest.raises(InputError, match=r"user/name on the Hub asks for '.* of this machine"):  # a long path is cut
+        load("user/name", None, "train", False)
+    monkeypatch.setattr("timm_jem.data.sources._builder", lambda *_: build("parquet", data_files={"train": path}))
+    assert load("user/name", None, "train", False)["train"].to_dict() == whole.to_dict()
+    assert next(iter(load("user/name", None, "train", True)["train"])).keys() == whole[0].keys()
 
 
 def test_extensions_are_told_without_what_a_terminal_obeys():
@@ -127,7 +145,9 @@ def test_parts_of_a_set_by_its_name(tmp_path):
 
 def test_a_hub_out_of_reach_is_not_waited_for(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked a Hub that isn't there, again and again"))
+    monkeypatch.setattr(
+        "timm_jem.data.sources._load_remote", lambda *_, **__: pytest.fail("asked a Hub that isn't there, again and again")
+    )
 
     def refused(*_, **__):
         raise httpx.ConnectError("Connection refused")
@@ -145,7 +165,7 @@ def test_what_the_cache_has_needs_no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     (tmp_path / "user___name").mkdir()
     monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: pytest.fail("asked"))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: DatasetDict({"train": marked([0, 1, 2] * 5)}))
+    monkeypatch.setattr("timm_jem.data.sources._load_remote", lambda *_, **__: DatasetDict({"train": marked([0, 1, 2] * 5)}))
     assert len(load_splits(DataConfig("user/name")).train) > 0
 
 
@@ -153,7 +173,7 @@ def test_configurations_are_named(monkeypatch):
     def load_dataset(*_, **__):
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['full', 'cropped']\nExample")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("timm_jem.data.sources._load_remote", load_dataset)
     with pytest.raises(InputError, match=r"--data\.config_name, .*\?config_name=NAME, from \['full', 'cropped'\]") as error:
         load_splits(DataConfig("user/many"))
     assert "\n" not in str(error.value)
@@ -180,7 +200,7 @@ def test_sets_without_a_row(tmp_path, streaming):
 
 def test_no_labelled_row_is_the_first(monkeypatch):
     empty = Dataset.from_dict({"image": [], "label": []}, Features({"image": Image(), "label": Value("string")}))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: DatasetDict({"train": empty}))
+    monkeypatch.setattr("timm_jem.data.sources._load_remote", lambda *_, **__: DatasetDict({"train": empty}))
     with pytest.raises(InputError, match="split train of user/none is empty"):
         load_splits(DataConfig("user/none"))
 

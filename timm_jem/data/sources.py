@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -78,11 +78,7 @@ def load(name: str, config_name: str | None, split: str, streaming: bool) -> dic
             if name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}"):  # it would read the current folder
                 raise InputError(f"no folder or file here is called {name}, a reader of datasets': give what it is to read")
             _look_for_the_hub(name)
-            if streaming:
-                check_remote(name, config_name)
-            loaded = datasets.load_dataset(name, config_name, streaming=streaming)
-            for rows in loaded.values() if isinstance(loaded, dict) and not streaming else ():
-                _check_stored(rows, name)
+            loaded = _load_remote(name, config_name, streaming)
     except InputError:
         raise
     except LOADING_ERRORS as error:
@@ -103,24 +99,37 @@ def check_remote(name: str, config_name: str | None) -> None:
         InputError: also where there is no such data set.
     """
     try:
-        builder = datasets.load_dataset_builder(name, config_name)
+        _builder(name, config_name)
+    except InputError:
+        raise
     except LOADING_ERRORS as error:
         raise InputError(_why_not(name, False, error)) from error
-    for files in (builder.config.data_files or {}).values():
-        _check_addresses(map(str, files), name)
 
 
-def _check_addresses(files: Iterable[str], name: str) -> None:
-    for file in files:
+def _builder(name: str, config_name: str | None) -> datasets.DatasetBuilder:
+    builder = datasets.load_dataset_builder(name, config_name)
+    for file in (str(file) for files in (builder.config.data_files or {}).values() for file in files):
         scheme, mark, _ = file.split("::")[-1].partition("://")
         if not mark or scheme.lower() in ("file", "local"):
             raise InputError(f"data set {name} on the Hub asks for {quoted(file)} of this machine: give another")
+    return builder
 
 
-def _check_stored(rows: Dataset, name: str) -> None:
-    """Raise an InputError where a data set from the Hub is made of files of this machine, or has cells that name some: files
-    of its own are on the Hub, or in the caches."""
-    _check_addresses(rows.info.download_checksums or {}, name)
+def _load_remote(name: str, config_name: str | None, streaming: bool) -> dict[str, Dataset] | dict[str, IterableDataset]:
+    """As ``datasets.load_dataset``, which builds the same, but of no files of this machine."""
+    builder = _builder(name, config_name)
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare()
+    loaded = builder.as_dataset()
+    for rows in loaded.values():
+        _check_cells(rows, name)
+    return loaded
+
+
+def _check_cells(rows: Dataset, name: str) -> None:
+    """Raise an InputError where cells of a data set from the Hub name files of this machine: its own are on the Hub, or in the
+    caches."""
     places = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
     caches = tuple(os.path.join(os.path.realpath(place), "") for place in places)
     for name_of_column in rows.column_names:
